@@ -1,0 +1,1 @@
+"""What each system computes: pure functions of (parameters, arrays)."""

@@ -1,0 +1,1 @@
+"""Deep matrix factorization: dynamics, landscape, stages, figures."""

@@ -1,0 +1,1 @@
+"""How parameters are found: the loop, the tasks, the data, the devices."""
