@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.layers.convolution import Conv
+from jaxmodels.layers.initializers import Initializer, torch_kernel
 from jaxmodels.layers.rounding import make_divisible
 
 
@@ -30,6 +31,8 @@ class SqueezeExcite(nn.Module):
     divisor: int = 4
     names: tuple[str, str] = ("conv_reduce", "conv_expand")
     gate: Callable[[jax.Array], jax.Array] = hard_sigmoid
+    kernel_init: Initializer = torch_kernel()
+    bias_init: Initializer | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -39,9 +42,15 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        convolution = dict(
+            use_bias=True,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
         reduced = make_divisible(self.features * self.ratio, self.divisor)
         z = x.mean((1, 2), keepdims=True)
-        z = nn.relu(Conv(reduced, use_bias=True, name=self.names[0], **types)(z))
-        z = Conv(self.features, use_bias=True, name=self.names[1], **types)(z)
+        z = nn.relu(Conv(reduced, name=self.names[0], **convolution)(z))
+        z = Conv(self.features, name=self.names[1], **convolution)(z)
         return x * self.gate(z)
