@@ -21,17 +21,19 @@ def build_task(config):
 
 def build_model(config):
     """`config.model` by name, with `model_args` and the compute dtype of `precision`."""
-    import jaxmodels
+    from jaxmodels.interop import catalog
 
     if config.precision not in PRECISIONS:
         raise ConfigError(f"config.precision: {config.precision!r}; known: {', '.join(PRECISIONS)}")
     args = dict(config.model_args)
     if config.precision != "float32":
         args.setdefault("dtype", PRECISIONS[config.precision])
-    if config.parallel.mode == "pmap" and config.parallel.sync_batch_norm:
-        args.setdefault("axis_name", "batch")
     try:
-        return jaxmodels.build(config.model, **args)
+        found = catalog.find(config.model)
+        synchronize = config.parallel.mode == "pmap" and config.parallel.sync_batch_norm
+        if synchronize and "bn_axis_name" in found.cls.__dataclass_fields__:
+            args.setdefault("bn_axis_name", "batch")
+        return found.build(**args)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         text = error.args[0] if error.args else str(error)
         raise ConfigError(f"config.model {config.model!r}: {text}") from None

@@ -84,8 +84,7 @@ def _explain(error: Exception, path: str) -> str:
 def _keys(config, prefix=""):
     for key in config:
         yield prefix + key
-        with config.ignore_type():
-            value = config.get_oneway_ref(key).get() if False else config[key]
+        value = config[key]
         if hasattr(value, "keys"):
             yield from _keys(value, prefix + key + ".")
 

@@ -28,9 +28,11 @@ def starting_variables(config, state, task):
     if path.is_dir():
         loaded = load_params(path)
     else:
-        import jaxmodels
+        from jaxmodels.interop import catalog, checkpoint
 
-        loaded = jaxmodels.load_into(task.model, path, skip=skip, name=config.model, like=fresh)
+        found = catalog.find(config.model)
+        tensors = checkpoint.read(path).tensors
+        loaded, _ = catalog.import_state(found, task.model, tensors, skip, source=str(path))
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
     problems = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -66,9 +67,9 @@ class Classification:
         from train.data import pipeline
 
         numbers = {}
-        fold = getattr(self.model, "fold", None)
-        if fold is not None and not getattr(self.model, "deploy", False):
-            folded, folded_variables = fold(variables)
+        fold = getattr(sys.modules[type(self.model).__module__], "fold", None)
+        if fold is not None and getattr(self.model, "has_fusion", False):
+            folded, folded_variables = fold(self.model, variables)
             task = dataclasses.replace(self, model=folded)
             hits = total = agree = 0.0
             size = config.eval.batch_size or config.batch_size
@@ -88,21 +89,21 @@ class Classification:
                 total += mask.sum()
             numbers["folded_accuracy"] = float(hits / total)
             numbers["folded_agrees"] = float(agree / total)
-        baseline = pipeline.baseline(config.data)
-        if baseline is not None:
-            numbers.update(baseline)
+        family, _ = pipeline.resolve(config.data)
+        if hasattr(family, "baseline"):
+            numbers["logistic_regression"] = family.baseline(config.data)
         return numbers
 
     def predict(self, variables, path, config):
         """Class probabilities of every image below `path`: rows (file, class, probability)."""
-        from train.data import pipeline
+        from train.data.image_folder import images_below
 
         size = config.eval.batch_size or config.batch_size
         apply = jax.jit(
             lambda v, x: jax.nn.softmax(self.model.apply(v, x, train=False).astype(jnp.float32))
         )
         rows = [("file", "class", "probability")]
-        for names, images in pipeline.images_below(path, config.data, batch_size=size):
+        for names, images in images_below(path, config.data, batch_size=size):
             p = np.asarray(apply(variables, images))[: len(names)]
             rows += [(n, int(q.argmax()), float(q.max())) for n, q in zip(names, p)]
         return rows
