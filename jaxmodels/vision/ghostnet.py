@@ -221,3 +221,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ghostnet_1_0x": {"width": 1.0},
     "ghostnet_1_3x": {"width": 1.3},
 }
+
+
+def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
+    """What the naming rule cannot know: a network without a head leaves the head's keys unread."""
+    if not getattr(module, "features_only", False):
+        return {}
+    return {"drops": [r"(squeeze|classifier)\..*"]}

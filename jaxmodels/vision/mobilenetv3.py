@@ -213,3 +213,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mobilenet_v3_large": {},
     "mobilenet_v3_small": {"small": True},
 }
+
+
+def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
+    """What the naming rule cannot know: a network without a head leaves the head's keys unread."""
+    if not getattr(module, "features_only", False):
+        return {}
+    last = len(SMALL if module.small else LARGE) + 1
+    return {"drops": [rf"(features\.{last}|classifier)\..*"]}

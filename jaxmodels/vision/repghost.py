@@ -7,6 +7,7 @@ ChengpengChen/RepGhost@3c7d87e (`model/repghost.py`); timm's checkpoints have th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -332,7 +333,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_checkpoint(keys, module: nn.Module) -> None:
+def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
+    """What the naming rule cannot know: a network without a head leaves the head's keys unread."""
+    if not getattr(module, "features_only", False):
+        return {}
+    return {"drops": [rf"(blocks\.{len(STAGES)}|conv_head|classifier)\..*"]}
+
+
+def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
     """Refuse a folded checkpoint for a training-form module and the reverse.
 
     `keys` are torch names, prefixes unwrapped. Raises ValueError naming the form found and the
