@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from train.parallel import choose_platform, start_processes
+from jaxmodels.platform_choice import choose_platform
 
 choose_platform()
 
@@ -20,8 +20,10 @@ def main(argv: list[str]) -> int:
 
         print(dry_run(config, argv))
         return 0
-    start_processes(config.parallel)
     from train.loop import compilation_cache, fit
+    from train.parallel import start_processes
+
+    start_processes(config.parallel)
 
     compilation_cache()
     fit(config, workdir, command=shlex.join(["python", "-m", "train", *argv[1:]]))

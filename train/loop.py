@@ -35,7 +35,7 @@ from train.state import create_state
 from train.step import execute_jit, execute_pmap, make_eval_step, make_train_step
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(ArithmeticError):
     """The loss or a gradient stopped being a number; the message says where to go on from."""
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,20 +16,6 @@ from train.optimizers import path_string
 AXES = ("data", "fsdp", "model")
 # Arrays smaller than this are not worth a collective.
 SMALLEST_SHARDED = 2**12
-
-
-def choose_platform() -> None:
-    """Keep an installed TPU compiler quiet on machines that have no accelerator at all.
-
-    Call before jax is used. Does nothing where `JAX_PLATFORMS` is set or a device file exists.
-    """
-    devices = [
-        p
-        for pattern in ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
-        for p in glob.glob(pattern)
-    ]
-    if importlib.util.find_spec("libtpu") and not devices:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def start_processes(config) -> None:

@@ -6,7 +6,7 @@ import csv
 import sys
 from pathlib import Path
 
-from train.parallel import choose_platform
+from jaxmodels.platform_choice import choose_platform
 
 choose_platform()
 
