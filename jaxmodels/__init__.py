@@ -1,7 +1,7 @@
 """What each system computes: pure functions of (parameters, arrays).
 
-`load`, `list` and `save` come from `jaxmodels.interop` on first use, so that importing a single model
-does not import the checkpoint readers.
+`load`, `list` and `save` come from `jaxmodels.interop` on first use, so that importing a single
+model does not import the checkpoint readers.
 """
 
 _PUBLIC = {

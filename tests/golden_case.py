@@ -1,15 +1,15 @@
 """Reference tensors computed by the papers' own code, and how they are compared.
 
-A case is a folder with `meta.json`, `io.npz` and, for networks, `weights.safetensors`. `io.npz` holds
-`in.<name>` and `out.<name>`. An adapter `tests/golden_adapters/SYSTEM.py` has
+A case is a folder with `meta.json`, `io.npz` and, for networks, `weights.safetensors`. `io.npz`
+holds `in.<name>` and `out.<name>`. An adapter `tests/golden_adapters/SYSTEM.py` has
 
     def run(case: GoldenCase) -> dict[str, array]
 
 and returns at least every name of `case.wanted` in the case's own layout; where `meta.json` has
-`detected` it returns that structure as the entry `detected` too. Where only the prose of `meta.notes`
-gives a tolerance, the adapter may have `tolerances(case) -> {"out.<name>": {...}}`, in the form of
-`meta.tolerances`, with `mean_atol` (bound of the mean absolute difference) and `except_where` (name of
-a boolean output whose true entries are free) besides `atol` and `rtol`.
+`detected` it returns that structure as the entry `detected` too. Where only the prose of
+`meta.notes` gives a tolerance, the adapter may have `tolerances(case) -> {"out.<name>": {...}}`,
+in the form of `meta.tolerances`, with `mean_atol` (bound of the mean absolute difference) and
+`except_where` (name of a boolean output whose true entries are free) besides `atol` and `rtol`.
 """
 
 from __future__ import annotations
@@ -324,8 +324,8 @@ def noted_tolerance(case: GoldenCase, name: str, want: np.ndarray) -> tuple[Any,
 
     Clauses are `NAMES: atol|rtol NUMBER[*sigma_1] [where NAME>NUMBER]`, `at step 0` and `later`
     dividing the rows of the Hessian's eigenvalues. A relative tolerance with a condition is taken
-    entry by entry where the condition holds (the case's own elsewhere), one without is relative to the
-    largest entry of the array or row: many eigenvalues are zero but for rounding.
+    entry by entry where the condition holds (the case's own elsewhere), one without is relative
+    to the largest entry of the array or row: many eigenvalues are zero but for rounding.
     """
     note = case.meta.get("tolerance_note")
     if not note or want.dtype.kind != "f":

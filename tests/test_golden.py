@@ -1,7 +1,7 @@
 """Our numbers against tensors that the papers' own code computed, one test a case (SYSTEM/CASE).
 
-`pytest tests/test_golden.py` runs the committed cases, `--golden DIR` every case found anywhere below
-DIR instead.
+`pytest tests/test_golden.py` runs the committed cases, `--golden DIR` every case found anywhere
+below DIR instead.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Checkpoint files in and out: safetensors, npz, and PyTorch's own formats, memory-mapped.
 
 Formats: safetensors (8-byte little-endian header length, JSON header, raw bytes; also the sharded
-form with a `*.index.json`), NumPy's npz, and `.pth`/`.pt`/`.bin` through `torch_archive`. No file is
-executed, and PyTorch is not needed.
+form with a `*.index.json`), NumPy's npz, and `.pth`/`.pt`/`.bin` through `torch_archive`. No file
+is executed, and PyTorch is not needed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Checkpoint:
     """Tensors of a file by their PyTorch names.
 
     `taken` says which nesting and prefixes were removed (`"state_dict_ema, prefix module."`),
-    `others` which other weight sets the file holds, `metadata` what else was in a safetensors header.
+    `others` which other weight sets the file holds, `metadata` what else was in a safetensors
+    header.
     """
 
     tensors: dict[str, np.ndarray]
@@ -91,8 +92,8 @@ def read(path: str | os.PathLike, *, prefer: Iterable[str] = ()) -> Checkpoint:
         tree = torch_archive.read(path)
     else:
         raise CheckpointError(
-            f"{path}: unknown ending {path.suffix!r}; a checkpoint ends in .safetensors, .npz, .pth, "
-            ".pt or .bin (or is a *.index.json of shards)"
+            f"{path}: unknown ending {path.suffix!r}; a checkpoint ends in .safetensors, .npz, "
+            ".pth, .pt or .bin (or is a *.index.json of shards)"
         )
     tensors, taken, others = nesting.unwrap(tree, os.fspath(path), prefer)
     return Checkpoint(tensors, taken, others, metadata)

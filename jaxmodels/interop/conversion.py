@@ -9,19 +9,21 @@ The Flax path joined by "." is the PyTorch path. The *Flax* leaf decides the lay
 | batch_stats / `mean`, `var`   | `running_mean`, `running_var` | unchanged                     |
 | anything else                 | the same name                 | unchanged                     |
 
-A path component that ends in `.*` (or is `*`) is a stack of layers, as `nn.scan` makes it: axis 0 of
-the Flax array runs over `layer.0`, `layer.1`, ... of the checkpoint. What this cannot know stands in a
-dict named `TORCH_RULES` beside the model (or a function of the module that returns such a dict), every
-entry optional, patterns being regular expressions that must match a whole PyTorch key:
+A path component that ends in `.*` (or is `*`) is a stack of layers, as `nn.scan` makes it: axis 0
+of the Flax array runs over `layer.0`, `layer.1`, ... of the checkpoint. What this cannot know
+stands in a dict named `TORCH_RULES` beside the model (or a function of the module that returns
+such a dict), every entry optional, patterns being regular expressions that must match a whole
+PyTorch key:
 
-- `aliases`: {key: source}: tied weights; `key` may be absent from a file, must equal `source` when it
-  is there, and is written on export when the file had it or by default.
+- `aliases`: {key: source}: tied weights; `key` may be absent from a file, must equal `source`
+  when it is there, and is written on export when the file had it or by default.
 - `travels`: [pattern]: keys which only travel along (collection `buffers`, unchanged).
 - `drops`: [pattern]: keys that are ignored in files and never written.
 - `fresh`: {pattern: function(template key) -> array}: values of travelling keys for a fresh model.
 - `names`: [(ours, theirs)]: pairs of key prefixes renamed on the way (ours <-> theirs).
-- `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's; the
-  two functions take and return a NumPy array. `TRANSPOSED_CONVOLUTION` and `UNCHANGED` are ready pairs.
+- `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's;
+  the two functions take and return a NumPy array. `TRANSPOSED_CONVOLUTION` and `UNCHANGED` are
+  ready pairs.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def _unchanged(x: np.ndarray) -> np.ndarray:
 
 
 def _transposed_to_flax(x: np.ndarray) -> np.ndarray:
-    """`[I, O, *s]` of `ConvTranspose` -> `[*s, I, O]`, flipped as a gradient convolution needs it."""
+    """`[I, O, *s]` of `ConvTranspose` -> `[*s, I, O]`, flipped for an input-dilated convolution."""
     spatial = tuple(range(2, x.ndim))
     return np.transpose(np.flip(x, spatial), (*spatial, 0, 1))
 
@@ -160,8 +162,8 @@ def _rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
 def entries(variables: Mapping[str, Any], rules: Mapping[str, Any] | None = None) -> list[Entry]:
     """Every checkpoint entry of a variable tree (arrays or `jax.ShapeDtypeStruct`s).
 
-    Raises ValueError when two leaves would have the same PyTorch key, or when two Flax paths join to
-    the same dotted name (`{'a.b': ...}` beside `{'a': {'b': ...}}`), which Orbax would merge.
+    Raises ValueError when two leaves would have the same PyTorch key, or when two Flax paths join
+    to the same dotted name (`{'a.b': ...}` beside `{'a': {'b': ...}}`), which Orbax would merge.
     """
     rules = rules or {}
     arrays = [

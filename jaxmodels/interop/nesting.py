@@ -1,7 +1,8 @@
 """Which dict inside a published checkpoint holds the weights.
 
-Training scripts save more than weights: `{"state_dict": ..., "optimizer": ..., "epoch": 3}`, EMA copies
-beside the trained ones, `module.` before every name. `unwrap` finds the weights and says which it took.
+Training scripts save more than weights: `{"state_dict": ..., "optimizer": ..., "epoch": 3}`, EMA
+copies beside the trained ones, `module.` before every name. `unwrap` finds the weights and says
+which it took.
 """
 
 from __future__ import annotations
