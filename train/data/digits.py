@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 
 from train.data import array_source, image_augmentation, preparation
 
-OPTIONS: dict[str, Any] = {"image_size": 32, "augment": False}
+# One reading thread: these maps hold the interpreter lock, so that more of them are slower.
+OPTIONS: dict[str, Any] = {"image_size": 32, "augment": False, "threads": 1}
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = ("train", "test")
 NUM_CLASSES = 10

@@ -56,7 +56,7 @@ def random_affine(
 ) -> np.ndarray:
     """Rotates, scales and shifts a gray image float32 [H, W] about its center, bilinearly.
 
-    Angle uniform in +-`degrees`, factor uniform in `scale`, shifts uniform in +-`shift` of the side.
+    Uniform: angle in +-`degrees`, factor in `scale`, shifts in +-`shift` of the side.
     """
     height, width = image.shape
     angle = math.radians(rng.uniform(-degrees, degrees))

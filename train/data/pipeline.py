@@ -136,7 +136,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every example of `split` once, in order, with `mask` float32 [b]: 1 for examples, 0 for padding.
+    """Every example of `split` once, in order; `mask` float32 [b] is 1 for examples, 0 for padding.
 
     All processes yield the same number of batches of the same shape; padding rows are zeros.
 

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 
 def data_directory(path: str | None = None) -> pathlib.Path:
-    """The folder for prepared data: `path`, else `TFDS_DATA_DIR`, else `~/.cache/jaxmodels/tfds`."""
+    """Where data is prepared: `path`, else `TFDS_DATA_DIR`, else `~/.cache/jaxmodels/tfds`."""
     chosen = path or os.environ.get("TFDS_DATA_DIR")
     if chosen:
         return pathlib.Path(chosen).expanduser()
