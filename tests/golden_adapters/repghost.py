@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxmodels.interop.conversion import to_torch
 
 import jaxmodels
 from jaxmodels.cost import count_cost
+from jaxmodels.interop.conversion import to_torch
 from jaxmodels.vision import repghost
 
 # Official class -> (ours, {official argument: ours}); an argument mapped to None is fixed here.
