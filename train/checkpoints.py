@@ -7,7 +7,6 @@ renames the directory. The rename is the only thing that makes a checkpoint exis
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+
+from train.checkpoint_arrays import restore_tree, to_arrays
+from train.checkpoint_manifest import (
+    MANIFEST,
+    candidates,
+    examine,
+    newest_sound,
+    one_line,
+    read_manifest,
+    render,
+    write_directory_through,
+    write_through_and_digest,
+)
 
 IGNORABLE_CONFIG = (
     "checkpoint",
@@ -42,7 +54,6 @@ IGNORABLE_CONFIG = (
 )
 """Config keys (and all keys below them) that may change between a checkpoint and its resumption."""
 
-_MANIFEST = "manifest.json"
 _BARRIER_TIMEOUT_MS = 1_200_000
 
 
@@ -102,7 +113,7 @@ class Checkpoints:
                 os.listdir(self.directory)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint directory {self.directory} cannot be used: {_one_line(error)}"
+                f"checkpoint directory {self.directory} cannot be used: {one_line(error)}"
             ) from error
         _silence_orbax_tracebacks()
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
@@ -145,7 +156,7 @@ class Checkpoints:
         """
         self._join()
         step = int(step)
-        leaves, tree = _to_arrays(state)
+        leaves, tree = to_arrays(state)
         unfinished = self.directory / f"{step}.unfinished"
         self._saves += 1
         try:
@@ -199,13 +210,13 @@ class Checkpoints:
         self._join()
 
         def find() -> tuple[Path | None, dict[str, Any]]:
-            found = dict(_candidates(self.directory))
+            found = dict(candidates(self.directory))
             if step not in found:
                 raise ValueError(
                     f"no checkpoint of step {step} in {self.directory}; "
                     f"there are {self.steps() or 'none'}"
                 )
-            manifest, problem = _examine(found[step])
+            manifest, problem = examine(found[step])
             if problem:
                 raise ValueError(f"checkpoint {step} in {self.directory}: {problem}")
             return found[step], manifest
@@ -276,7 +287,7 @@ class Checkpoints:
             (unfinished / "config.json").write_text(text, encoding="utf-8")
         files = sorted(p for p in unfinished.rglob("*") if p.is_file())
         with ThreadPoolExecutor(8) as pool:
-            digests = list(pool.map(_write_through_and_digest, files))
+            digests = list(pool.map(write_through_and_digest, files))
         existing = [manifest["serial"] for _, manifest in self._sound_looking()]
         manifest = {
             "format": 1,
@@ -289,17 +300,17 @@ class Checkpoints:
             },
             "tree": tree,
         }
-        temporary = unfinished / f"{_MANIFEST}.unfinished"
-        temporary.write_bytes(_render(manifest))
-        _write_through_and_digest(temporary)
-        temporary.rename(unfinished / _MANIFEST)
+        temporary = unfinished / f"{MANIFEST}.unfinished"
+        temporary.write_bytes(render(manifest))
+        write_through_and_digest(temporary)
+        temporary.rename(unfinished / MANIFEST)
 
         final = self.directory / str(step)
         replaced = self.directory / f"{step}.replaced"
         if final.exists():
             final.rename(replaced)
         unfinished.rename(final)
-        _write_directory_through(self.directory)
+        write_directory_through(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         self._damaged.discard(final)
         self._drop_old()
@@ -327,7 +338,7 @@ class Checkpoints:
                 continue
             step, suffix = match.groups()
             if suffix is None:
-                if path in self._damaged or _examine(path, contents=False)[1]:
+                if path in self._damaged or examine(path, contents=False)[1]:
                     aside = path.with_name(f"{step}.damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
@@ -338,7 +349,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _failed(self, step: int, error: BaseException) -> None:
-        text = _one_line(error)
+        text = one_line(error)
         try:
             if self._primary:
                 shutil.rmtree(self.directory / f"{step}.unfinished", ignore_errors=True)
@@ -361,15 +372,10 @@ class Checkpoints:
     # -- reading ---------------------------------------------------------------------------------
 
     def _newest_sound(self, directory: Path) -> tuple[Path | None, dict[str, Any]]:
-        path, manifest, problems = _newest_sound(directory)
-        instead = (
-            "there is no earlier sound checkpoint"
-            if path is None
-            else f"using checkpoint {manifest['step']} instead"
-        )
-        for damaged, step, problem in problems:
-            self._report(f"checkpoint {step} in {directory}: {problem}; {instead}")
-            self._damaged.add(damaged)
+        path, manifest, problems = newest_sound(directory)
+        for line in _lines(directory, manifest, problems):
+            self._report(line)
+        self._damaged.update(damaged for damaged, _, _ in problems)
         return path, manifest
 
     def _agree(
@@ -390,8 +396,8 @@ class Checkpoints:
             if not self._primary and chosen == -2:
                 raise ValueError("process 0 could not restore a checkpoint; its message says why")
             if not self._primary and chosen >= 0:
-                path = dict(_candidates(self.directory))[chosen]
-                manifest = _read_manifest(path)
+                path = dict(candidates(self.directory))[chosen]
+                manifest = read_manifest(path)
         if failure is not None:
             raise failure
         return path, manifest
@@ -415,12 +421,12 @@ class Checkpoints:
             )
 
     def _read(self, path: Path, manifest: dict[str, Any], like: Any) -> Any:
-        return _restore_tree(path, manifest["tree"], like, f"checkpoint {path.name}")
+        return restore_tree(path, manifest["tree"], like, f"checkpoint {path.name}")
 
     def _sound_looking(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for _, path in _candidates(self.directory):
+        for _, path in candidates(self.directory):
             if path not in self._damaged:
-                manifest, problem = _examine(path, contents=False)
+                manifest, problem = examine(path, contents=False)
                 if not problem:
                     yield path, manifest
 
@@ -435,7 +441,11 @@ class Checkpoints:
 
 
 def load_params(
-    path: str | os.PathLike[str], like: Any = None, *, ema: bool = False
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    ema: bool = False,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Reads the variables of a saved `TrainState`, for `init_from`, `eval_only` and prediction.
 
@@ -445,6 +455,7 @@ def load_params(
       like: a pytree `{"params": ..., collection: ...}` of `jax.ShapeDtypeStruct` (with `sharding`)
         or arrays; None reads everything as numpy arrays.
       ema: take the averaged parameters (and statistics, where averaged) where the run kept them.
+      report: receives one line for each unfinished or damaged checkpoint that was passed over.
 
     Returns:
       `{"params": {...}, collection: {...}}` with nested dicts keyed as the modules are.
@@ -455,18 +466,17 @@ def load_params(
     root = Path(path).absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such checkpoint or run directory")
-    if (root / _MANIFEST).exists():
-        step, (manifest, problem) = root, _examine(root)
+    if (root / MANIFEST).exists() or (root.name.isdigit() and (root / "arrays").exists()):
+        step, (manifest, problem) = root, examine(root)
         if problem:
             raise ValueError(f"checkpoint {root}: {problem}")
     else:
         directory = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-        step, manifest, problems = _newest_sound(directory)
+        step, manifest, problems = newest_sound(directory)
+        for line in _lines(directory, manifest, problems):
+            report(line)
         if step is None:
-            found = "; ".join(f"checkpoint {s}: {p}" for _, s, p in problems)
-            raise FileNotFoundError(
-                f"no sound checkpoint in {directory}" + (f" ({found})" * bool(found))
-            )
+            raise FileNotFoundError(f"no sound checkpoint in {directory}")
     tree = manifest["tree"]
     sources = {}  # key as the caller sees it -> key in the checkpoint
     for key in tree:
@@ -487,7 +497,7 @@ def load_params(
             key: np.broadcast_to(np.zeros((), jax.numpy.dtype(entry["dtype"])), entry["shape"])
             for key, entry in wanted.items()
         }
-        flat = _restore_tree(step, wanted, like, f"checkpoint {step}", sources, escape=False)
+        flat = restore_tree(step, wanted, like, f"checkpoint {step}", sources, escape=False)
         nested: dict[str, Any] = {}
         for key, leaf in flat.items():
             *parents, last = (
@@ -499,258 +509,19 @@ def load_params(
             node[last] = leaf
         nested.setdefault("params", {})
         return nested
-    return _restore_tree(step, wanted, like, f"checkpoint {step}", sources)
+    return restore_tree(step, wanted, like, f"checkpoint {step}", sources)
 
 
-# -- pytrees ---------------------------------------------------------------------------------------
-
-
-def _leaf_key(path: Sequence[Any], escape: bool = True) -> str:
-    """Joins by "/", since module names contain dots and Orbax would merge `a.b` with `a: {b}`."""
-    parts = []
-    for entry in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(entry, attribute):
-                part = str(getattr(entry, attribute))
-                break
-        else:
-            part = str(entry)
-        parts.append(part.replace("%", "%25").replace("/", "%2F") if escape else part)
-    return "/".join(parts)
-
-
-def _flatten(state: Any, escape: bool = True) -> tuple[dict[str, Any], Any]:
-    pairs, structure = jax.tree_util.tree_flatten_with_path(state)
-    leaves = {_leaf_key(path, escape): leaf for path, leaf in pairs}
-    if len(leaves) != len(pairs):
-        raise ValueError("two leaves of the state have the same path when keys become text")
-    return leaves, structure
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a pytree into the arrays Orbax writes and a JSON description of every leaf."""
-    arrays, tree = {}, {}
-    for key, leaf in _flatten(state)[0].items():
-        entry: dict[str, Any] = {}
-        if _is_key(leaf):
-            entry["prng"] = str(jax.random.key_impl(leaf))
-            entry["shape"] = list(leaf.shape)
-            leaf = jax.random.key_data(leaf)
-        elif not isinstance(leaf, jax.Array):
-            if not isinstance(leaf, np.ndarray | np.generic | bool | int | float):
-                raise ValueError(f"state leaf {key} is a {type(leaf).__name__}, not an array")
-            # Copied, because the caller may change it while the files are being written.
-            leaf = np.array(leaf)
-        if isinstance(leaf, jax.Array) and jax.process_count() > 1 and leaf.is_fully_addressable:
-            leaf = np.array(leaf)
-        entry.setdefault("shape", list(leaf.shape))
-        entry["dtype"] = str(leaf.dtype)
-        tree[key] = entry
-        if leaf.size:  # Orbax refuses empty arrays; their description is enough to make them again
-            arrays[key] = leaf
-    return arrays, tree
-
-
-def _restore_tree(
-    path: Path,
-    tree: Mapping[str, Mapping[str, Any]],
-    like: Any,
-    where: str,
-    sources: Mapping[str, str] | None = None,
-    *,
-    escape: bool = True,
-) -> Any:
-    wanted, structure = _flatten(like, escape)
-    _compare(tree, wanted, where)
-    item, arguments = {}, {}
-    for key, leaf in wanted.items():
-        if not math.prod(tree[key]["shape"]):
-            continue
-        source = key if sources is None else sources[key]
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-            if sharding is None:
-                sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            item[source] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-            arguments[source] = ocp.ArrayRestoreArgs(
-                sharding=sharding, global_shape=data.shape, dtype=data.dtype
-            )
-        else:
-            item[source] = np.zeros((), tree[key]["dtype"])
-            arguments[source] = ocp.RestoreArgs(restore_type=np.ndarray)
-    stored: dict[str, Any] = {}
-    if item:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            stored = reader.restore(
-                path / "arrays",
-                args=ocp.args.PyTreeRestore(
-                    item=item, restore_args=arguments, partial_restore=True
-                ),
-            )
-    leaves = []
-    for key, leaf in wanted.items():
-        entry = tree[key]
-        value = stored.get(key if sources is None else sources[key])
-        if value is None:
-            value = np.zeros(entry["shape"], entry["dtype"])
-            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-                value = jax.device_put(value, getattr(leaf, "sharding", None))
-        if "prng" in entry:
-            value = jax.random.wrap_key_data(value, impl=entry["prng"])
-        elif isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
-            value = type(leaf)(value)
-        elif isinstance(leaf, np.generic):
-            value = value[()]
-        leaves.append(value)
-    return jax.tree_util.tree_unflatten(structure, leaves)
-
-
-def _compare(tree: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises one line with all missing, unexpected and mis-shaped leaves."""
-    faults = []
-    missing = [key for key in wanted if key not in tree]
-    unexpected = [key for key in tree if key not in wanted]
-    if missing:
-        faults.append(f"it lacks {_some(missing)}")
-    if unexpected:
-        faults.append(f"the model has no {_some(unexpected)}")
-    differing = []
-    for key in wanted.keys() & tree.keys():
-        entry, leaf = tree[key], wanted[key]
-        shape = list(np.shape(leaf)) if not hasattr(leaf, "shape") else list(leaf.shape)
-        here = "key" if _is_key(leaf) else str(leaf.dtype) if hasattr(leaf, "dtype") else None
-        there = "key" if "prng" in entry else entry["dtype"]
-        if shape != list(entry["shape"]) or (here is not None and here != there):
-            differing.append(f"{key} {there}{entry['shape']} (here {here}{shape})")
-    if differing:
-        faults.append(f"it differs in {_some(sorted(differing))}")
-    if faults:
-        raise ValueError(f"{where} does not fit the model: {'; '.join(faults)}")
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def _candidates(directory: Path) -> list[tuple[int, Path]]:
-    """Directories that may hold a finished checkpoint, by step."""
-    found = {}
-    for path in directory.iterdir():
-        match = re.fullmatch(r"(\d+)(\.replaced)?", path.name)
-        # `.replaced` counts alone: the run was killed between the two renames of a replacement.
-        if match and not (match[2] and (directory / match[1]).exists()):
-            found[int(match[1])] = path
-    return sorted(found.items())
-
-
-def _newest_sound(
-    directory: Path,
-) -> tuple[Path | None, dict[str, Any], list[tuple[Path, int, str]]]:
-    """The newest sound one, its manifest, and `(path, step, problem)` of those passed over."""
-    problems = []
-    readable = []
-    for step, path in _candidates(directory):
-        manifest, problem = _examine(path, contents=False)
-        if problem:
-            problems.append((path, step, problem))
-        else:
-            readable.append((manifest["serial"], step, path))
-    for path in directory.iterdir():
-        match = re.fullmatch(r"(\d+)\.(unfinished|orbax-checkpoint-tmp.*)", path.name)
-        if match:
-            problem = f"{path.name} was never finished (the run ended while it was being written)"
-            problems.append((path, int(match[1]), problem))
-    for _, step, path in sorted(readable, reverse=True):
-        manifest, problem = _examine(path)
-        if not problem:
-            return path, manifest, problems
-        problems.append((path, step, problem))
-    return None, {}, problems
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError or OSError unless the manifest is there to the last bit."""
-    raw = (path / _MANIFEST).read_bytes()
-    try:
-        manifest = json.loads(raw)["manifest"]
-        sound = _render(manifest) == raw
-    except (ValueError, KeyError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{_MANIFEST} is damaged (its own checksum does not match)")
-    return manifest
-
-
-def _examine(path: Path, *, contents: bool = True) -> tuple[dict[str, Any], str | None]:
-    """Returns the manifest and what is wrong with the checkpoint, if anything.
-
-    With `contents`, every byte is read and compared with its checksum.
-    """
-    try:
-        manifest = _read_manifest(path)
-    except FileNotFoundError:
-        return {}, f"it was never finished ({_MANIFEST} is missing)"
-    except OSError as error:
-        return {}, f"{_MANIFEST} cannot be read: {_one_line(error)}"
-    except ValueError as error:
-        return {}, str(error)
-    if str(manifest["step"]) != path.name.partition(".")[0]:
-        return {}, f"its {_MANIFEST} is that of step {manifest['step']}"
-
-    def fault(name: str) -> str | None:
-        expected = manifest["files"][name]
-        try:
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                kind = "truncated" if size < expected["bytes"] else "too long"
-                return f"{name} is {kind} ({size} bytes of {expected['bytes']})"
-            if contents and _digest(path / name) != expected["sha256"]:
-                return f"{name} is damaged (its SHA-256 does not match {_MANIFEST})"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {_one_line(error)}"
-        return None
-
-    if not contents:
-        return manifest, next((f for f in map(fault, manifest["files"]) if f), None)
-    with ThreadPoolExecutor(8) as pool:
-        return manifest, next((f for f in pool.map(fault, manifest["files"]) if f), None)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_through_and_digest(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return file.tell(), digest
-
-
-def _write_directory_through(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _render(manifest: dict[str, Any]) -> bytes:
-    body = json.dumps(manifest, sort_keys=True)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return f'{{"sha256": "{digest}",\n"manifest": {body}}}\n'.encode()
+def _lines(
+    directory: Path, chosen: Mapping[str, Any], problems: Sequence[tuple[Path, int, str]]
+) -> Iterator[str]:
+    instead = (
+        f"using checkpoint {chosen['step']} instead"
+        if chosen
+        else "there is no earlier sound checkpoint"
+    )
+    for _, step, problem in problems:
+        yield f"checkpoint {step} in {directory}: {problem}; {instead}"
 
 
 def _number(value: Any) -> float | None:
@@ -772,15 +543,6 @@ def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(_dotted(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error)
-    if "No space left" in text:
-        return os.strerror(errno.ENOSPC)
-    return (text.strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _silence_orbax_tracebacks() -> None:
