@@ -1,4 +1,4 @@
-"""RepGhost's cases and its GhostNet peer: official argument names to ours, NCHW to NHWC and back."""
+"""RepGhost's cases and its GhostNet peer: argument names to ours, NCHW to NHWC and back."""
 
 from __future__ import annotations
 
