@@ -1,0 +1,72 @@
+"""Batch normalization with PyTorch's conventions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class BatchNorm(nn.Module):
+    """Normalize the last axis over all others, x [..., C].
+
+    Params `scale`, `bias` [C]; `batch_stats` `mean`, `var` [C], kept in float32 or wider.
+    Training uses the batch's biased variance and moves the running statistics by
+    `r <- (1 - momentum) r + momentum * batch` with the *unbiased* variance n / (n - 1):
+    `momentum` is PyTorch's (0.1), not Flax's (0.9).
+
+    Under `jit` the batch is the global one, whatever its sharding. Under `pmap` or `shard_map` it
+    is the device's own, unless `axis_name` names the mapped axis: then statistics are those of
+    all devices, equal to the global batch's.
+
+    Raises ValueError when training sees one value per channel, whose variance says nothing.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        features, axes = x.shape[-1], tuple(range(x.ndim - 1))
+        wide = jnp.promote_types(jnp.float32, self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, (features,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), wide)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), wide)
+
+        # Statistics in float32 or wider: bfloat16 means over B*H*W values lose all their digits.
+        x = jnp.asarray(x, jnp.promote_types(self.dtype, wide))
+        if not train or self.is_initializing():
+            # One multiply-add in PyTorch's order, so that its rounding is ours: networks without
+            # shortcuts amplify the difference of the two orders a hundredfold.
+            multiplier = scale / jnp.sqrt(running_var.value + self.epsilon)
+            y = x * multiplier + (bias - running_mean.value * multiplier)
+        else:
+            count = math.prod(x.shape[:-1])
+            mean = x.mean(axes)
+            if self.axis_name is not None:
+                count *= lax.psum(1, self.axis_name)
+                mean = lax.pmean(mean, self.axis_name)
+            # Two passes: E[x^2] - E[x]^2 cancels, and its gradient is no cheaper.
+            var = jnp.square(x - mean).mean(axes)
+            if self.axis_name is not None:
+                var = lax.pmean(var, self.axis_name)
+            if count < 2:
+                raise ValueError(
+                    f"{'/'.join(self.path)}: batch statistics need more than one value per "
+                    f"channel, got x {x.shape}; use a larger batch or image"
+                )
+            if self.is_mutable_collection("batch_stats"):
+                keep, new = 1 - self.momentum, self.momentum
+                unbiased = var * (count / (count - 1))
+                running_mean.value = keep * running_mean.value + new * mean.astype(wide)
+                running_var.value = keep * running_var.value + new * unbiased.astype(wide)
+            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.astype(self.dtype)

@@ -1,0 +1,1 @@
+"""Image models; every file opens with its source."""
