@@ -147,7 +147,6 @@ def compare(
     with jax.default_matmul_precision(precision):
         output, calls = captured(module, variables, *positional, **arguments)
 
-    pairs: list[tuple[str, np.ndarray]] = []
     used: set[str] = set()
     only_recorded: list[str] = []
     mine: dict[str, np.ndarray] = {}
@@ -174,7 +173,9 @@ def compare(
             mine[name] = leaves[0]
         else:
             only_recorded.append(name)
-    pairs = [(name, mine[name]) for name in recording if name in mine]
+    # In order of execution, so that the first to depart is the cause; outputs come out last.
+    names = [n for n in recording if n in mine]
+    pairs = [(n, mine[n]) for n in sorted(names, key=lambda n: n.startswith("out."))]
     layers = []
     departed = False
     for name, ours in pairs:

@@ -446,6 +446,8 @@ _REPLACED = {
 _REFUSED = {
     pickle.INST: "INST", pickle.OBJ: "OBJ", pickle.NEWOBJ_EX: "NEWOBJ_EX", pickle.EXT1: "EXT1",
     pickle.EXT2: "EXT2", pickle.EXT4: "EXT4", pickle.PERSID: "PERSID",
+    # Reading it would import a codec; PyTorch has never written it.
+    pickle.UNICODE: "UNICODE",
     pickle.BYTEARRAY8: "BYTEARRAY8", pickle.NEXT_BUFFER: "NEXT_BUFFER",
     pickle.READONLY_BUFFER: "READONLY_BUFFER",
 }  # fmt: skip

@@ -46,20 +46,19 @@ def test_mobilenetv3_has_the_published_costs(variant, published_macs, parameters
 
 
 def test_mobilenetv3_has_torchvisions_names():
-    state = to_torch(
-        jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes_of(MobileNetV3(width=0.1)))
-    )
-    # 15 blocks of 2 or 3 convolutions, stem and last, six keys each; 8 gates; two linear layers.
+    state = to_torch(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes_of(MobileNetV3())))
+    # Stem, last, and three convolutions a block (the first has no expansion) with six keys each;
+    # eight gates and two linear layers.
     assert len(state) == 6 * (2 + 15 * 3 - 1) + 8 * 4 + 4
     for key, shape in {
-        "features.0.0.weight": (8, 3, 3, 3),
-        "features.1.block.0.0.weight": (8, 1, 3, 3),
-        "features.4.block.1.1.running_var": (8,),
-        "features.4.block.2.fc1.weight": (8, 8, 1, 1),
-        "features.4.block.2.fc2.bias": (8,),
+        "features.0.0.weight": (16, 3, 3, 3),
+        "features.1.block.0.0.weight": (16, 1, 3, 3),
+        "features.4.block.1.1.running_var": (72,),
+        "features.4.block.2.fc1.weight": (24, 72, 1, 1),
+        "features.4.block.2.fc2.bias": (72,),
         "features.4.block.3.1.num_batches_tracked": (),
-        "features.16.0.weight": (96, 16, 1, 1),
-        "classifier.0.weight": (128, 96),
+        "features.16.0.weight": (960, 160, 1, 1),
+        "classifier.0.weight": (1280, 960),
         "classifier.3.bias": (1000,),
     }.items():
         assert state[key].shape == shape, key

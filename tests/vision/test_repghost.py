@@ -74,7 +74,7 @@ def test_folded_module_equals_training_form_at_odd_sizes_and_borders(mode, relu)
 
 def test_folding_with_fresh_statistics_is_exact_too():
     module = RepGhostModule(4, 6)
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 5, 5, 4)))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 5, 5, 4)))
     x = jax.random.normal(jax.random.key(1), (2, 9, 4, 4))
     folded, folded_variables = fold(module, variables)
     assert relative(folded.apply(folded_variables, x), module.apply(variables, x)) <= 1e-5
@@ -299,7 +299,7 @@ def test_features_are_the_pyramid_and_do_not_change_by_folding():
 
 def test_initial_weights_are_pytorchs_defaults():
     block = RepGhostBottleneck(32, 40, 64, se=True, stride=2)
-    params = block.init(jax.random.key(0), jnp.zeros((1, 2, 2, 32)))["params"]
+    params = jax.jit(block.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 32)))["params"]
     linear = convolution.Linear(100).init(jax.random.key(1), jnp.zeros((1, 50)))["params"]
     for leaf, fan_in in (
         (linear["kernel"], 50),

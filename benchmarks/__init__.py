@@ -1,0 +1,1 @@
+"""Speed against PyTorch; never asserts a time. `python -m benchmarks [NAME ...]` runs them."""
