@@ -277,6 +277,10 @@ class Checkpoints:
     ) -> None:
         try:
             self._orbax.wait_until_finished()
+        except Exception as error:
+            self._failed(step, error)  # as on all other processes, which Orbax keeps together
+            return
+        try:
             if self._primary:
                 self._commit(step, unfinished, tree, metrics)
             self._failure = None
