@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -137,8 +138,18 @@ def execute_pmap(step: Callable, mesh: Mesh, axis_name: str) -> Execution:
     devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     count = len(devices)
 
+    def replicate(x):
+        # By way of the host: `pmap` takes arrays that no other mesh has claimed.
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x).addressable_data(0))
+            return jax.random.wrap_key_data(
+                np.broadcast_to(data, (count, *data.shape)), impl=jax.random.key_impl(x)
+            )
+        data = np.asarray(x.addressable_data(0))
+        return np.broadcast_to(data, (count, *data.shape))
+
     def place(state):
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
+        return jax.tree.map(replicate, state)
 
     compiled = jax.pmap(
         step, axis_name=axis_name, devices=list(mesh.devices.flat), donate_argnums=0

@@ -46,16 +46,17 @@ class Conv(nn.Module):
         kernel = jnp.asarray(kernel, self.dtype)
         x = jnp.asarray(x, self.dtype)
         pad = k // 2 if self.padding is None else self.padding
+        strides, padding = (self.strides, self.strides), ((pad, pad), (pad, pad))
         if k == 1 and self.strides == 1 and self.groups == 1 and pad == 0:
             y = x @ kernel[0, 0]
         elif self.groups == channels == self.features:
-            y = depthwise_conv(x, kernel, self.strides, pad)
+            y = depthwise_conv(x, kernel, strides, padding)
         else:
             y = lax.conv_general_dilated(
                 x,
                 kernel,
-                (self.strides, self.strides),
-                ((pad, pad), (pad, pad)),
+                strides,
+                padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 feature_group_count=self.groups,
             )

@@ -1,26 +1,368 @@
-"""Depthwise convolution."""
+"""Depthwise convolution that is fast on a CPU too, with its own gradient.
+
+XLA's grouped convolution runs 50 to 90 times slower than shifted multiply-adds on a CPU, and the
+automatic gradient of the shifts loses that again. On a CPU the image is therefore flattened to
+`[B, H, W*C]`, so that one long contiguous axis vectorizes whatever C is, and each tap of the
+kernel is one shifted multiply-add with the tap repeated W times. TPU and GPU use XLA's grouped
+convolution. The form is chosen by platform and by shape from the measurements committed in
+`benchmarks/results/depthwise.md`; nothing is timed at run time.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+
+# From benchmarks/results/depthwise.md: from this many elements of one image's output on, and this
+# many rows, the weight gradient as a loop over blocks of rows beats one variadic reduction.
+_LOOP_ELEMENTS = 8192
+_LOOP_ROWS = 14
+_ROWS_PER_STEP = 8
 
 
 def depthwise_conv(
     x: jax.Array,
     kernel: jax.Array,
-    strides: int | tuple[int, int] = 1,
-    padding: int | tuple[tuple[int, int], tuple[int, int]] = 0,
+    strides: Pair = (1, 1),
+    padding: Padding = ((1, 1), (1, 1)),
 ) -> jax.Array:
-    """Convolve every channel of `x` [B, H, W, C] with its own kernel [kh, kw, 1, C]."""
-    strides = (strides, strides) if isinstance(strides, int) else strides
-    if isinstance(padding, int):
-        padding = ((padding, padding), (padding, padding))
+    """Convolve every channel with its own kernel, zeros outside the image.
+
+    y[b,h,w,c] = sum_ij x[b, sh h + i - top, sw w + j - left, c] kernel[i,j,0,c].
+
+    Args:
+        x: `[B, H, W, C]`, any floating dtype; half precision is accumulated in float32.
+        kernel: `[kh, kw, 1, C]`, the layout of Flax for `feature_group_count = C`.
+        strides: steps along H and W.
+        padding: zeros `((top, bottom), (left, right))`; PyTorch's p is `((p, p), (p, p))`.
+
+    Returns:
+        `[B, H', W', C]` in the dtype of `x`, `H' = (H + top + bottom - kh) // strides[0] + 1`.
+
+    Reverse-mode derivatives of any order, `jit`, `vmap` and sharding over B work. Forward-mode
+    (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is refused by JAX's `custom_vjp`; differentiate
+    `depthwise_conv_grouped` for that.
+
+    Raises:
+        ValueError: shapes do not fit together or the output would be empty.
+    """
+    if x.ndim != 4 or kernel.ndim != 4:
+        raise ValueError(
+            f"wanted x [B,H,W,C] and kernel [kh,kw,1,C], got {x.shape} and {kernel.shape}"
+        )
+    if kernel.shape[2] != 1 or kernel.shape[3] != x.shape[3]:
+        raise ValueError(
+            f"kernel {kernel.shape} does not fit x {x.shape}: wanted [kh,kw,1,{x.shape[3]}]"
+        )
+    strides = (int(strides[0]), int(strides[1]))
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    for axis in (0, 1):
+        if x.shape[1 + axis] + sum(padding[axis]) < kernel.shape[axis]:
+            raise ValueError(
+                f"input {x.shape} padded by {padding} is smaller than the kernel {kernel.shape}"
+            )
+    return _depthwise_conv(x, kernel.astype(x.dtype), strides, padding)
+
+
+def depthwise_conv_grouped(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding
+) -> jax.Array:
+    """The same function as XLA's grouped convolution, differentiable in every mode."""
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
+        feature_group_count=x.shape[3],
     )
+
+
+# The three functions below are linear in each argument and each other's transposes, so that
+# gradients of gradients never differentiate through the loops that compute them. Each is jitted,
+# so that without `jit` around it, it is compiled once a shape and not once an operation.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.jit, static_argnums=(2, 3))
+def _depthwise_conv(x, kernel, strides, padding):
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_shifted, strides=strides, padding=padding),
+        default=partial(depthwise_conv_grouped, strides=strides, padding=padding),
+    )
+
+
+def _depthwise_conv_forward(x, kernel, strides, padding):
+    return _depthwise_conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _depthwise_conv_backward(strides, padding, saved, dy):
+    x, kernel = saved
+    dx = _input_gradient(dy, kernel, x.shape[1:3], strides, padding)
+    dkernel = _kernel_gradient(x, dy, kernel.shape[:2], strides, padding)
+    return dx, dkernel
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _input_gradient(dy, kernel, size, strides, padding):
+    """The gradient with respect to x `[B, *size, C]`."""
+    return lax.platform_dependent(
+        dy,
+        kernel,
+        cpu=partial(_shifted_transpose, size=size, strides=strides, padding=padding),
+        default=partial(_grouped_transpose, size=size, strides=strides, padding=padding),
+    )
+
+
+def _input_gradient_forward(dy, kernel, size, strides, padding):
+    return _input_gradient(dy, kernel, size, strides, padding), (dy, kernel)
+
+
+def _input_gradient_backward(size, strides, padding, saved, ddx):
+    dy, kernel = saved
+    return (
+        _depthwise_conv(ddx, kernel, strides, padding),
+        _kernel_gradient(ddx, dy, kernel.shape[:2], strides, padding),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _kernel_gradient(x, dy, kernel_size, strides, padding):
+    """The gradient with respect to the kernel `[kh, kw, 1, C]`."""
+    return lax.platform_dependent(
+        x,
+        dy,
+        cpu=partial(_shifted_products, kernel_size=kernel_size, strides=strides, padding=padding),
+        default=partial(
+            _grouped_products, kernel_size=kernel_size, strides=strides, padding=padding
+        ),
+    )
+
+
+def _kernel_gradient_forward(x, dy, kernel_size, strides, padding):
+    return _kernel_gradient(x, dy, kernel_size, strides, padding), (x, dy)
+
+
+def _kernel_gradient_backward(kernel_size, strides, padding, saved, ddkernel):
+    x, dy = saved
+    return (
+        _input_gradient(dy, ddkernel, x.shape[1:3], strides, padding),
+        _depthwise_conv(x, ddkernel, strides, padding),
+    )
+
+
+_depthwise_conv.defvjp(_depthwise_conv_forward, _depthwise_conv_backward)
+_input_gradient.defvjp(_input_gradient_forward, _input_gradient_backward)
+_kernel_gradient.defvjp(_kernel_gradient_forward, _kernel_gradient_backward)
+
+
+# Accelerators: XLA's grouped convolution and its transposes.
+
+
+def _grouped_transpose(dy, kernel, size, strides, padding):
+    x = jax.ShapeDtypeStruct((dy.shape[0], *size, dy.shape[3]), dy.dtype)
+    (dx,) = jax.linear_transpose(lambda x: depthwise_conv_grouped(x, kernel, strides, padding), x)(
+        dy
+    )
+    return dx
+
+
+def _grouped_products(x, dy, kernel_size, strides, padding):
+    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, x.shape[3]), x.dtype)
+    (dkernel,) = jax.linear_transpose(
+        lambda kernel: depthwise_conv_grouped(x, kernel, strides, padding), kernel
+    )(dy)
+    return dkernel
+
+
+# CPU: shifted multiply-adds on [B, H, W*C].
+
+
+def _accumulation_dtype(dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
+def _output_size(size: Pair, kernel_size: Pair, strides: Pair, padding: Padding) -> Pair:
+    return tuple(
+        (n + low + high - k) // stride + 1
+        for n, k, stride, (low, high) in zip(size, kernel_size, strides, padding, strict=True)
+    )
+
+
+def _taps(size: int, outputs: int, kernel: int, stride: int, low: int) -> list[int]:
+    """The taps of one axis that meet the image at all; on tiny maps the others see only padding."""
+    return [
+        tap
+        for tap in range(kernel)
+        if any(0 <= out * stride + tap - low < size for out in range(outputs))
+    ]
+
+
+def _padded_phases(x, outputs: Pair, kernel_size: Pair, strides: Pair, padding: Padding):
+    """Pad and split columns by their phase: `strides[1]` arrays `[B, rows, columns * C]`.
+
+    Padding on the flattened axis is cheaper than on four axes. Rows need no phases: a strided slice
+    of rows stays contiguous along the last axis.
+    """
+    batch, height, width, channels = x.shape
+    step = strides[1]
+    (top, _), (left, _) = padding
+    rows = (outputs[0] - 1) * strides[0] + kernel_size[0]
+    columns = outputs[1] - 1 + -(-kernel_size[1] // step)
+    flat = lax.pad(
+        x.reshape(batch, height, width * channels),
+        jnp.zeros((), x.dtype),
+        (
+            (0, 0, 0),
+            (top, rows - height - top, 0),
+            (left * channels, (columns * step - width - left) * channels, 0),
+        ),
+    )
+    if step == 1:
+        return (flat,)
+    split = flat.reshape(batch, rows, columns, step, channels)
+    return tuple(
+        split[:, :, :, phase].reshape(batch, rows, columns * channels) for phase in range(step)
+    )
+
+
+def _shifted(x, kernel, strides, padding):
+    dtype = _accumulation_dtype(x.dtype)
+    batch, height, width, channels = x.shape
+    kh, kw = kernel.shape[:2]
+    out_h, out_w = _output_size((height, width), (kh, kw), strides, padding)
+    # Without the barriers XLA recomputes the producer of x and the padding once a tap.
+    x = lax.optimization_barrier(x.astype(dtype))
+    phases = _padded_phases(x, (out_h, out_w), (kh, kw), strides, padding)
+    taps = jnp.broadcast_to(kernel.astype(dtype), (kh, kw, out_w, channels))
+    taps = taps.reshape(kh, kw, out_w * channels)
+    phases, taps = lax.optimization_barrier((phases, taps))
+    total = None
+    for i in _taps(height, out_h, kh, strides[0], padding[0][0]):
+        for j in _taps(width, out_w, kw, strides[1], padding[1][0]):
+            window = lax.slice(
+                phases[j % strides[1]],
+                (0, i, j // strides[1] * channels),
+                (batch, i + (out_h - 1) * strides[0] + 1, (j // strides[1] + out_w) * channels),
+                (1, strides[0], 1),
+            )
+            term = window * taps[i, j]
+            total = term if total is None else total + term
+    if total is None:
+        total = jnp.zeros((batch, out_h, out_w * channels), dtype)
+    return total.reshape(batch, out_h, out_w, channels).astype(kernel.dtype)
+
+
+def _shifted_transpose(dy, kernel, size, strides, padding):
+    kh, kw = kernel.shape[:2]
+    (top, _), (left, _) = padding
+    out_h, out_w = dy.shape[1:3]
+    spread = ((out_h - 1) * strides[0] + 1, (out_w - 1) * strides[1] + 1)
+    if strides != (1, 1):
+        dy = lax.pad(
+            dy,
+            jnp.zeros((), dy.dtype),
+            ((0, 0, 0), (0, 0, strides[0] - 1), (0, 0, strides[1] - 1), (0, 0, 0)),
+        )
+    back = (
+        (kh - 1 - top, size[0] + top - spread[0]),
+        (kw - 1 - left, size[1] + left - spread[1]),
+    )
+    return _shifted(dy, kernel[::-1, ::-1], (1, 1), back)
+
+
+def _shifted_products(x, dy, kernel_size, strides, padding):
+    narrow, dtype = x.dtype, _accumulation_dtype(x.dtype)
+    batch, height, width, channels = x.shape
+    out_h, out_w = dy.shape[1:3]
+    x, dy = lax.optimization_barrier((x.astype(dtype), dy.astype(dtype)))
+    rows_of_taps = _taps(height, out_h, kernel_size[0], strides[0], padding[0][0])
+    columns_of_taps = _taps(width, out_w, kernel_size[1], strides[1], padding[1][0])
+    if not rows_of_taps or not columns_of_taps:
+        return jnp.zeros((*kernel_size, 1, channels), narrow)
+    phases = _padded_phases(x, (out_h, out_w), kernel_size, strides, padding)
+    dy = dy.reshape(batch, out_h, out_w * channels)
+    phases, dy = lax.optimization_barrier((phases, dy))
+    looped = out_h >= _LOOP_ROWS and out_h * out_w * channels >= _LOOP_ELEMENTS
+    form = _products_by_loop if looped else _products_by_reduction
+    sums = form(phases, dy, kernel_size, strides, channels, rows_of_taps, columns_of_taps)
+    return sums.astype(narrow)
+
+
+def _products_by_reduction(phases, dy, kernel_size, strides, channels, tap_rows, tap_columns):
+    """One variadic reduction over (B, H) for all taps, so that x and dy are read once."""
+    batch, out_h, length = dy.shape
+    step = strides[1]
+    products, places = [], {}
+    for i in tap_rows:
+        for j in tap_columns:
+            window = lax.slice(
+                phases[j % step],
+                (0, i, j // step * channels),
+                (batch, i + (out_h - 1) * strides[0] + 1, j // step * channels + length),
+                (1, strides[0], 1),
+            )
+            places[i, j] = len(products)
+            products.append(window * dy)
+    zero = jnp.zeros((), dy.dtype)
+    sums = lax.reduce(
+        products,
+        [zero] * len(products),
+        lambda a, b: [u + v for u, v in zip(a, b, strict=True)],
+        (0, 1),
+    )
+    sums = [total.reshape(-1, channels).sum(0) for total in sums]
+    nothing = jnp.zeros((channels,), dy.dtype)
+    kh, kw = kernel_size
+    rows = [
+        sums[places[i, j]] if (i, j) in places else nothing for i in range(kh) for j in range(kw)
+    ]
+    return jnp.stack(rows).reshape(kh, kw, 1, channels)
+
+
+def _products_by_loop(phases, dy, kernel_size, strides, channels, tap_rows, tap_columns):
+    """A loop over blocks of rows; the running sums, `[kh, W*C]` a kernel column, stay in cache.
+
+    The block of the next step is part of the carry: a slice taken and used in the same step would
+    be fused into the products, which keeps them from vectorizing.
+    """
+    del tap_rows, tap_columns  # maps this large meet every tap
+    batch, out_h, length = dy.shape
+    kh, kw = kernel_size
+    step, down = strides[1], strides[0]
+    block = next(n for n in range(_ROWS_PER_STEP, 0, -1) if out_h % n == 0)
+    blocks = out_h // block
+    height = (block - 1) * down + kh
+
+    def load(index):
+        image, row = index // blocks, index % blocks * block
+        return tuple(
+            lax.dynamic_slice(phase, (image, row * down, 0), (1, height, phase.shape[2]))[0]
+            for phase in phases
+        ), lax.dynamic_slice(dy, (image, row, 0), (1, block, length))[0]
+
+    def advance(index, carry):
+        sums, (windows, outer) = carry
+        sums = list(sums)
+        for j in range(kw):
+            start = j // step * channels
+            for row in range(block):
+                top = row * down
+                window = lax.slice(windows[j % step], (top, start), (top + kh, start + length))
+                sums[j] = sums[j] + window * outer[row]
+        return tuple(sums), load(index + 1)
+
+    sums = tuple(jnp.zeros((kh, length), dy.dtype) for _ in range(kw))
+    sums, _ = lax.fori_loop(0, batch * blocks, advance, (sums, load(0)))
+    columns = [total.reshape(kh, -1, channels).sum(1) for total in sums]
+    return jnp.stack(columns, axis=1).reshape(kh, kw, 1, channels)

@@ -1,4 +1,4 @@
-"""RepGhost's cases and its GhostNet peer: official argument names to ours, NCHW to NHWC and back."""
+"""RepGhost's cases and its GhostNet peer: argument names to ours, NCHW to NHWC and back."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxmodels.interop.conversion import to_torch
 
 import jaxmodels
 from jaxmodels.cost import count_cost
+from jaxmodels.interop.conversion import to_torch
 from jaxmodels.vision import repghost
 
 # Official class -> (ours, {official argument: ours}); an argument mapped to None is fixed here.

@@ -22,6 +22,7 @@ import importlib
 import math
 import os
 import pkgutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 Batch = dict[str, np.ndarray]
 
@@ -185,10 +187,40 @@ def _prefetched(
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=min(held, 2 * threads))
     iterable = ds.to_iter_dataset(reading)
     if workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain reads its own flags before it starts workers; in a notebook nothing parses them.
+            flags.FLAGS.mark_as_parsed()
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=min(held, 2))
         )
-    return iter(iterable)
+    return _Batches(iter(iterable), in_shared_memory=workers > 0)
+
+
+class _Batches(Iterator[Batch]):
+    """Grain's iterator, closed when dropped or at exit, with plain arrays that outlive it."""
+
+    def __init__(self, iterator: grain.DatasetIterator, in_shared_memory: bool):
+        self._open = [iterator]
+        self._in_shared_memory = in_shared_memory
+        # Also runs at interpreter exit, while Grain's modules and the worker processes still live.
+        self._close = weakref.finalize(self, _close_and_drop, self._open)
+
+    def __next__(self) -> Batch:
+        if not self._open:
+            raise StopIteration
+        batch = next(self._open[0])
+        if self._in_shared_memory:
+            return {key: np.array(value, subok=False) for key, value in batch.items()}
+        return batch
+
+    def close(self) -> None:
+        """Ends worker threads and processes; the iterator is then at its end."""
+        self._close()
+
+
+def _close_and_drop(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _stream_seed(seed: int, stream: int) -> int:
