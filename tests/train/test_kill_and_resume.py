@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stoppable_runs import (
+
+from tests.train.stoppable_runs import (
     assert_bit_identical,
     assert_same_course,
     finish,
@@ -22,7 +23,6 @@ from stoppable_runs import (
     tiny_config,
     wait_until,
 )
-
 from train.checkpoints import load_params
 from train.loop import NonFiniteLoss, fit
 

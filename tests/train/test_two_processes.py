@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from stoppable_runs import (
+
+from tests.train.stoppable_runs import (
     assert_same_course,
     finish,
     finished_steps,
@@ -14,7 +15,6 @@ from stoppable_runs import (
     state_of,
     tiny_config,
 )
-
 from train.loop import fit
 
 pytestmark = pytest.mark.xdist_group("two_processes")
