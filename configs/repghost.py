@@ -49,7 +49,7 @@ def _paper(config):
     config.model = "vision.repghost:repghostnet_1_0x"
     config.model_args = {"num_classes": 1000, "dropout": 0.2}
     config.data.name = "imagenet"
-    # RandAugment (rand-m9-mstd0.5) belongs to widths 1.3 and up: augment="randaugment".
+    # For widths 1.3 and up add rand_augment="rand-m9-mstd0.5", as the published runs did.
     config.data.options = {"image_size": 224, "workers": 16}
     epoch = 1281167 // 1024
     config.batch_size = 1024

@@ -68,7 +68,7 @@ def default_config() -> ConfigDict:
             "checkpoint": ConfigDict(
                 {"every": 0, "keep": 3, "best_metric": "", "best_mode": "max"}
             ),
-            "eval": ConfigDict({"every": 0, "batch_size": 0, "split": "test"}),
+            "eval": ConfigDict({"every": 0, "batch_size": 0, "split": ""}),
             "log_every": 50,
             "tensorboard": False,
             "profile": ConfigDict({"start": -1, "steps": 5}),

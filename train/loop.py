@@ -113,7 +113,7 @@ class Plan:
             total = None
             for batch in pipeline.eval_batches(
                 config.data,
-                config.eval.split,
+                config.eval.split or pipeline.eval_split(config.data),
                 batch_size=size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),

@@ -1,5 +1,6 @@
 """Prepared data and a small ImageNet in the published folder format, once a test process."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -9,8 +10,11 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def prepared_path(tmp_path_factory) -> str:
-    """Where the bundled families are prepared in this session."""
-    return str(tmp_path_factory.mktemp("prepared"))
+    """Where the bundled families are prepared in this session, by whichever process is first."""
+    own = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist each process has a folder of its own within the session's.
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return str(shared / "prepared")
 
 
 def write_imagenet(root: pathlib.Path) -> pathlib.Path:

@@ -93,31 +93,36 @@ def test_faces_keep_both_classes_in_proportion(prepared_path):
         np.testing.assert_array_equal(np.bincount(labels), [each, each])
 
 
-PREPARE = """
+READ = """
 import sys
-from train.data import digits, preparation
-builder = preparation.prepare(digits.SklearnDigits, sys.argv[1])
-print(len(builder.as_data_source("train")), len(builder.as_data_source("test")))
+from train.data import pipeline
+for name in ("digits", "textures"):
+    data = {"name": name, "options": {"path": sys.argv[1]}}
+    next(pipeline.train_batches(data, batch_size=2, seed=0))
+    print(sum(b["mask"].sum() for b in pipeline.eval_batches(data, "test", batch_size=64)))
+print("tensorflow_datasets" in sys.modules, "tensorflow" in sys.modules)
 """
 
 
-def test_two_processes_may_prepare_at_once(tmp_path):
+def test_two_processes_may_prepare_at_once_and_neither_imports_tensorflow(tmp_path):
     # What a killed preparation leaves behind must be neither taken for data nor kept.
     leftover = tmp_path / "sklearn_digits" / "incomplete.ABC123_1.0.0"
     leftover.mkdir(parents=True)
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PREPARE, str(tmp_path)],
+            [sys.executable, "-c", READ, str(tmp_path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for _ in range(2)
     ]
-    finished = [(*process.communicate(timeout=120), process.returncode) for process in started]
+    finished = [(*process.communicate(timeout=240), process.returncode) for process in started]
     for out, err, code in finished:
         assert code == 0, err
-        assert out.splitlines()[-1] == "1347 450"
+        assert out.splitlines() == ["450.0", "480.0", "True False"]
+        # Where TensorFlow is not installed, an attempt to import it would be announced by TFDS.
+        assert "Failed to import TensorFlow" not in err
     assert [path.name for path in (tmp_path / "sklearn_digits").iterdir()] == ["1.0.0"]
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from train.data import array_source, image_augmentation, preparation
 
@@ -92,19 +94,38 @@ def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
 
 @functools.lru_cache(maxsize=8)
 def _source(split: str, size: int, directory: str) -> array_source.ArraySource:
-    builder = preparation.prepare(SklearnDigits, directory)
-    arrays = {name: array_source.read_split(builder, name) for name in {"train", split}}
-    resized = {
-        name: image_augmentation.bilinear_resize(part["image"] / np.float32(_LEVELS), (size, size))
-        for name, part in arrays.items()
-    }
-    mean, std = resized["train"].mean(), resized["train"].std()
+    arrays = array_source.read_split(preparation.prepare(SklearnDigits, directory), split)
+    images = arrays["image"] / np.float32(_LEVELS)
     return array_source.ArraySource(
         {
-            "image": ((resized[split] - mean) / std).astype(np.float32),
-            "label": arrays[split]["label"].astype(np.int32),
+            "image": _standardized(images, size, directory),
+            "label": arrays["label"].astype(np.int32),
         }
     )
+
+
+def _standardized(images: np.ndarray, size: int, directory: str) -> np.ndarray:
+    """Images [N, H, W] of values 0..1, resized and standardized as the training split is."""
+    mean, std = _statistics(size, directory)
+    resized = image_augmentation.bilinear_resize(images, (size, size))
+    return ((resized - mean) / std).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(size: int, directory: str) -> tuple[np.floating, np.floating]:
+    train = array_source.read_split(preparation.prepare(SklearnDigits, directory), "train")
+    images = train["image"] / np.float32(_LEVELS)
+    resized = image_augmentation.bilinear_resize(images, (size, size))
+    return resized.mean(), resized.std()
+
+
+def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarray:
+    """One image file as evaluation sees it, float32 [S, S, 3]; ink is bright, paper dark."""
+    with Image.open(path) as image:
+        gray = np.asarray(image.convert("L"), np.float32)[None] / np.float32(255)
+    size = element_spec(options)["image"].shape[0]
+    directory = str(preparation.data_directory(options["path"]))
+    return np.repeat(_standardized(gray, size, directory)[0][..., None], 3, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,6 +348,12 @@ def eval_transform(options: Mapping[str, Any]) -> EvalTransform:
     )
 
 
+def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarray:
+    """One image file as evaluation sees it, float32 [S, S, 3]."""
+    example = {"bytes": pathlib.Path(path).read_bytes(), "name": os.fspath(path), "label": 0}
+    return eval_transform(options)(example)["image"]
+
+
 def parse_rand_augment(text: str) -> tuple[float, float] | None:
     """(magnitude, magnitude std) of timm's `rand-mM-mstdS`; None for the empty string.
 

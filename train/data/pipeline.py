@@ -123,9 +123,11 @@ def train_batches(
     examples = module.source(split, options)
     if len(examples) == 0:
         raise ValueError(f"{data['name']}: split {split!r} holds no examples")
-    ds = grain.MapDataset.source(examples)
+    # Grain permutes numbers and the map reads: a fifth faster for small examples than `source`.
+    ds = grain.MapDataset.range(len(examples))
     ds = ds.shuffle(seed=_stream_seed(seed, _SHUFFLE)).repeat(None)
-    ds = ds.random_map(module.train_transform(options), seed=_stream_seed(seed, _AUGMENT))
+    read = functools.partial(_random_example, examples, module.train_transform(options))
+    ds = ds.random_map(read, seed=_stream_seed(seed, _AUGMENT))
     ds = ds.batch(local)[process_index + start_step * process_count :: process_count]
     return _prefetched(ds, module, options, local)
 
@@ -159,6 +161,15 @@ def eval_batches(
     ds = grain.MapDataset.range(padded).map(read)
     ds = ds.batch(local)[process_index::process_count]
     return _prefetched(ds, module, options, local)
+
+
+def _random_example(
+    examples: Sequence,
+    transform: Callable[[Any, np.random.Generator], Batch],
+    index: int,
+    rng: np.random.Generator,
+) -> Batch:
+    return transform(examples[int(index)], rng)
 
 
 def _masked_example(

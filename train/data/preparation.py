@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pathlib
 import shutil
@@ -50,7 +51,7 @@ def prepare(builder_class: type, path: str | None = None, **arguments) -> tfds.c
             parent = pathlib.Path(builder.data_dir).parent
             for leftover in parent.glob("incomplete.*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            with _no_progress_bar():
+            with _quietly():
                 builder.download_and_prepare()
     except OSError as error:
         reason = error.strerror or error
@@ -76,13 +77,15 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _quietly() -> Iterator[None]:
+    # TFDS prints that it downloads, which it does not here, and draws several bars.
     from tensorflow_datasets.core.utils import tqdm_utils
 
     before = tqdm_utils._active
     tfds.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         if before:
             tfds.enable_progress_bar()

@@ -70,18 +70,18 @@ class Classification:
         fold = getattr(sys.modules[type(self.model).__module__], "fold", None)
         if fold is not None and getattr(self.model, "has_fusion", False):
             folded, folded_variables = fold(self.model, variables)
-            task = dataclasses.replace(self, model=folded)
             hits = total = agree = 0.0
             size = config.eval.batch_size or config.batch_size
+            split = config.eval.split or pipeline.eval_split(config.data)
 
             @jax.jit
             def both(variables, folded_variables, image):
                 return (
                     self.model.apply(variables, image, train=False).argmax(-1),
-                    task.model.apply(folded_variables, image, train=False).argmax(-1),
+                    folded.apply(folded_variables, image, train=False).argmax(-1),
                 )
 
-            for batch in pipeline.eval_batches(config.data, config.eval.split, batch_size=size):
+            for batch in pipeline.eval_batches(config.data, split, batch_size=size):
                 a, b = jax.device_get(both(variables, folded_variables, batch["image"]))
                 mask = batch["mask"] > 0
                 hits += np.sum((b == batch["label"])[mask])
