@@ -155,7 +155,7 @@ def kill_runs(scratch: Path, kills: int, random: np.random.Generator) -> Counter
             lines = log.read_text().splitlines()[before:]
             for line in lines:
                 if line.startswith("resumed "):
-                    count["starts that resumed"] += int(line.split()[1]) > 0
+                    count["starts that resumed from a checkpoint"] += int(line.split()[1]) > 0
                     count["starts from a wrong step"] += int(line.split()[1]) != expected
             count["unfinished checkpoints named"] += sum(x.startswith("named ") for x in lines)
             finished = os.WIFEXITED(status)
@@ -166,7 +166,7 @@ def kill_runs(scratch: Path, kills: int, random: np.random.Generator) -> Counter
             else:
                 count["kills"] += 1
                 writing = directory.exists() and any(directory.glob("*.*"))
-                count["kills in the middle of a save"] += writing
+                count["kills after which an unfinished save lay on disk"] += writing
                 if not any(line.startswith("resumed ") for line in lines):
                     count["kills before the first step"] += 1
     return count

@@ -50,11 +50,10 @@ IGNORABLE_CONFIG = (
     "report",
     "reporting",
     "steps",
+    "tensorboard",
     "workdir",
 )
 """Config keys (and all keys below them) that may change between a checkpoint and its resumption."""
-
-_BARRIER_TIMEOUT_MS = 1_200_000
 
 
 class CheckpointError(OSError):
@@ -72,6 +71,7 @@ class Checkpoints:
       config: the run's config; stored with each checkpoint and compared at `restore`.
       report: receives one line for each thing the user must know.
       ignorable: config keys that may differ from the checkpoint's.
+      timeout_s: seconds after which a process gives up waiting for the others to write their part.
 
     All methods that write or restore are collective: every process of the run calls them.
 
@@ -90,6 +90,7 @@ class Checkpoints:
         config: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = print,
         ignorable: Sequence[str] = IGNORABLE_CONFIG,
+        timeout_s: int = 1200,
     ):
         if keep < 1:
             raise ValueError(f"checkpoint.keep is {keep}; it must be at least 1")
@@ -106,6 +107,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._damaged: set[Path] = set()
+        self._cleared = False
+        self._timeout_s = timeout_s
         self._saves = 0
         try:
             if self._primary:
@@ -116,7 +119,11 @@ class Checkpoints:
                 f"checkpoint directory {self.directory} cannot be used: {one_line(error)}"
             ) from error
         _silence_orbax_tracebacks()
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._orbax = ocp.AsyncCheckpointer(
+            # Weights do not compress, and zstd would take the time of a core.
+            ocp.PyTreeCheckpointHandler(use_compression=False),
+            timeout_secs=timeout_s,
+        )
         self._barrier = ocp.multihost.get_barrier_sync_fn()
 
     def __enter__(self) -> "Checkpoints":
@@ -161,7 +168,9 @@ class Checkpoints:
         self._saves += 1
         try:
             if self._primary:
-                self._clear_leftovers()
+                if not self._cleared:
+                    self._clear_leftovers()
+                    self._cleared = True
                 unfinished.mkdir(parents=True)
             self._orbax.save(unfinished / "arrays", args=ocp.args.PyTreeSave(leaves))
         except Exception as error:
@@ -268,6 +277,10 @@ class Checkpoints:
     ) -> None:
         try:
             self._orbax.wait_until_finished()
+        except Exception as error:
+            self._failed(step, error)  # as on all other processes, which Orbax keeps together
+            return
+        try:
             if self._primary:
                 self._commit(step, unfinished, tree, metrics)
             self._failure = None
@@ -275,7 +288,7 @@ class Checkpoints:
             self._failed(step, error)
         try:
             # `wait` on any process then means: finished on all of them.
-            self._barrier(key=f"checkpoint_{number}_{step}", timeout_ms=_BARRIER_TIMEOUT_MS)
+            self._barrier(key=f"checkpoint_{number}_{step}", timeout_ms=1000 * self._timeout_s)
         except Exception as error:
             self._failed(step, error)
 

@@ -60,10 +60,10 @@ def log_of(workdir: Path) -> Path:
 
 
 def finish(run: subprocess.Popen[str], workdir: Path) -> None:
-    assert run.wait(timeout=120) == 0, log_of(workdir).read_text()
+    assert run.wait(timeout=300) == 0, log_of(workdir).read_text()
 
 
-def wait_until(condition, run: subprocess.Popen[str], timeout: float = 90) -> bool:
+def wait_until(condition, run: subprocess.Popen[str], timeout: float = 300) -> bool:
     """Whether the condition came true before the run ended."""
     end = time.monotonic() + timeout
     while run.poll() is None and time.monotonic() < end:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stoppable_runs import (
+
+from tests.train.stoppable_runs import (
     assert_bit_identical,
     assert_same_course,
     finish,
@@ -21,7 +23,6 @@ from stoppable_runs import (
     tiny_config,
     wait_until,
 )
-
 from train.checkpoints import load_params
 from train.loop import NonFiniteLoss, fit
 
@@ -116,8 +117,6 @@ def started_on_eight(tmp_path_factory) -> Path:
 
 
 def copied(workdir: Path, to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(workdir, to))
 
 
@@ -128,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
     assert jax.device_count() == 8
     workdir = copied(started_on_eight, tmp_path / "run")
     run_here(workdir, devices, fsdp, steps=20)
-    assert_same_course(workdir, undisturbed, range(1, 21), 2e-4)
+    assert_same_course(workdir, undisturbed, range(1, 21), 2e-5)
     whole, parts = load_params(workdir), state_of(workdir, 20)
     assert parts["step"] == 20
     assert np.all(np.isfinite(whole["params"]["layers.0"]["kernel"]))
@@ -169,9 +168,9 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_batch_keys(tmp_path):
     message = str(error.value)
     assert "\n" not in message and "batch keys" in message and "image" in message
     step = int(re.search(r"not finite at step (\d+)", message)[1])
-    good = re.search(r"last good checkpoint: (step (\d+)|none)", message)
+    good = re.search(r"last good checkpoint: (step \d+|none)", message)
     steps = finished_steps(workdir)
-    assert good[1] == (f"step {steps[-1]}" if steps else "none")
+    assert steps and good[1] == f"step {steps[-1]}"
     assert all(s <= step for s in steps), "a state after the overflow was saved"
     for s in steps:
         finite = (np.isfinite(v).all() for v in state_of(workdir, s).values())
