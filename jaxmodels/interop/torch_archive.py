@@ -30,7 +30,7 @@ from jaxmodels.interop.restricted_pickle import (
 )
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_BASE_BUDGET = 24 << 20
+_BASE_BUDGET = 48 << 20
 _ENTRY_COST = 700
 
 
