@@ -1,4 +1,4 @@
-"""A small Linen model with every leaf kind, laid out beside the package as a model module would be."""
+"""A small Linen model with every leaf kind, laid out as a model module of the package is."""
 
 import flax.linen as nn
 import jax
