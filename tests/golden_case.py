@@ -203,7 +203,7 @@ def mismatched(got: np.ndarray, want: np.ndarray, atol: Any, rtol: Any) -> np.nd
         return got != want  # exactly, above 2**53 as well
     x, y = got.astype(wide), want.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
-        near = np.abs(x - y) <= atol + rtol * np.abs(y)
+        near = np.isfinite(y) & (np.abs(x - y) <= atol + rtol * np.abs(y))
     return ~(near | (x == y) | (np.isnan(x) & np.isnan(y)))
 
 
