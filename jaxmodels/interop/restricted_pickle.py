@@ -40,9 +40,9 @@ class Budget:
 
 
 class View:
-    """A bounded part of a buffer, with the methods the unpickler reads through."""
+    """A bounded part of a buffer (its slices are bytes), read as the unpickler reads a file."""
 
-    def __init__(self, buffer: memoryview, begin: int, end: int, budget: Budget):
+    def __init__(self, buffer: Any, begin: int, end: int, budget: Budget):
         self.buffer, self.position, self.end, self.budget = buffer, begin, end, budget
 
     def read(self, size: int) -> bytes:
