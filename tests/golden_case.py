@@ -239,7 +239,8 @@ def _tolerance_problem(
     text = _worst(bad, got, want)
     if want.dtype.kind in "fc" and got.dtype.kind in "fciu":
         with np.errstate(invalid="ignore"):
-            error = np.nanmax(np.abs(got.astype(np.complex128) - want.astype(np.complex128)))
+            errors = np.abs(got.astype(np.complex128) - want.astype(np.complex128))
+        error = errors[np.isfinite(errors)].max(initial=0)
         text += f"; largest error {error:.3g} with rtol {np.max(rtol):g}, atol {np.max(atol):g}"
     return text + (f" (share {bad.mean():.4f}, allowed {allowed})" if allowed else "")
 
