@@ -203,7 +203,7 @@ def mismatched(got: np.ndarray, want: np.ndarray, atol: Any, rtol: Any) -> np.nd
         return got != want  # exactly, above 2**53 as well
     x, y = got.astype(wide), want.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
-        near = np.abs(x - y) <= atol + rtol * np.abs(y)
+        near = np.isfinite(y) & (np.abs(x - y) <= atol + rtol * np.abs(y))
     return ~(near | (x == y) | (np.isnan(x) & np.isnan(y)))
 
 
@@ -239,7 +239,8 @@ def _tolerance_problem(
     text = _worst(bad, got, want)
     if want.dtype.kind in "fc" and got.dtype.kind in "fciu":
         with np.errstate(invalid="ignore"):
-            error = np.nanmax(np.abs(got.astype(np.complex128) - want.astype(np.complex128)))
+            errors = np.abs(got.astype(np.complex128) - want.astype(np.complex128))
+        error = errors[np.isfinite(errors)].max(initial=0)
         text += f"; largest error {error:.3g} with rtol {np.max(rtol):g}, atol {np.max(atol):g}"
     return text + (f" (share {bad.mean():.4f}, allowed {allowed})" if allowed else "")
 

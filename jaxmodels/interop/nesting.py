@@ -52,6 +52,11 @@ def unwrap(
     taken: list[str] = []
     others: list[str] = []
     node = tree
+    if isinstance(node, Mapping):
+        absent = [name for name in prefer if not _is_weights(node.get(name))]
+        if prefer and len(absent) == len(prefer):
+            there = [str(k)[:40] for k, v in node.items() if _is_weights(v)]
+            raise CheckpointError(f"{source}: no weight set {absent[0]!r}; it has {there}")
     for _ in range(4):
         if not isinstance(node, Mapping):
             raise CheckpointError(f"{source}: holds {_describe(node)}, not a dict of tensors")

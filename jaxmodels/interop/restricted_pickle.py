@@ -17,6 +17,7 @@ import numpy as np
 
 _LINE_LIMIT = 1 << 16
 _DEPTH_LIMIT = 100
+_ENTRY_LIMIT = 4_000_000
 _OPCODE_COST = 48  # bytes; a bound on time too, as every opcode takes a few microseconds at most
 _MEMO_COST = 100
 _OBJECT_COST = 300
@@ -39,9 +40,9 @@ class Budget:
 
 
 class View:
-    """A bounded part of a buffer, with the methods the unpickler reads through."""
+    """A bounded part of a buffer (its slices are bytes), read as the unpickler reads a file."""
 
-    def __init__(self, buffer: memoryview, begin: int, end: int, budget: Budget):
+    def __init__(self, buffer: Any, begin: int, end: int, budget: Budget):
         self.buffer, self.position, self.end, self.budget = buffer, begin, end, budget
 
     def read(self, size: int) -> bytes:
@@ -492,9 +493,11 @@ Reader.dispatch = _dispatch()
 def resolve(tree: Any, read: Callable[[Tensor], np.ndarray]) -> Any:
     """The tree with every `Tensor` read and every `Skipped` object left out.
 
-    Raises Refused for cycles and for more than a hundred levels.
+    Raises Refused for cycles, for more than a hundred levels, and for lists of lists of ... that
+    would have millions of entries if they were written out.
     """
     finished: dict[int, Any] = {}
+    expanded: dict[int, int] = {}
     under_way: set[int] = set()
 
     def walk(node: Any, depth: int) -> Any:
@@ -516,6 +519,10 @@ def resolve(tree: Any, read: Callable[[Tensor], np.ndarray]) -> Any:
         else:
             made = type(node)(walk(v, depth + 1) for v in node)
         under_way.discard(id(node))
+        members = node.values() if isinstance(node, dict) else node
+        expanded[id(node)] = 1 + sum(expanded.get(id(v), 1) for v in members)
+        if expanded[id(node)] > _ENTRY_LIMIT:
+            raise Refused("refers to the same lists too often")
         finished[id(node)] = made
         return made
 

@@ -30,7 +30,7 @@ from jaxmodels.interop.restricted_pickle import (
 )
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_BASE_BUDGET = 24 << 20
+_BASE_BUDGET = 48 << 20
 _ENTRY_COST = 700
 
 
@@ -46,12 +46,12 @@ def read(path: str | os.PathLike) -> Any:
             if size == 0:
                 raise Refused("is empty")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        budget = Budget(_BASE_BUDGET + size // 2)
-        data = np.frombuffer(mapped, np.uint8)
-        start = bytes(mapped[:4])
-        if start == b"PK\x03\x04":
-            return _read_zip(data, memoryview(mapped), budget)
-        return _read_legacy(data, memoryview(mapped), budget)
+            budget = Budget(_BASE_BUDGET + size // 2)
+            data = np.frombuffer(mapped, np.uint8)
+            structure = FileBytes(file.fileno(), size)
+            if structure[:4] == b"PK\x03\x04":
+                return _read_zip(data, structure, budget)
+            return _read_legacy(data, structure, budget)
     except Refused as error:
         raise CheckpointError(f"{path}: the file {error}") from None
     except OSError as error:
@@ -60,6 +60,31 @@ def read(path: str | os.PathLike) -> Any:
         # The unpickler says what a broken stream is by many kinds of exception.
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise CheckpointError(f"{path}: not a readable PyTorch file ({text})") from None
+
+
+class FileBytes:
+    """Slices of a file read through one small block, for the structure between the tensors.
+
+    Touching the mapping for it would map two megabytes around each header.
+    """
+
+    _BLOCK = 1 << 16
+
+    def __init__(self, descriptor: int, size: int):
+        self.descriptor, self.size = descriptor, size
+        self.at, self.block = 0, b""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        begin, end, _ = part.indices(self.size)
+        if begin >= end:
+            return b""
+        if not self.at <= begin or end > self.at + len(self.block):
+            length = max(end - begin, self._BLOCK)
+            self.at, self.block = begin, os.pread(self.descriptor, length, begin)
+        return self.block[begin - self.at : end - self.at]
 
 
 def _load(view: View) -> Any:
@@ -104,17 +129,17 @@ def _tensor_array(tensor: Tensor, storage: np.ndarray, budget: Budget) -> np.nda
 # The zip archive.
 
 
-def _u(data: memoryview, at: int, form: str) -> tuple[int, ...]:
+def _u(data: FileBytes, at: int, form: str) -> tuple[int, ...]:
     size = struct.calcsize(form)
     if at < 0 or at + size > len(data):
         raise Refused("has a zip structure that points outside it")
-    return struct.unpack_from(form, data, at)
+    return struct.unpack(form, data[at : at + size])
 
 
-def _end_record(data: memoryview) -> tuple[int, int, int, int]:
+def _end_record(data: FileBytes) -> tuple[int, int, int, int]:
     """(entries, size and offset of the central directory, offset of what follows it)."""
     tail_at = max(0, len(data) - 65557)
-    at = bytes(data[tail_at:]).rfind(b"PK\x05\x06")
+    at = data[tail_at:].rfind(b"PK\x05\x06")
     if at < 0:
         raise Refused("is a zip archive without its end (truncated?)")
     at += tail_at
@@ -123,9 +148,9 @@ def _end_record(data: memoryview) -> tuple[int, int, int, int]:
     if at + 22 + comment != len(data):
         raise Refused("has bytes after the end of the zip archive")
     locator = at - 20
-    if locator >= 0 and bytes(data[locator : locator + 4]) == b"PK\x06\x07":
+    if locator >= 0 and data[locator : locator + 4] == b"PK\x06\x07":
         _, record, _ = _u(data, locator + 4, "<IQI")
-        if bytes(data[record : record + 4]) != b"PK\x06\x06" or record + 56 > locator:
+        if data[record : record + 4] != b"PK\x06\x06" or record + 56 > locator:
             raise Refused("has a broken zip64 end record")
         disk, start_disk, here, total, size, offset = _u(data, record + 16, "<2I4Q")
         end = record
@@ -154,7 +179,7 @@ def _zip64(extra: bytes, fields: list[int]) -> list[int]:
     return fields
 
 
-def zip_entries(data: memoryview, budget: Budget) -> dict[str, tuple[int, int, int]]:
+def zip_entries(data: FileBytes, budget: Budget) -> dict[str, tuple[int, int, int]]:
     """{name: (begin, end, crc)} of a zip archive whose entries are all stored, none overlapping.
 
     Raises Refused for compressed, encrypted, duplicate, overlapping or mismatched entries.
@@ -167,7 +192,7 @@ def zip_entries(data: memoryview, budget: Budget) -> dict[str, tuple[int, int, i
     stop = at + size
     spans = []
     for _ in range(total):
-        if at + 46 > stop or bytes(data[at : at + 4]) != b"PK\x01\x02":
+        if at + 46 > stop or data[at : at + 4] != b"PK\x01\x02":
             raise Refused("has a broken zip directory")
         header = _u(data, at + 4, "<6H3I5H2I")
         _, _, flags, method, _, _, crc, packed, full = header[:9]
@@ -176,8 +201,8 @@ def zip_entries(data: memoryview, budget: Budget) -> dict[str, tuple[int, int, i
         at = head + names + extras + comment
         if at > stop:
             raise Refused("has a broken zip directory")
-        raw_name = bytes(data[head : head + names])
-        extra = bytes(data[head + names : head + names + extras])
+        raw_name = data[head : head + names]
+        extra = data[head + names : head + names + extras]
         full, packed, local = _zip64(extra, [full, packed, local])
         name = raw_name.decode("utf-8")
         if name in entries:
@@ -186,16 +211,16 @@ def zip_entries(data: memoryview, budget: Budget) -> dict[str, tuple[int, int, i
             raise Refused(f"has the compressed or encrypted zip entry {name[:80]!r}")
         if disk:
             raise Refused(f"keeps the zip entry {name[:80]!r} on another disk")
-        if bytes(data[local : local + 4]) != b"PK\x03\x04":
+        if data[local : local + 4] != b"PK\x03\x04":
             raise Refused(f"has no local header for the zip entry {name[:80]!r}")
         _, lflags, lmethod, _, _, lcrc, lpacked, lfull, lnames, lextras = _u(
             data, local + 4, "<5H3I2H"
         )
         begin = local + 30 + lnames + lextras
-        if bytes(data[local + 30 : local + 30 + lnames]) != raw_name or lmethod or lflags & 1:
+        if data[local + 30 : local + 30 + lnames] != raw_name or lmethod or lflags & 1:
             raise Refused(f"has a local header that differs for the zip entry {name[:80]!r}")
         if not lflags & 8:
-            lextra = bytes(data[local + 30 + lnames : begin])
+            lextra = data[local + 30 + lnames : begin]
             if _zip64(lextra, [lfull, lpacked]) != [full, packed] or lcrc != crc:
                 raise Refused(f"has a local header that differs for the zip entry {name[:80]!r}")
         if begin + full > len(data):
@@ -211,7 +236,7 @@ def zip_entries(data: memoryview, budget: Budget) -> dict[str, tuple[int, int, i
     return entries
 
 
-def _read_zip(data: np.ndarray, view: memoryview, budget: Budget) -> Any:
+def _read_zip(data: np.ndarray, view: FileBytes, budget: Budget) -> Any:
     entries = zip_entries(view, budget)
     roots = [n[: -len("data.pkl")] for n in entries if n == "data.pkl" or n.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -221,7 +246,7 @@ def _read_zip(data: np.ndarray, view: memoryview, budget: Budget) -> Any:
         raise Refused("is a TorchScript archive; save model.state_dict() instead")
     if f"{root}byteorder" in entries:
         begin, end, _ = entries[f"{root}byteorder"]
-        if bytes(view[begin : min(end, begin + 16)]) != b"little":
+        if view[begin : min(end, begin + 16)] != b"little":
             raise Refused("was not written on a little-endian machine")
     begin, end, crc = entries[f"{root}data.pkl"]
     budget.charge(end - begin)
@@ -253,11 +278,11 @@ def _storage_bytes(raw: np.ndarray, storage: Storage, declared: int | None) -> n
 # The legacy stream.
 
 
-def _read_legacy(data: np.ndarray, view: memoryview, budget: Budget) -> Any:
-    if len(view) > 263 and bytes(view[257:262]) == b"ustar":
+def _read_legacy(data: np.ndarray, view: FileBytes, budget: Budget) -> Any:
+    if len(view) > 263 and view[257:262] == b"ustar":
         raise Refused("is a tar archive as PyTorch wrote before 0.1.10; save it again")
     stream = View(view, 0, len(view), budget)
-    if bytes(view[:1]) != b"\x80" or _load(stream) != _LEGACY_MAGIC:
+    if view[:1] != b"\x80" or _load(stream) != _LEGACY_MAGIC:
         raise Refused("is no PyTorch file (neither a zip archive nor the legacy stream)")
     if _load(stream) != 1001:
         raise Refused("has an unknown version of the legacy format")

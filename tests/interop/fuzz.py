@@ -48,7 +48,8 @@ OPCODES = [op.code.encode("latin1") for op in pickletools.opcodes if op.arg is N
 WATCHED = (
     "open", "import", "exec", "compile", "os.", "subprocess", "socket", "ctypes", "shutil", "code",
     "pickle.find_class", "urllib", "ftplib", "http", "smtplib", "object.__setattr__", "marshal",
-    "function", "sys.", "builtins.input", "builtins.breakpoint", "glob", "tempfile", "pty", "signal",
+    "function",
+    "sys.", "builtins.input", "builtins.breakpoint", "glob", "tempfile", "pty", "signal",
 )  # fmt: skip
 
 

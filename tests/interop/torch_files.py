@@ -84,7 +84,7 @@ class Writer:
                 made = self.encode(value.cls) + b")\x81"
             return made + (b"" if value.state is None else self.encode(value.state) + b"b")
         if isinstance(value, np.ndarray):
-            return self.encode(Strided(str(len(self.storages)), np.ascontiguousarray(value)))
+            return self.encode(Strided(str(len(self.storages)), np.array(value, order="C")))
         if isinstance(value, Strided):
             return self._tensor(value)
         if value is None or isinstance(value, bool):
