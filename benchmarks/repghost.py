@@ -172,9 +172,7 @@ def run(quick: bool = False) -> Path:
                 for kind, rows in tables.items():
                     cells = [samples[name].cell(kind) for name in ("jax", *TORCH_MODES)]
                     rows.append([*label, *cells, ratio(samples["jax"], theirs, kind)])
-                setups.append(
-                    [*label, *(f"{samples[n].setup:.1f}" for n in ("jax", *TORCH_MODES))]
-                )
+                setups.append([*label, *(f"{samples[n].setup:.1f}" for n in ("jax", *TORCH_MODES))])
     head = ["threads", "size", "step", "JAX", *(f"PyTorch {mode}" for mode in TORCH_MODES)]
     body = (
         f"RepGhostNet {WIDTH}x, batch {BATCH}, float32. Forward: folded. Train: label smoothing "
