@@ -257,11 +257,20 @@ def import_state(
     )
 
 
-def export(name: str, module: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """PyTorch state dict of a model's variables, by the rules beside the model named `name`."""
+def export(
+    name: str,
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    like: Iterable[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """PyTorch state dict of a model's variables, by the rules beside the model named `name`.
+
+    `like`: keys of the file that was imported, see `conversion.to_torch`.
+    """
     python_module = find(name).python_module
     rules = conversion.resolve_rules(getattr(python_module, "TORCH_RULES", None), module)
-    return conversion.to_torch(variables, rules)
+    return conversion.to_torch(variables, rules, like=like)
 
 
 def save(

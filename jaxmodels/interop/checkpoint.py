@@ -85,7 +85,7 @@ def read(path: str | os.PathLike, *, prefer: Iterable[str] = ()) -> Checkpoint:
     elif path.suffix == ".safetensors":
         tree, metadata = read_safetensors(path)
     elif path.suffix == ".npz":
-        tree = _read_npz(path)
+        tree = read_npz(path)
     elif path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
         from jaxmodels.interop import torch_archive
 
@@ -133,9 +133,13 @@ def _read_shards(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every array of an npz file, no pickles. Raises FileNotFoundError and `CheckpointError`."""
     import zipfile
 
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}

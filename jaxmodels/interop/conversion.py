@@ -15,15 +15,15 @@ stands in a dict named `TORCH_RULES` beside the model (or a function of the modu
 such a dict), every entry optional, patterns being regular expressions that must match a whole
 PyTorch key:
 
-- `aliases`: {key: source}: tied weights; `key` may be absent from a file, must equal `source`
-  when it is there, and is written on export when the file had it or by default.
+- `aliases`: {key: source}: tied weights; either may be absent from a file, both must be equal when
+  they are there, and both are written on export.
 - `travels`: [pattern]: keys which only travel along (collection `buffers`, unchanged).
+- `fresh`: {key: array or function(variables) -> array}: travelling keys that a fresh model exports.
 - `drops`: [pattern]: keys that are ignored in files and never written.
-- `fresh`: {pattern: function(template key) -> array}: values of travelling keys for a fresh model.
 - `names`: [(ours, theirs)]: pairs of key prefixes renamed on the way (ours <-> theirs).
 - `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's;
-  the two functions take and return a NumPy array. `TRANSPOSED_CONVOLUTION` and `UNCHANGED` are
-  ready pairs.
+  the functions take and return NumPy arrays and only move axes (export is byte for byte).
+  `(pattern, *TRANSPOSED_CONVOLUTION)` and `(pattern, *UNCHANGED)` use the ready pairs.
 """
 
 from __future__ import annotations
@@ -384,12 +384,13 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def to_torch(
-    variables: Mapping[str, Any], rules: Any = None, *, aliases: bool = True
+    variables: Mapping[str, Any], rules: Any = None, *, like: Iterable[str] | None = None
 ) -> dict[str, np.ndarray]:
     """PyTorch state dict of a variable tree, with the official names, shapes and dtypes.
 
     A BatchNorm that was never imported exports `num_batches_tracked` 0 (int64), as PyTorch's fresh
-    module has it. `aliases=False` leaves tied weights out.
+    module has it, and tied weights stand under both names. `like`, the keys of an imported file,
+    leaves out what the file left out of these.
     """
     rules = rules or {}
     state: dict[str, np.ndarray] = {}
@@ -412,8 +413,17 @@ def to_torch(
     for key, make in rules.get("fresh", {}).items():
         if key not in state:
             state[key] = np.asarray(make(variables) if callable(make) else make)
-    if aliases:
-        for alias, original in rules.get("aliases", {}).items():
-            if original in state:
-                state[alias] = state[original]
+    aliases = rules.get("aliases", {})
+    for alias, original in aliases.items():
+        if original in state:
+            state[alias] = state[original]
+    if like is not None:
+        # Only what a file may leave out and still be whole; anything else absent is an error there.
+        optional = {*aliases, *aliases.values(), *rules.get("fresh", {})}
+        keep = set(like)
+        state = {
+            k: v
+            for k, v in state.items()
+            if k in keep or (k not in optional and k.rpartition(".")[2] != TRAVELLING_LEAF)
+        }
     return {k: v for k, v in state.items() if not _matches(rules.get("drops", ()), k)}

@@ -1,0 +1,103 @@
+"""One run, many ways to spread it: the losses are the same."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.tiny import tiny_config, trajectory
+from train.naming import ConfigError
+from train.parallel import check_batch, leaf_spec, make_mesh
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trajectory(tiny_config(), devices=jax.devices()[:1])
+
+
+def _same(result, alone):
+    losses, state, _ = result
+    np.testing.assert_allclose(losses, alone[0], rtol=2e-5)
+    for (pa, a), (pb, b) in zip(
+        jax.tree_util.tree_leaves_with_path(state.variables),
+        jax.tree_util.tree_leaves_with_path(alone[1].variables),
+    ):
+        assert pa == pb
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_eight_devices_in_parallel_give_the_losses_of_one(alone):
+    _same(trajectory(tiny_config()), alone)
+
+
+def test_fsdp_gives_the_losses_of_one_device_and_really_shards(alone):
+    result = trajectory(tiny_config(**{"parallel.data": 2, "parallel.fsdp": 4}))
+    _same(result, alone)
+    kernel = result[1].params["classifier"]["kernel"]
+    assert tuple(kernel.sharding.spec) == ("fsdp", None)
+    assert kernel.addressable_shards[0].data.shape == (128, 10)
+
+
+def test_pmap_with_synchronized_batch_norm_gives_the_losses_of_one_device(alone):
+    _same(trajectory(tiny_config(**{"parallel.mode": "pmap"})), alone)
+
+
+def test_pmap_without_synchronization_normalizes_each_device_by_itself(alone):
+    config = tiny_config(**{"parallel.mode": "pmap", "parallel.sync_batch_norm": False})
+    losses, _, _ = trajectory(config)
+    assert np.abs(losses - alone[0]).max() > 1e-4
+
+
+def test_accumulated_gradients_are_those_of_the_micro_batches(alone):
+    # Batch statistics are those of a micro-batch, so the loss differs from one large batch's ...
+    losses, state, _ = trajectory(
+        tiny_config(**{"optimizer.accumulate": 2}), devices=jax.devices()[:1]
+    )
+    assert np.all(np.isfinite(losses)) and int(state.step) == 4
+    # ... and is the same again however many devices share the rows.
+    shared, _, _ = trajectory(
+        tiny_config(**{"optimizer.accumulate": 2, "parallel.data": 4}), devices=jax.devices()[:4]
+    )
+    np.testing.assert_allclose(shared, losses, rtol=2e-5)
+
+
+def test_model_axis_rules_place_the_dimension_they_name():
+    mesh = make_mesh(_parallel(2, 2, 2))
+    rules = ((r"classifier\.kernel", 1), (r"conv", -1))
+    assert tuple(leaf_spec("params.classifier.kernel", (64, 128), mesh, rules)) == (
+        "fsdp",
+        "model",
+    )
+    assert tuple(leaf_spec("params.classifier.kernel", (64, 11), mesh, rules)) == (None, None)
+    assert tuple(leaf_spec("params.bn.scale", (64,), mesh, rules)) == (None,)
+
+
+def test_tensor_sharding_gives_the_losses_of_one_device(alone):
+    config = tiny_config(**{"parallel.data": 4, "parallel.model": 2})
+    config.parallel.rules = ((r"conv\.kernel", 3), (r"classifier\.kernel", 0))
+    result = trajectory(config)
+    _same(result, alone)
+    assert "model" in tuple(result[2].params["conv"]["kernel"].spec)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 1, -1), "8 devices do not divide by 3"),
+        ((16, 1, 1), "needs 16 devices; there are 8"),
+        ((-1, -1, 1), "at most one may be -1"),
+    ],
+)
+def test_impossible_meshes_are_named_before_anything_is_compiled(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(_parallel(*sizes))
+
+
+def test_a_batch_that_does_not_divide_is_named_with_one_that_does():
+    with pytest.raises(ConfigError, match=r"12 does not divide by 8 .* try 8"):
+        check_batch(12, make_mesh(_parallel(4, 2, 1)))
+
+
+def _parallel(data, fsdp, model):
+    config = tiny_config().parallel
+    config.update(data=data, fsdp=fsdp, model=model)
+    return config

@@ -1,0 +1,39 @@
+"""From a config to the task, the model, the optimizer: everything by name."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+import train.tasks
+from train.naming import ConfigError, find_module
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def build_task(config):
+    """`config.task` is a module of `train.tasks`."""
+    module = find_module(train.tasks, config.task, "config.task")
+    try:
+        return module.from_config(config)
+    except TypeError as error:
+        raise ConfigError(f"config.task_args or config.model_args: {error}") from None
+
+
+def build_model(config):
+    """`config.model` by name, with `model_args` and the compute dtype of `precision`."""
+    from jaxmodels.interop import catalog
+
+    if config.precision not in PRECISIONS:
+        raise ConfigError(f"config.precision: {config.precision!r}; known: {', '.join(PRECISIONS)}")
+    args = dict(config.model_args)
+    if config.precision != "float32":
+        args.setdefault("dtype", PRECISIONS[config.precision])
+    try:
+        found = catalog.find(config.model)
+        synchronize = config.parallel.mode == "pmap" and config.parallel.sync_batch_norm
+        if synchronize and "bn_axis_name" in found.cls.__dataclass_fields__:
+            args.setdefault("bn_axis_name", "batch")
+        return found.build(**args)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        text = error.args[0] if error.args else str(error)
+        raise ConfigError(f"config.model {config.model!r}: {text}") from None

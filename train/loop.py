@@ -1,0 +1,312 @@
+"""`fit`: the only loop in the project."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import metrics as sums_
+from train.building import build_task
+from train.checkpoints import Checkpoints
+from train.data import pipeline
+from train.initialization import starting_variables
+from train.naming import ConfigError
+from train.optimizers import make_optimizer, make_schedule
+from train.parallel import (
+    any_process,
+    batch_sharding,
+    check_batch,
+    gather_over_fsdp,
+    global_batch,
+    make_mesh,
+    state_sharding,
+)
+from train.probe import RankProbe
+from train.reporting import Reporter
+from train.state import create_state
+from train.step import execute_jit, execute_pmap, make_eval_step, make_train_step
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or a gradient stopped being a number; the message says where to go on from."""
+
+
+class Plan:
+    """Everything decided before the first step: task, optimizer, mesh, shapes and shardings."""
+
+    def __init__(self, config, devices=None):
+        if config.steps < 1 or config.batch_size < 1:
+            raise ConfigError("config.steps and config.batch_size: both must be at least 1")
+        if config.parallel.mode not in ("jit", "pmap"):
+            raise ConfigError(f"config.parallel.mode: {config.parallel.mode!r}; known: jit, pmap")
+        self.config = config
+        self.task = build_task(config)
+        self.mesh = make_mesh(config.parallel, devices)
+        check_batch(config.batch_size, self.mesh, config.optimizer.accumulate)
+        if config.parallel.mode == "pmap" and self.mesh.shape["data"] != self.mesh.size:
+            raise ConfigError(
+                "config.parallel.mode: pmap replicates; use jit for fsdp and model axes"
+            )
+        self.schedule = make_schedule(config.schedule, config.steps)
+        self.optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.spec = pipeline.element_spec(config.data)
+        self.rules = tuple(config.parallel.rules)
+        self.abstract = jax.eval_shape(self.create)
+        self.sharding = state_sharding(self.abstract, self.mesh, self.rules)
+        self.like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            self.abstract,
+            self.sharding,
+        )
+        pmap = config.parallel.mode == "pmap"
+        self.step = make_train_step(
+            self.task,
+            self.optimizer,
+            ema_decay=config.ema.decay,
+            accumulate=config.optimizer.accumulate,
+            axis_name="batch" if pmap else None,
+            gather=gather_over_fsdp(self.mesh, self.rules),
+        )
+        if pmap:
+            self.run = execute_pmap(self.step, self.mesh, "batch")
+        else:
+            self.run = execute_jit(self.step, self.mesh, self.sharding)
+
+    def create(self):
+        """A fresh state: the function of `config.seed` that `eval_shape` and `jit` share."""
+        init_rng, run_rng = jax.random.split(jax.random.key(self.config.seed))
+        example = {k: jnp.zeros((1, *s.shape), s.dtype) for k, s in self.spec.items()}
+        params, extra = self.task.init(init_rng, example)
+        return create_state(params, extra, self.optimizer, run_rng, ema=self.config.ema.decay > 0)
+
+    def fresh(self):
+        """A fresh state in place; `init_from` replaces what the checkpoint holds."""
+        if not self.config.init_from:
+            return jax.jit(self.create, out_shardings=self.sharding)()
+        state = jax.jit(self.create)()
+        params, extra = starting_variables(self.config, state, self.task)
+        state = state.replace(params=params, extra=extra)
+        if state.ema is not None:
+            state = state.replace(
+                ema=jax.tree.map(
+                    jnp.copy, {"params": params, "extra": {k: extra[k] for k in state.ema["extra"]}}
+                )
+            )
+        return jax.device_put(state, self.sharding)
+
+    def evaluate(self):
+        """`variables -> metrics` over the whole evaluation split."""
+        config, rows = self.config, batch_sharding(self.mesh)
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = -(-(config.eval.batch_size or config.batch_size) // parts) * parts
+        step = jax.jit(make_eval_step(self.task))
+
+        def run(variables):
+            total = None
+            for batch in pipeline.eval_batches(
+                config.data,
+                config.eval.split or pipeline.eval_split(config.data),
+                batch_size=size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ):
+                total = sums_.merge(total, step(variables, global_batch(batch, rows)))
+            return sums_.compute(total)
+
+        return run
+
+    def host_copy(self, tree):
+        """One numpy copy of a tree that may be spread over devices and processes."""
+        if jax.process_count() == 1:
+            return jax.device_get(tree)
+        everywhere = jax.NamedSharding(self.mesh, jax.P())
+        whole = jax.jit(lambda t: t, out_shardings=everywhere)(tree)
+        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+
+
+def fit(config, workdir, *, command: str = "") -> dict[str, float]:
+    """Train (or, with `eval_only`, evaluate) as the config says; resume when `workdir` has a run.
+
+    Returns the final numbers: the evaluation metrics and what the task reports beside them.
+    """
+    workdir = Path(workdir)
+    first = jax.process_index() == 0
+    _prepare(workdir, first)
+    plan = Plan(config)
+    reporter = Reporter(
+        workdir, config.steps, config.batch_size, active=first, tensorboard=config.tensorboard
+    )
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        best_metric=config.checkpoint.best_metric or None,
+        best_mode=config.checkpoint.best_mode,
+        config=config.to_dict(),
+        report=reporter.say,
+    )
+    evaluate = plan.evaluate()
+    try:
+        restored = checkpoints.restore(plan.like)
+        start, state = restored if restored is not None else (0, plan.fresh())
+        if first:
+            _write_config(workdir, config)
+        if restored is not None:
+            reporter.say(f"resumed from step {start} of {workdir}")
+        if config.eval_only:
+            numbers = evaluate(state.eval_variables)
+            reporter.log(start, "eval", numbers)
+        else:
+            state, numbers = _train(plan, state, start, reporter, checkpoints, evaluate)
+        if numbers is None:  # asked to stop
+            return {}
+        if hasattr(plan.task, "report"):
+            variables = plan.host_copy(state.eval_variables)
+            if first:
+                numbers = {**numbers, **plan.task.report(variables, numbers, config)}
+        reporter.finish(
+            f"{config.task}: {config.model}", {"steps": config.steps, **numbers}, command
+        )
+        return numbers
+    finally:
+        checkpoints.close()
+
+
+def _train(plan, state, start, reporter, checkpoints, evaluate):
+    config, run = plan.config, plan.run
+    batches = pipeline.train_batches(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    probe = RankProbe(config.probe.rank, reporter) if config.probe.rank else None
+    numbers, pending, keys = None, [], ()
+    state = run.place(state)
+    reporter.start(start)
+    with StopSignal() as stop:
+        for step in range(start, config.steps):
+            batch = next(batches)
+            keys = tuple(batch)
+            with _profile(config.profile, step, reporter.workdir):
+                state, measured = run.step(state, run.put(batch))
+            pending.append(measured)
+            done = step + 1
+            last = done == config.steps
+            looked = last or done % config.log_every == 0
+            if looked:
+                host = jax.device_get(pending)
+                means = {k: np.mean([m[k] for m in host]) for k in host[0]}
+                pending = []
+                _check_finite(state, checkpoints, keys, config, plan)
+                reporter.log(done, "train", {**means, "learning_rate": float(plan.schedule(step))})
+                if probe is not None:
+                    probe.look(done, run.whole(state).params)
+            # Alone, a process may stop at any step; several must agree, which takes a message.
+            stopping = (
+                stop.asked if jax.process_count() == 1 else looked and any_process(stop.asked)
+            )
+            if (config.eval.every and done % config.eval.every == 0) or last:
+                numbers = evaluate(run.whole(state).eval_variables)
+                reporter.log(done, "eval", numbers)
+                reporter.resume_clock(done)
+            if (
+                (config.checkpoint.every and done % config.checkpoint.every == 0)
+                or last
+                or stopping
+            ):
+                _check_finite(state, checkpoints, keys, config, plan)
+                checkpoints.save(done, run.whole(state), numbers, wait=stopping)
+                reporter.resume_clock(done)
+            if stopping and not last:
+                reporter.say(f"stopped by signal: step {done} is saved; the same command goes on")
+                return run.whole(state), None
+    checkpoints.wait()
+    return run.whole(state), numbers
+
+
+def _check_finite(state, checkpoints, keys, config, plan) -> None:
+    bad = int(np.max(jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), state.bad_step))))
+    if bad < 0:
+        return
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    good = f"step {steps[-1]}" if steps else "none"
+    raise NonFiniteLoss(
+        f"loss or gradient not finite at step {bad} (batch keys {', '.join(keys)}; "
+        f"seed {config.seed}); last good checkpoint: {good}"
+    )
+
+
+class StopSignal:
+    """Remembers SIGTERM (preemption) and SIGINT until the loop can leave cleanly."""
+
+    def __enter__(self):
+        self.asked = False
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number, frame):
+        del frame
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _profile:
+    """A profiler trace of steps [start, start + steps) below `workdir/profile`."""
+
+    def __init__(self, config, step, workdir):
+        self.start = config.start >= 0 and step == config.start
+        self.stop = config.start >= 0 and step == config.start + config.steps - 1
+        self.directory = os.path.join(workdir, "profile")
+
+    def __enter__(self):
+        if self.start:
+            jax.profiler.start_trace(self.directory)
+
+    def __exit__(self, *_):
+        if self.stop:
+            jax.profiler.stop_trace()
+
+
+def _prepare(workdir: Path, first: bool) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if first:
+            probe = workdir / ".writable"
+            probe.write_text("")
+            probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir}: cannot be written ({error.strerror})") from None
+
+
+def _write_config(workdir: Path, config) -> None:
+    text = json.dumps(config.to_dict(), indent=2, default=str) + "\n"
+    part = workdir / "config.json.part"
+    part.write_text(text)
+    part.replace(workdir / "config.json")
+
+
+@functools.cache
+def compilation_cache() -> None:
+    """Keep compiled programs between runs, as every accelerator user wants."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxmodels", "xla"))

@@ -1,0 +1,126 @@
+"""Schedules and optimizers from a config, by Optax where Optax has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.naming import ConfigError, nearest
+
+SCHEDULES = ("constant", "cosine", "step", "polynomial")
+
+
+def make_schedule(config, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step (an int or an int array).
+
+    Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
+    `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
+    `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    """
+    if config.name not in SCHEDULES:
+        raise ConfigError(
+            f"config.schedule.name: no schedule {config.name!r}; {nearest(config.name, SCHEDULES)}"
+        )
+    peak, end, warmup = config.peak, config.end, config.warmup_steps
+    offset = 0 if config.warmup_inside else warmup
+    span = max(steps - offset, 1)
+    if config.name == "constant":
+        body = optax.constant_schedule(peak)
+    elif config.name == "cosine":
+
+        def body(t):
+            t = jnp.clip(t, 0, span)
+            return end + 0.5 * (peak - end) * (1.0 + jnp.cos(jnp.pi * t / span))
+    elif config.name == "step":
+        body = optax.piecewise_constant_schedule(
+            peak, {int(b) - offset: config.factor for b in config.boundaries}
+        )
+    else:
+        body = optax.polynomial_schedule(peak, end, config.power, span)
+
+    def schedule(step):
+        t = step // config.hold_for * config.hold_for
+        if not warmup:
+            return body(t)
+        ramp = config.warmup_init + t * (peak - config.warmup_init) / warmup
+        return jnp.where(t < warmup, ramp, body(t - offset))
+
+    return schedule
+
+
+def path_string(path) -> str:
+    """A pytree path as the dotted name a checkpoint would use."""
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def decay_mask(rule: str) -> Callable:
+    """Which parameters decay: `all`, `matrices` (ndim > 1, as in timm), or a regex on paths."""
+
+    def mask(params):
+        def choose(path, leaf):
+            if rule == "all":
+                return True
+            if rule == "matrices":
+                return leaf.ndim > 1
+            return re.search(rule, path_string(path)) is not None
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+
+    return mask
+
+
+def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping, weight decay, the named Optax optimizer, frozen parameters: in this order."""
+    factory = getattr(optax, config.name, None)
+    if factory is None or config.name.startswith("_"):
+        known = ("sgd", "adam", "adamw", "adagrad", "adafactor", "lamb", "lars", "lion", "rmsprop")
+        raise ConfigError(
+            f"config.optimizer.name: no optimizer {config.name!r}; {nearest(config.name, known)}"
+        )
+    args = config.args.to_dict() if hasattr(config.args, "to_dict") else dict(config.args)
+    try:
+        inner = factory(schedule, **args)
+    except TypeError as error:
+        raise ConfigError(f"config.optimizer.args: {error}") from None
+    parts = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay and not config.decoupled:
+        parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_mask)))
+    parts.append(inner)
+    if config.weight_decay and config.decoupled:
+        # After the optimizer, scaled by the same rate: w <- w - lr * wd * w.
+        mask = decay_mask(config.decay_mask)
+        parts.append(_decoupled_decay(config.weight_decay, schedule, mask))
+    optimizer = optax.chain(*parts)
+    if config.freeze:
+        pattern = re.compile(config.freeze)
+
+        def label(params):
+            return jax.tree_util.tree_map_with_path(
+                lambda p, _: "frozen" if pattern.search(path_string(p)) else "trained", params
+            )
+
+        optimizer = optax.multi_transform(
+            {"trained": optimizer, "frozen": optax.set_to_zero()}, label
+        )
+    return optimizer
+
+
+def _decoupled_decay(weight_decay, schedule, mask):
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        rate = schedule(state.count) * weight_decay
+        updates = jax.tree.map(
+            lambda u, p, m: u - rate * p if m else u, updates, params, mask(params)
+        )
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,140 @@
+"""Devices: the mesh, where parameters and batches live, and processes that work together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.naming import ConfigError
+from train.optimizers import path_string
+
+AXES = ("data", "fsdp", "model")
+# Arrays smaller than this are not worth a collective.
+SMALLEST_SHARDED = 2**12
+
+
+def start_processes(config) -> None:
+    """Join the other processes of this run: explicit coordinator, or a TPU pod's own metadata."""
+    if config.coordinator:
+        if jax.config.jax_platforms == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                initialization_timeout=config.start_timeout,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"config.parallel.coordinator: process {config.process_id} of "
+                f"{config.num_processes} could not join {config.coordinator} within "
+                f"{config.start_timeout} s ({str(error).splitlines()[0]})"
+            ) from None
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(initialization_timeout=config.start_timeout)
+
+
+def make_mesh(config, devices=None) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `model`; one of the sizes may be -1: what is left."""
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = [int(config.data), int(config.fsdp), int(config.model)]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ConfigError(
+            f"config.parallel: axis sizes {dict(zip(AXES, sizes))}; at most one may be -1"
+        )
+    known = int(np.prod([s for s in sizes if s > 0]))
+    if -1 in sizes:
+        if devices.size % known:
+            raise ConfigError(
+                f"config.parallel: {devices.size} devices do not divide by {known} "
+                f"({dict(zip(AXES, sizes))})"
+            )
+        sizes[sizes.index(-1)] = devices.size // known
+    elif known > devices.size:
+        raise ConfigError(
+            f"config.parallel: {dict(zip(AXES, sizes))} needs {known} devices; "
+            f"there are {devices.size}"
+        )
+    return Mesh(devices.reshape(-1)[: int(np.prod(sizes))].reshape(sizes), AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp` together."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Refuse a batch that the mesh cannot share evenly, before anything is compiled."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    if batch_size < 1 or batch_size % rows:
+        raise ConfigError(
+            f"config.batch_size: {batch_size} does not divide by {rows} (data {mesh.shape['data']} "
+            f"x fsdp {mesh.shape['fsdp']} x accumulate {accumulate}); "
+            f"try {max(rows, batch_size // rows * rows)}"
+        )
+
+
+def leaf_spec(path: str, shape, mesh: Mesh, rules=()) -> PartitionSpec:
+    """Where an array lives: `model` by the first matching rule, `fsdp` on the largest free axis."""
+    axes: list[str | None] = [None] * len(shape)
+    if mesh.shape["model"] > 1:
+        for pattern, dimension in rules:
+            if re.search(pattern, path) and -len(shape) <= dimension < len(shape):
+                if shape[dimension] % mesh.shape["model"] == 0:
+                    axes[dimension] = "model"
+                break
+    if mesh.shape["fsdp"] > 1 and np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
+        free = [i for i, a in enumerate(axes) if a is None and shape[i] % mesh.shape["fsdp"] == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def state_sharding(state, mesh: Mesh, rules=()):
+    """A `NamedSharding` for every leaf of a state (arrays or shapes)."""
+
+    def place(path, leaf):
+        shape = () if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.shape
+        return NamedSharding(mesh, leaf_spec(path_string(path), shape, mesh, rules))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def gather_over_fsdp(mesh: Mesh, rules=()) -> Callable:
+    """Parameters brought together over `fsdp` where they are used, one array at a time.
+
+    Without it XLA may keep weights sharded and all-reduce full-batch activations instead.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return lambda params: params
+    whole = Mesh(mesh.devices, mesh.axis_names)
+
+    def gather(params):
+        def place(path, leaf):
+            spec = leaf_spec(path_string(path), leaf.shape, whole, rules)
+            spec = PartitionSpec(*(None if a == "fsdp" else a for a in spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+        return jax.tree_util.tree_map_with_path(place, params)
+
+    return gather
+
+
+def global_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding):
+    """Put this process's rows on its devices as its part of the global batch."""
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def any_process(flag: bool) -> bool:
+    """True where any process says so; every process must call it at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
