@@ -1,4 +1,4 @@
-"""The forms of the depthwise convolution on a CPU, by shape; `layers/depthwise.py` chooses by it."""
+"""Forms of the depthwise convolution on a CPU by shape; `layers/depthwise.py` chooses by it."""
 
 from __future__ import annotations
 
