@@ -80,8 +80,14 @@ class Worker:
             "BENCHMARK_THREADS": str(threads),
         }
         self.process = subprocess.Popen(
-            [contender.python, "-m", "benchmarks.measure", contender.target]
-            + [json.dumps(contender.arguments), ",".join(map(str, processors))],
+            [
+                contender.python,
+                "-m",
+                "benchmarks.measure",
+                contender.target,
+                json.dumps(contender.arguments),
+                ",".join(map(str, processors)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

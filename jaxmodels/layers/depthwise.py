@@ -10,11 +10,13 @@ convolution. The form is chosen by platform and by shape from the measurements c
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -188,6 +190,31 @@ def _grouped_products(x, dy, kernel_size, strides, padding):
 # CPU: shifted multiply-adds on [B, H, W*C].
 
 
+def _unfused(*static: int) -> Callable[[Callable], Callable]:
+    """Compile a function apart, so that its arguments and results really are written to memory.
+
+    XLA's CPU pipeline drops optimization barriers before it fuses: without this it computes a whole
+    convolution again, element by element, in every normalization and gradient that reads it.
+    `static` are the positions of arguments that are not arrays.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @partial(jax.jit, static_argnums=static)
+        @wraps(function)
+        def fused_inside(*arguments):
+            with set_xla_metadata(inlineable="true"):
+                return function(*arguments)
+
+        @wraps(function)
+        def call(*arguments):
+            with set_xla_metadata(inlineable="false"):
+                return fused_inside(*arguments)
+
+        return call
+
+    return decorate
+
+
 def _accumulation_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
 
@@ -199,16 +226,17 @@ def _output_size(size: Pair, kernel_size: Pair, strides: Pair, padding: Padding)
     )
 
 
-def _taps(size: int, outputs: int, kernel: int, stride: int, low: int) -> list[int]:
+def _taps(size: int, outputs: int, kernel: int, stride: int, low: int) -> tuple[int, ...]:
     """The taps of one axis that meet the image at all; on tiny maps the others see only padding."""
-    return [
+    return tuple(
         tap
         for tap in range(kernel)
         if any(0 <= out * stride + tap - low < size for out in range(outputs))
-    ]
+    )
 
 
-def _padded_phases(x, outputs: Pair, kernel_size: Pair, strides: Pair, padding: Padding):
+@_unfused(1, 2, 3, 4, 5)
+def _padded_phases(x, outputs, kernel_size, strides, padding, dtype):
     """Pad and split columns by their phase: `strides[1]` arrays `[B, rows, columns * C]`.
 
     Padding on the flattened axis is cheaper than on four axes. Rows need no phases: a strided slice
@@ -220,8 +248,8 @@ def _padded_phases(x, outputs: Pair, kernel_size: Pair, strides: Pair, padding: 
     rows = (outputs[0] - 1) * strides[0] + kernel_size[0]
     columns = outputs[1] - 1 + -(-kernel_size[1] // step)
     flat = lax.pad(
-        x.reshape(batch, height, width * channels),
-        jnp.zeros((), x.dtype),
+        x.astype(dtype).reshape(batch, height, width * channels),
+        jnp.zeros((), dtype),
         (
             (0, 0, 0),
             (top, rows - height - top, 0),
@@ -236,31 +264,49 @@ def _padded_phases(x, outputs: Pair, kernel_size: Pair, strides: Pair, padding: 
     )
 
 
-def _shifted(x, kernel, strides, padding):
-    dtype = _accumulation_dtype(x.dtype)
-    batch, height, width, channels = x.shape
-    kh, kw = kernel.shape[:2]
-    out_h, out_w = _output_size((height, width), (kh, kw), strides, padding)
-    # Without the barriers XLA recomputes the producer of x and the padding once a tap.
-    x = lax.optimization_barrier(x.astype(dtype))
-    phases = _padded_phases(x, (out_h, out_w), (kh, kw), strides, padding)
-    taps = jnp.broadcast_to(kernel.astype(dtype), (kh, kw, out_w, channels))
-    taps = taps.reshape(kh, kw, out_w * channels)
-    phases, taps = lax.optimization_barrier((phases, taps))
+@_unfused(1, 2)
+def _repeated_taps(kernel, width, dtype):
+    """Every tap repeated along a row, `[kh, kw, width * C]`."""
+    kh, kw, _, channels = kernel.shape
+    taps = jnp.broadcast_to(kernel.astype(dtype), (kh, kw, width, channels))
+    return taps.reshape(kh, kw, width * channels)
+
+
+@_unfused(2, 3, 4, 5, 6)
+def _multiply_add(phases, taps, shape, strides, tap_rows, tap_columns, dtype):
+    batch, out_h, out_w, channels = shape
+    step = strides[1]
     total = None
-    for i in _taps(height, out_h, kh, strides[0], padding[0][0]):
-        for j in _taps(width, out_w, kw, strides[1], padding[1][0]):
+    for i in tap_rows:
+        for j in tap_columns:
+            start = j // step * channels
             window = lax.slice(
-                phases[j % strides[1]],
-                (0, i, j // strides[1] * channels),
-                (batch, i + (out_h - 1) * strides[0] + 1, (j // strides[1] + out_w) * channels),
+                phases[j % step],
+                (0, i, start),
+                (batch, i + (out_h - 1) * strides[0] + 1, start + out_w * channels),
                 (1, strides[0], 1),
             )
             term = window * taps[i, j]
             total = term if total is None else total + term
     if total is None:
-        total = jnp.zeros((batch, out_h, out_w * channels), dtype)
-    return total.reshape(batch, out_h, out_w, channels).astype(kernel.dtype)
+        return jnp.zeros(shape, dtype)
+    return total.reshape(shape).astype(dtype)
+
+
+def _shifted(x, kernel, strides, padding):
+    dtype = _accumulation_dtype(x.dtype)
+    batch, height, width, channels = x.shape
+    kernel_size = kernel.shape[:2]
+    out_h, out_w = _output_size((height, width), kernel_size, strides, padding)
+    return _multiply_add(
+        _padded_phases(x, (out_h, out_w), kernel_size, strides, padding, dtype),
+        _repeated_taps(kernel, out_w, dtype),
+        (batch, out_h, out_w, channels),
+        strides,
+        _taps(height, out_h, kernel_size[0], strides[0], padding[0][0]),
+        _taps(width, out_w, kernel_size[1], strides[1], padding[1][0]),
+        x.dtype,
+    )
 
 
 def _shifted_transpose(dy, kernel, size, strides, padding):
@@ -268,76 +314,79 @@ def _shifted_transpose(dy, kernel, size, strides, padding):
     (top, _), (left, _) = padding
     out_h, out_w = dy.shape[1:3]
     spread = ((out_h - 1) * strides[0] + 1, (out_w - 1) * strides[1] + 1)
-    if strides != (1, 1):
-        dy = lax.pad(
-            dy,
-            jnp.zeros((), dy.dtype),
-            ((0, 0, 0), (0, 0, strides[0] - 1), (0, 0, strides[1] - 1), (0, 0, 0)),
-        )
     back = (
         (kh - 1 - top, size[0] + top - spread[0]),
         (kw - 1 - left, size[1] + left - spread[1]),
     )
-    return _shifted(dy, kernel[::-1, ::-1], (1, 1), back)
+    return _shifted(_dilated(dy, strides), kernel[::-1, ::-1], (1, 1), back)
+
+
+@_unfused(1)
+def _dilated(dy, strides):
+    """Zeros between the elements along H and W, `strides - 1` of them."""
+    if strides == (1, 1):
+        return dy
+    gaps = ((0, 0, 0), (0, 0, strides[0] - 1), (0, 0, strides[1] - 1), (0, 0, 0))
+    return lax.pad(dy, jnp.zeros((), dy.dtype), gaps)
 
 
 def _shifted_products(x, dy, kernel_size, strides, padding):
-    narrow, dtype = x.dtype, _accumulation_dtype(x.dtype)
-    batch, height, width, channels = x.shape
+    dtype = _accumulation_dtype(x.dtype)
+    _, height, width, channels = x.shape
     out_h, out_w = dy.shape[1:3]
-    x, dy = lax.optimization_barrier((x.astype(dtype), dy.astype(dtype)))
-    rows_of_taps = _taps(height, out_h, kernel_size[0], strides[0], padding[0][0])
-    columns_of_taps = _taps(width, out_w, kernel_size[1], strides[1], padding[1][0])
-    if not rows_of_taps or not columns_of_taps:
-        return jnp.zeros((*kernel_size, 1, channels), narrow)
-    phases = _padded_phases(x, (out_h, out_w), kernel_size, strides, padding)
-    dy = dy.reshape(batch, out_h, out_w * channels)
-    phases, dy = lax.optimization_barrier((phases, dy))
+    tap_rows = _taps(height, out_h, kernel_size[0], strides[0], padding[0][0])
+    tap_columns = _taps(width, out_w, kernel_size[1], strides[1], padding[1][0])
+    if not tap_rows or not tap_columns:
+        return jnp.zeros((*kernel_size, 1, channels), x.dtype)
+    phases = _padded_phases(x, (out_h, out_w), kernel_size, strides, padding, dtype)
     looped = out_h >= _LOOP_ROWS and out_h * out_w * channels >= _LOOP_ELEMENTS
     form = _products_by_loop if looped else _products_by_reduction
-    sums = form(phases, dy, kernel_size, strides, channels, rows_of_taps, columns_of_taps)
-    return sums.astype(narrow)
+    return form(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype).astype(x.dtype)
 
 
-def _products_by_reduction(phases, dy, kernel_size, strides, channels, tap_rows, tap_columns):
+@_unfused(2, 3, 4, 5, 6)
+def _products_by_reduction(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """One variadic reduction over (B, H) for all taps, so that x and dy are read once."""
-    batch, out_h, length = dy.shape
+    batch, out_h, out_w, channels = dy.shape
+    dy = dy.astype(dtype).reshape(batch, out_h, out_w * channels)
     step = strides[1]
     products, places = [], {}
     for i in tap_rows:
         for j in tap_columns:
+            start = j // step * channels
             window = lax.slice(
                 phases[j % step],
-                (0, i, j // step * channels),
-                (batch, i + (out_h - 1) * strides[0] + 1, j // step * channels + length),
+                (0, i, start),
+                (batch, i + (out_h - 1) * strides[0] + 1, start + out_w * channels),
                 (1, strides[0], 1),
             )
             places[i, j] = len(products)
             products.append(window * dy)
-    zero = jnp.zeros((), dy.dtype)
+    zero = jnp.zeros((), dtype)
     sums = lax.reduce(
         products,
         [zero] * len(products),
         lambda a, b: [u + v for u, v in zip(a, b, strict=True)],
         (0, 1),
     )
-    sums = [total.reshape(-1, channels).sum(0) for total in sums]
-    nothing = jnp.zeros((channels,), dy.dtype)
-    kh, kw = kernel_size
-    rows = [
-        sums[places[i, j]] if (i, j) in places else nothing for i in range(kh) for j in range(kw)
-    ]
-    return jnp.stack(rows).reshape(kh, kw, 1, channels)
+    sums = [total.reshape(out_w, channels).sum(0) for total in sums]
+    nothing = jnp.zeros((channels,), dtype)
+    taps = [(i, j) for i in range(kernel_size[0]) for j in range(kernel_size[1])]
+    rows = [sums[places[tap]] if tap in places else nothing for tap in taps]
+    return jnp.stack(rows).reshape(*kernel_size, 1, channels)
 
 
-def _products_by_loop(phases, dy, kernel_size, strides, channels, tap_rows, tap_columns):
+@_unfused(2, 3, 4, 5, 6)
+def _products_by_loop(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """A loop over blocks of rows; the running sums, `[kh, W*C]` a kernel column, stay in cache.
 
     The block of the next step is part of the carry: a slice taken and used in the same step would
     be fused into the products, which keeps them from vectorizing.
     """
     del tap_rows, tap_columns  # maps this large meet every tap
-    batch, out_h, length = dy.shape
+    batch, out_h, out_w, channels = dy.shape
+    length = out_w * channels
+    dy = dy.astype(dtype).reshape(batch, out_h, length)
     kh, kw = kernel_size
     step, down = strides[1], strides[0]
     block = next(n for n in range(_ROWS_PER_STEP, 0, -1) if out_h % n == 0)
@@ -362,7 +411,7 @@ def _products_by_loop(phases, dy, kernel_size, strides, channels, tap_rows, tap_
                 sums[j] = sums[j] + window * outer[row]
         return tuple(sums), load(index + 1)
 
-    sums = tuple(jnp.zeros((kh, length), dy.dtype) for _ in range(kw))
+    sums = tuple(jnp.zeros((kh, length), dtype) for _ in range(kw))
     sums, _ = lax.fori_loop(0, batch * blocks, advance, (sums, load(0)))
-    columns = [total.reshape(kh, -1, channels).sum(1) for total in sums]
+    columns = [total.reshape(kh, out_w, channels).sum(1) for total in sums]
     return jnp.stack(columns, axis=1).reshape(kh, kw, 1, channels)

@@ -1,5 +1,7 @@
 """Depthwise convolution equals XLA's grouped convolution, in values and in every gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,18 @@ def test_shapes_that_do_not_fit_are_named():
         depthwise_conv(x, jnp.zeros((5, 5, 1, 3)), padding=((0, 0), (0, 0)))
     with pytest.raises(ValueError, match=r"x \[B,H,W,C\]"):
         depthwise_conv(x[0], jnp.zeros((3, 3, 1, 3)))
+
+
+def test_compiled_apart_from_what_reads_the_result():
+    """Fused into its readers the convolution would be computed once for each of them."""
+    x, kernel, _ = draw((2, 6, 6, 3), 3, (1, 1), ((1, 1), (1, 1)), jnp.float32)
+
+    @jax.jit
+    def normalized(x, kernel):
+        y = depthwise_conv(jax.nn.relu(x), kernel)
+        return (y - y.mean()) / y.std()
+
+    program = normalized.lower(x, kernel).compile().as_text()
+    assert len(re.findall(r" call\(.*to_apply=%?_multiply_add", program)) == 1
+    body = program[program.index("ENTRY") :]
+    assert " call(" in body

@@ -1,0 +1,95 @@
+"""What `train.loop.fit`'s loop costs over the bare jitted step: RepGhost's small configuration."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import Contender, markdown, measure, ratio, write_report
+
+STEPS, BATCH = 20, 128
+
+
+def _plan():
+    import jax
+
+    from configs.repghost import get_config
+    from train.loop import Plan
+
+    config = get_config("small")
+    config.steps, config.batch_size, config.log_every = STEPS, BATCH, STEPS // 2
+    config.eval.every = config.checkpoint.every = 0
+    plan = Plan(config, jax.devices()[:1])
+    return plan, plan.run.place(plan.fresh())
+
+
+def bare() -> Callable[[], None]:
+    """`STEPS` steps of the jitted function on one batch that is already in place."""
+    import jax
+
+    from train.data import pipeline
+
+    plan, state = _plan()
+    batches = pipeline.train_batches(plan.config.data, batch_size=BATCH, seed=0)
+    batch = plan.run.put(next(batches))
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(STEPS):
+            state, measured = plan.run.step(state, batch)
+        jax.block_until_ready((state, measured))
+
+    return run
+
+
+def loop() -> Callable[[], None]:
+    """`STEPS` steps of the loop: data started afresh, logging, checks; no evaluation, no saving."""
+    import jax
+
+    from train import loop as module
+    from train.reporting import Reporter
+
+    plan, state = _plan()
+    reporter = Reporter(tempfile.mkdtemp(), STEPS, BATCH)
+
+    class Nothing:
+        def __getattr__(self, name):
+            return lambda *a, **k: None
+
+    def run() -> None:
+        nonlocal state
+        reporter.rows.clear()
+        state, _ = module._train(plan, state, 0, reporter, Nothing(), lambda variables: {})
+        jax.block_until_ready(state)
+
+    return run
+
+
+def run(quick: bool = False) -> Path:
+    """Write `results/loop_overhead.md`."""
+    rounds, steps = (4, 1) if quick else (12, 1)
+    rows = []
+    for threads in (1, 2):
+        samples = measure(
+            [Contender(name, f"benchmarks.loop_overhead:{name}") for name in ("bare", "loop")],
+            threads,
+            rounds,
+            steps,
+        )
+        for kind in ("wall", "cpu"):
+            rows.append(
+                [
+                    str(threads),
+                    kind,
+                    *(samples[name].cell(kind) for name in ("bare", "loop")),
+                    ratio(samples["loop"], [samples["bare"]], kind),
+                ]
+            )
+    body = (
+        f"RepGhost 0.25x on digits at 32x32, batch {BATCH}, {STEPS} steps a sample. The loop reads "
+        "its data (started afresh in every sample), logs twice and checks for non-finite losses; "
+        "evaluation and checkpoints are off. Mark: at most 1.03.\n\n"
+        + markdown(["threads", "time", "bare step", "loop", "loop / bare"], rows)
+    )
+    return write_report("loop_overhead", "Overhead of the training loop", body)
