@@ -48,6 +48,8 @@ class Plan:
         if config.parallel.mode not in ("jit", "pmap"):
             raise ConfigError(f"config.parallel.mode: {config.parallel.mode!r}; known: jit, pmap")
         self.config = config
+        if config.init_from and not os.path.exists(config.init_from):
+            raise ConfigError(f"config.init_from: no file or directory {config.init_from!r}")
         self.task = build_task(config)
         self.mesh = make_mesh(config.parallel, devices)
         check_batch(config.batch_size, self.mesh, config.optimizer.accumulate)
@@ -82,25 +84,30 @@ class Plan:
 
     def create(self):
         """A fresh state: the function of `config.seed` that `eval_shape` and `jit` share."""
-        init_rng, run_rng = jax.random.split(jax.random.key(self.config.seed))
+        init_rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         example = {k: jnp.zeros((1, *s.shape), s.dtype) for k, s in self.spec.items()}
         params, extra = self.task.init(init_rng, example)
-        return create_state(params, extra, self.optimizer, run_rng, ema=self.config.ema.decay > 0)
+        ema = self.config.ema.decay > 0
+        return create_state(params, extra, self.optimizer, self.run_rng(), ema=ema)
+
+    def run_rng(self):
+        """The key from which every step draws its own."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
     def fresh(self):
         """A fresh state in place; `init_from` replaces what the checkpoint holds."""
         if not self.config.init_from:
-            return jax.jit(self.create, out_shardings=self.sharding)()
-        state = jax.jit(self.create)()
-        params, extra = starting_variables(self.config, state, self.task)
-        state = state.replace(params=params, extra=extra)
-        if state.ema is not None:
-            state = state.replace(
-                ema=jax.tree.map(
-                    jnp.copy, {"params": params, "extra": {k: extra[k] for k in state.ema["extra"]}}
-                )
-            )
+            return self.make(self.sharding)
+        params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        ema = self.config.ema.decay > 0
+        state = create_state(params, extra, self.optimizer, self.run_rng(), ema=ema)
         return jax.device_put(state, self.sharding)
+
+    def make(self, sharding=None):
+        """`create`, compiled for its one call: on a CPU most of the time would go to optimizing."""
+        cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        lowered = jax.jit(self.create, out_shardings=sharding).lower()
+        return lowered.compile(compiler_options=cheap)()
 
     def evaluate(self):
         """`variables -> metrics` over the whole evaluation split."""
@@ -160,7 +167,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             _write_config(workdir, config)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
-        if config.eval_only:
+        if config.eval_only or start >= config.steps:
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
         else:
@@ -190,7 +197,7 @@ def _train(plan, state, start, reporter, checkpoints, evaluate):
         process_count=jax.process_count(),
     )
     probe = RankProbe(config.probe.rank, reporter) if config.probe.rank else None
-    numbers, pending, keys = None, [], ()
+    numbers, evaluated, pending, keys = None, -1, [], ()
     state = run.place(state)
     reporter.start(start)
     with StopSignal() as stop:
@@ -219,13 +226,15 @@ def _train(plan, state, start, reporter, checkpoints, evaluate):
                 numbers = evaluate(run.whole(state).eval_variables)
                 reporter.log(done, "eval", numbers)
                 reporter.resume_clock(done)
+                evaluated = done
             if (
                 (config.checkpoint.every and done % config.checkpoint.every == 0)
                 or last
                 or stopping
             ):
                 _check_finite(state, checkpoints, keys, config, plan)
-                checkpoints.save(done, run.whole(state), numbers, wait=stopping)
+                known = numbers if evaluated == done else None
+                checkpoints.save(done, run.whole(state), known, wait=stopping)
                 reporter.resume_clock(done)
             if stopping and not last:
                 reporter.say(f"stopped by signal: step {done} is saved; the same command goes on")

@@ -23,8 +23,6 @@ FLAGS = {
 def main(argv: list[str]) -> int:
     """Load a checkpoint and write the task's predictions as CSV."""
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
-    import jax
-
     from train.initialization import starting_variables
     from train.loop import Plan, compilation_cache
 
@@ -36,7 +34,7 @@ def main(argv: list[str]) -> int:
     plan = Plan(config)
     if not hasattr(plan.task, "predict"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
-    params, extra = starting_variables(config, jax.jit(plan.create)(), plan.task)
+    params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     rows = plan.task.predict({"params": params, **extra}, paths["input"], config)
     output = Path(paths["output"])
     part = output.with_name(output.name + ".part")
