@@ -36,7 +36,7 @@ def _small(config, preset):
     config.model = "vision.repghost"
     config.model_args = {"width": 0.25, "num_classes": 10, "dropout": 0.0}
     config.data.name = "digits"
-    config.data.options = {"image_size": 32}
+    config.data.options = {"image_size": 32, "augment": True}
     config.steps, config.batch_size = 400, 128
     config.optimizer.weight_decay = 1e-4
     config.schedule.update(peak=0.1, end=0.0, warmup_steps=20)
