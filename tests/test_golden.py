@@ -7,9 +7,10 @@ below DIR instead.
 import contextlib
 from pathlib import Path
 
-import golden_case
 import jax
 import pytest
+
+from tests import golden_case
 
 
 def pytest_generate_tests(metafunc):

@@ -132,7 +132,9 @@ def compile_step(config, devices):
         text = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in text and "Oom" not in text:
             raise
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text)
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text) or re.search(
+            r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text
+        )
         sizes = f"needs {used[1]} of {used[2]} HBM a chip" if used else text[:160]
         raise DoesNotFit(
             f"batch {config.batch_size} on {plan.mesh.size} chips ({_axes(plan.mesh)}) does not "

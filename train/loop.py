@@ -162,7 +162,10 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
     evaluate = plan.evaluate()
     try:
         restored = checkpoints.restore(plan.like)
-        start, state = restored if restored is not None else (0, plan.fresh())
+        start = 0 if restored is None else restored[0]
+        # Data that is not there is said before anything slow begins.
+        batches = None if config.eval_only else _batches(config, start)
+        state = plan.fresh() if restored is None else restored[1]
         if first:
             _write_config(workdir, config)
         if restored is not None:
@@ -171,7 +174,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
         else:
-            state, numbers = _train(plan, state, start, reporter, checkpoints, evaluate)
+            state, numbers = _train(plan, state, start, batches, reporter, checkpoints, evaluate)
         if numbers is None:  # asked to stop
             return {}
         if hasattr(plan.task, "report"):
@@ -186,9 +189,8 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         checkpoints.close()
 
 
-def _train(plan, state, start, reporter, checkpoints, evaluate):
-    config, run = plan.config, plan.run
-    batches = pipeline.train_batches(
+def _batches(config, start: int):
+    return pipeline.train_batches(
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -196,6 +198,10 @@ def _train(plan, state, start, reporter, checkpoints, evaluate):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
+    config, run = plan.config, plan.run
     probe = RankProbe(config.probe.rank, reporter) if config.probe.rank else None
     numbers, evaluated, pending, keys = None, -1, [], ()
     state = run.place(state)

@@ -21,13 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
-import torch_files  # noqa: E402
 
 from jaxmodels.interop import torch_archive  # noqa: E402
 from jaxmodels.interop.checkpoint import CheckpointError  # noqa: E402
+from tests.interop import torch_files  # noqa: E402
 
 HARMFUL = [
     ("os", "system"), ("posix", "system"), ("nt", "system"), ("builtins", "eval"),

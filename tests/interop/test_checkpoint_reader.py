@@ -11,11 +11,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch_files
-from torch_files import Call, Name, New, Raw, Strided, Writer
 
 from jaxmodels.interop import checkpoint, torch_archive
 from jaxmodels.interop.checkpoint import CheckpointError
+from tests.interop import torch_files
+from tests.interop.torch_files import Call, Name, New, Raw, Strided, Writer
 
 BASE = np.arange(120, dtype=np.float32).reshape(10, 12)
 FORMATS = {"zip": torch_files.zip_bytes, "legacy": torch_files.legacy_bytes}

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
 
 import jaxmodels
 from jaxmodels.__main__ import main
 from jaxmodels.interop import activations, catalog, checkpoint
+from tests.interop import tiny_model
 
 NAME = "vision.tiny"
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
 
 import jaxmodels
 from jaxmodels.interop import catalog, checkpoint, conversion
 from jaxmodels.interop.conversion import CheckpointMismatch, same_bytes
+from tests.interop import tiny_model
 
 NAME = "vision.tiny"
 

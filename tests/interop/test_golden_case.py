@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden_case
 import numpy as np
 import pytest
+
+from tests import golden_case
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from train.command_line import stop_with_one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "repghost.py")
+TINY = str(ROOT / "tests" / "train" / "tiny_run" / "config.py")
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +169,10 @@ def test_wrong_files_presets_and_missing_flags_are_named(tmp_path, capsys):
 
 def test_a_dry_run_on_the_host_needs_no_data_and_counts(capsys):
     flags = [
-        f"--config={CONFIG}:paper",
-        "--config.model=vision.repghost",
-        "--config.model_args.width=0.05",
+        f"--config={TINY}",
+        "--config.data.name=imagenet",
         "--config.data.options.image_size=32",
         "--config.data.options.path=/nowhere",
-        "--config.batch_size=16",
         "--config.parallel.fsdp=2",
         "--config.dry_run=host",
     ]
@@ -182,13 +181,15 @@ def test_a_dry_run_on_the_host_needs_no_data_and_counts(capsys):
         line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line
     )
     assert "(data=4 fsdp=2 model=1)" in table["devices"]
-    assert int(table["parameters"].strip().replace(",", "")) > 1_000_000
-    assert "all-gather" in table["collectives"] and "all-reduce" in table["collectives"]
+    # 64 x 32 + 32, a BatchNorm of 32, 32 x 10 + 10.
+    assert int(table["parameters"].strip().replace(",", "")) == 2080 + 64 + 330
+    assert "[32, 32, 32, 3] float32" in table["batch.image"]
+    assert "all-reduce" in table["collectives"]
 
 
 def test_a_step_compiles_for_a_tpu_slice_on_a_machine_without_one():
     flags = [
-        f"--config={ROOT / 'tests' / 'train' / 'tiny_run' / 'config.py'}",
+        f"--config={TINY}",
         "--config.dry_run=v5e:2x2",
     ]
     run = subprocess.run(
@@ -201,7 +202,7 @@ def test_a_step_compiles_for_a_tpu_slice_on_a_machine_without_one():
 
 def test_a_step_that_does_not_fit_a_chip_says_so_on_one_line_with_what_would():
     flags = [
-        f"--config={ROOT / 'tests' / 'train' / 'tiny_run' / 'config.py'}",
+        f"--config={TINY}",
         "--config.dry_run=v5e:2x2",
         "--config.data.options.image_size=1024",
         "--config.batch_size=8192",

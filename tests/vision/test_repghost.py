@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import repghost_reference as reference
 from flax import traverse_util
 
 import jaxmodels
@@ -21,6 +20,7 @@ from jaxmodels.vision.repghost import (
     fold,
     fold_all,
 )
+from tests.vision import repghost_reference as reference
 
 MODES = {"bn": (True, False), "id": (False, True), "bn+id": (True, True)}
 MODES_AND_NONE = {**MODES, "none": (False, False)}
