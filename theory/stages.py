@@ -251,8 +251,8 @@ def detector_init(sigma: jax.Array, product_shape: tuple[int, int]) -> DetectorS
         sigma=sigma,
         first_loss=real(-1.0),
         last_product=jnp.zeros(product_shape, dtype),
-        path=real(jnp.inf),
-        slack=real(),
+        path=real(),
+        slack=real(),  # zero, so that the first step is decomposed
         code=(integer(), jnp.zeros(rank, bool), jnp.zeros(rank, bool)),
         rising=jnp.asarray(False),
         low=(real(jnp.inf), integer(), integer(), real()),
