@@ -333,7 +333,7 @@ def run(
         state, info = advance(problem, optimizer, lr, state, rest, unroll)
         trace.append({"loss": info.loss, "grad_norm": info.grad_norm})
     rows.append(jax.tree.map(lambda x: x[None], measure(problem, optimizer, lr, state, record)))
-    loss, product, grads = gradients(problem, state.factors)
+    loss, _product, grads = gradients(problem, state.factors)
     last = {"loss": loss[None], "grad_norm": jnp.sqrt(squared_norm(grads))[None]}
     trace.append(last)
     rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)

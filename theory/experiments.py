@@ -368,9 +368,7 @@ def benchmark_table(records: Sequence[dict]) -> tuple[str, dict[str, int]]:
     return markdown(header, rows), counts
 
 
-def rate_table(
-    records: Sequence[dict], key: Callable[[dict], Any], names: Sequence[str]
-) -> str:
+def rate_table(records: Sequence[dict], key: Callable[[dict], Any], names: Sequence[str]) -> str:
     """Counts by key: runs, A = R, B = R, stages, plateaus, swaps, rings and statuses."""
     rows = []
     for value, runs in group(records, key).items():

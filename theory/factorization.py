@@ -6,6 +6,7 @@ is W = W_L ... W_1 of shape [n_L, n_0].
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def product(factors: Sequence[jax.Array]) -> jax.Array:
 
 def balance_defects(factors: Sequence[jax.Array]) -> list[jax.Array]:
     """D_j = W_{j+1}^T W_{j+1} - W_j W_j^T for j = 1..L-1, each [n_j, n_j]."""
-    return [b.T @ b - a @ a.T for a, b in zip(factors, factors[1:])]
+    return [b.T @ b - a @ a.T for a, b in itertools.pairwise(factors)]
 
 
 def balancedness(factors: Sequence[jax.Array]) -> jax.Array:

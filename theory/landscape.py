@@ -181,7 +181,7 @@ def lanczos(
             wanted = [*range(min(k, step)), step - 1]
             residual = norm * np.abs(vectors[-1, wanted])
             size = max(abs(values[0]), abs(values[-1]), 1e-300)
-            if step > k and (residual <= tol * size).all() or norm < 1e-14 * size:
+            if (step > k and (residual <= tol * size).all()) or norm < 1e-14 * size:
                 break
         off.append(norm)
         basis.append(image / norm)

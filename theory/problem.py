@@ -8,6 +8,7 @@ small class gives value, gradient and curvature of all four. Shapes are written 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -204,7 +205,7 @@ def check_spectrum(sigma: Sequence[float], shape: tuple[int, int] | None = None)
         raise ValueError("sigma: the spectrum is empty")
     if not all(np.isfinite(s) and s > 0 for s in sigma):
         raise ValueError(f"sigma: {list(sigma)} must be positive and finite (leave zeros out)")
-    if any(a < b for a, b in zip(sigma, sigma[1:])):
+    if any(a < b for a, b in itertools.pairwise(sigma)):
         warnings.warn(f"sigma: {list(sigma)} is not decreasing; sorted", stacklevel=2)
         sigma = tuple(sorted(sigma, reverse=True))
     if shape is not None and len(sigma) > min(shape):

@@ -298,7 +298,7 @@ def _chunk_codes(state: DetectorState, products: jax.Array, valid: jax.Array, de
 
     def body(carry):
         current, origin, slack, codes, count = carry
-        found, at = overdue(current, origin, slack)
+        _found, at = overdue(current, origin, slack)
         s = jnp.linalg.svd(products[at], compute_uv=False)[:rank]
         fresh, new_slack = _codes(s, state.sigma, delta)
         after = index >= at

@@ -243,9 +243,7 @@ def _advance_lane(optimizer: Optimizer, length: int, lane: Lanes) -> Lanes:
     # A NaN point ends the run and is not shown to the detectors.
     fed = fed & jnp.isfinite(info.grad_norm) & jnp.isfinite(info.loss)
     detector = detector_update(detector, steps, info.loss, info.grad_norm, info.product, fed)
-    return lane._replace(
-        state=state._replace(detector=detector), done=done, loss=loss, rises=rises
-    )
+    return lane._replace(state=state._replace(detector=detector), done=done, loss=loss, rises=rises)
 
 
 @functools.lru_cache(maxsize=64)
