@@ -20,7 +20,7 @@ MAX_DENSE = 2000
 
 
 def side_products(factors: Sequence[jax.Array]) -> tuple[list, list, jax.Array]:
-    """(A, B, W): A_j = W_L..W_{j+1}, B_j = W_{j-1}..W_1 (identities when empty), and the product."""
+    """(A, B, W): A_j = W_L..W_{j+1}, B_j = W_{j-1}..W_1 (identity when empty), the product."""
     dtype = factors[0].dtype
     right = [jnp.eye(factors[0].shape[1], dtype=dtype)]
     for factor in factors:

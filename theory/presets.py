@@ -112,7 +112,7 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
             lr, eta_hat = lr_from_eta_hat(eta_hat, depth, sigma[0]) / scale, None
         rate = lr or lr_from_eta_hat(eta_hat, depth, sigma[0])
         steps = run_length(config, sigma, depth, rate * scale)
-        every = config.record_every or max(1, steps // 400)
+        every = config.record_every or max(1, steps // (150 if config.curvature else 400))
         record = list(RUN_RECORD)
         n = sum(int(np.prod(np.shape(w))) for w in factors)
         if config.curvature and n <= landscape.MAX_DENSE:

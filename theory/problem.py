@@ -26,8 +26,9 @@ LOSS_NORMS = ("half_sum", "half_mean", "mean")
 class Problem:
     """One loss of W. Build it with `make_problem`, which checks the arrays.
 
-    target: [out, in], the matrix M (for sensing and regression only the reference, may be None).
-    data: arrays of the kind: `mask` [out, in]; `A` [m, out, in], `y` [m]; `X` [in, N], `Y` [out, N].
+    target: [out, in], the matrix M (sensing, regression: only the reference, may be None).
+    data: the kind's arrays: `mask` [out, in]; `A` [m, out, in], `y` [m]; `X` [in, N],
+    `Y` [out, N].
     scale: scalar prefactor c of c / 2 * sum(residual ** 2).
     """
 

@@ -188,7 +188,7 @@ def detect(
 
 
 def _plateaus(s, sigma, delta, xp=np):
-    """[..., R] flags: s_r >= (1 - delta) sigma_r (void for r = 0) and s_{r+1} <= delta sigma_{r+1}."""
+    """[..., R]: s_r >= (1 - delta) sigma_r (void for r = 0) and s_{r+1} <= delta sigma_{r+1}."""
     full = s >= (1.0 - delta) * sigma
     before = xp.concatenate([xp.ones_like(full[..., :1]), full[..., :-1]], axis=-1)
     return before & (s <= delta * sigma)
@@ -281,7 +281,7 @@ def _codes(s: jax.Array, sigma: jax.Array, delta: float):
 
 
 def _chunk_codes(state: DetectorState, products: jax.Array, valid: jax.Array, delta: float):
-    """Per-step comparisons [K], [K, R], [K, R] of a chunk, decomposing as few steps as Weyl asks."""
+    """Per-step comparisons [K], [K, R], [K, R], decomposing as few steps as Weyl asks."""
     length, rank = products.shape[0], state.sigma.shape[0]
     before = jnp.concatenate([state.last_product[None], products[:-1]])
     moved = jnp.where(valid, jnp.sqrt(jnp.sum((products - before) ** 2, axis=(1, 2))), 0.0)
@@ -497,8 +497,8 @@ def stages(trajectory: Any, sigma: Sequence[float] | None = None, **levels: floa
 def certificate(steps: Any, lambda_min: Any, lr: Any) -> float:
     """I = sum over steps of eta * max(-lambda_min(H_t), 0) between valley and peak, trapezoid.
 
-    steps, lambda_min: [n] with n >= 20 sampled points (fewer where the interval is shorter); lr: [] or
-    [n]. Dimensionless; a genuine saddle escape has I >= 1, an oscillation I << 1.
+    steps, lambda_min: [n] with n >= 20 sampled points (fewer where the interval is shorter);
+    lr: [] or [n]. Dimensionless; a genuine saddle escape has I >= 1, an oscillation I << 1.
     """
     steps, values = np.asarray(steps, np.float64), np.asarray(lambda_min, np.float64)
     if steps.shape != values.shape or steps.size < 1:

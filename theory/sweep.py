@@ -30,6 +30,9 @@ from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
 from theory.problem import Problem, check_spectrum, observed_mask, spectrum_target
 from theory.stages import StageReport, detector_report, detector_update
 
+GD = Optimizer("gd")
+PADDED_RANK = 6  # spectra are padded with zeros to this length, so that R = 1..6 share a program
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
@@ -54,7 +57,7 @@ class RunSpec:
     problem: str = "reconstruction"
     init: str = "gaussian"
     symmetry: str = "general"
-    optimizer: Optimizer = Optimizer("gd")
+    optimizer: Optimizer = GD
     noise_std: float = 0.0
     observed: float = 0.7
     target: tuple | None = None
@@ -101,9 +104,15 @@ class RunSpec:
             return -1.0
         return CONVERGED * self.sigma[-1] ** 2 * self.loss_scale
 
+    @property
+    def width(self) -> int:
+        """Padded length of sigma; a run's draws must not depend on the runs beside it."""
+        return min(self.dims[0], self.dims[-1], max(PADDED_RANK, len(self.sigma)))
+
     def shape_key(self) -> tuple:
         """Runs with equal keys share one compiled program."""
         return (
+            self.width,
             self.dims,
             self.problem,
             self.init,
@@ -404,7 +413,7 @@ def sweep(
 
 def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
     """Yields (record or None, steps advanced) while the queue of one shape is worked off."""
-    width = max(len(spec.sigma) for spec in queue)
+    width = queue[0].width
     devices = mesh.devices.size
     count = -(-min(lanes, len(queue)) // devices) * devices
     place = NamedSharding(mesh, PartitionSpec("lanes"))
@@ -430,7 +439,7 @@ def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
         yield None, moved
         if not finished:
             continue
-        taken = jax.tree.map(lambda x: np.asarray(x)[finished], current)
+        taken = jax.tree.map(lambda x, rows=tuple(finished): np.asarray(x)[list(rows)], current)
         for k, j in enumerate(finished):
             lane = jax.tree.map(lambda x, k=k: x[k], taken)
             yield make_record(queue[running[j]], lane, detector_report(lane.state.detector)), 0
