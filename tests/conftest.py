@@ -8,3 +8,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        help="run the golden cases found below DIR, not the committed ones",
+    )
