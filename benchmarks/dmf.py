@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the flags must be set before jax is imported
 """Speed of the DMF dynamics against PyTorch and against this machine's own GEMM rate.
 
     taskset -c 0 python benchmarks/dmf.py --threads 1 --output benchmarks/results/dmf_1.json
