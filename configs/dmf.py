@@ -83,6 +83,7 @@ def get_config(preset: str = "run") -> ml_collections.ConfigDict:
     config.certify = preset == "run"
     if preset == "divergent_norm":
         config.problem = "divergent_norm"
+        config.init = "identity"  # det W > 0 at the start: W cannot reach det -1 at finite norm
         config.depth, config.dim, config.rank = 3, 2, 1
         config.alpha, config.steps = 1e-2, 200_000
         config.lr, config.eta_hat = 0.1, 0.0
