@@ -1,0 +1,160 @@
+"""Section 13 of the specification: every bad input gets one line that says what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from theory import simulate
+from theory.factorization import initialize, warn_bottleneck
+from theory.problem import check_spectrum, make_problem, random_problem
+from theory.stages import stages
+
+KEY = jax.random.key(0)
+EYE = np.eye(3)
+
+
+def problem():
+    return make_problem("reconstruction", target=np.diag([1.0, 0.5, 0.2]))
+
+
+def factors(dims=(3, 3, 3), alpha=1e-2):
+    return initialize(KEY, dims, alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: simulate(problem(), [np.ones((2, 3)), np.ones((3, 4))], lr=0.1, steps=5),
+            r"W2: shape \(3, 4\) does not follow W1 of shape \(2, 3\)",
+        ),
+        (lambda: initialize(KEY, (3, 3, 4), alpha=0.1, target=EYE), r"\(4, 3\).*\(3, 3\)"),
+        (lambda: simulate(problem(), factors((4, 3, 3)), lr=0.1, steps=5), r"\(3, 4\).*\(3, 3\)"),
+        (lambda: factors(alpha=0.0), "alpha: 0.0 must be positive"),
+        (lambda: factors(alpha=-1.0), "alpha: -1.0 must be positive"),
+        (lambda: factors(alpha=float("nan")), "alpha: nan must be positive"),
+        (lambda: initialize(KEY, (3, 3, 3), alpha=0.1, factor_scale=0.3), "not both"),
+        (lambda: simulate(problem(), factors(), lr=0.0, steps=5), "lr: 0.0 must be positive"),
+        (lambda: simulate(problem(), factors(), lr=-1.0, steps=5), "lr: -1.0 must be positive"),
+        (lambda: simulate(problem(), factors(), lr=0.1, eta_hat=0.3, steps=5), "not both"),
+        (lambda: make_problem("completion", target=EYE, mask=0.5 * EYE), "mask: entries must be 0"),
+        (lambda: make_problem("completion", target=EYE, mask=0 * EYE), "mask: no entry"),
+        (
+            lambda: make_problem("completion", target=EYE, mask=np.ones((2, 3))),
+            r"\(2, 3\).*\(3, 3\)",
+        ),
+        (
+            lambda: make_problem("sensing", A=np.ones((4, 3, 3)), y=np.ones(5)),
+            r"y: shape \(5,\) does not match the 4",
+        ),
+        (lambda: make_problem("regression", X=np.ones((3, 7)), Y=np.ones((3, 6))), "sample count"),
+        (lambda: check_spectrum([1.0, 0.0]), "must be positive"),
+        (lambda: check_spectrum([1.0, -0.5]), "must be positive"),
+        (lambda: check_spectrum([1, 0.5, 0.2, 0.1], (3, 5)), "rank 4 exceeds"),
+        (lambda: random_problem(KEY, "reconstruction", (2, 5), (1.0, 0.5, 0.2)), "rank 3 exceeds"),
+        (
+            lambda: simulate(problem(), [0 * EYE, 0 * EYE], lr=0.1, steps=5),
+            "origin is a critical point",
+        ),
+        (
+            lambda: initialize(KEY, (3, 3, 3), "custom", custom=[0 * EYE, 0 * EYE]),
+            "origin is a critical point",
+        ),
+        (lambda: initialize(KEY, (3, 3, 3), "aligned", alpha=0.1), "needs a known target"),
+        (
+            lambda: simulate(problem(), factors(), lr=0.1, steps=5, record_every=0),
+            "record_every: 0",
+        ),
+        (
+            lambda: simulate(problem(), factors(), lr=0.1, steps=5, record_every=6),
+            "record_every: 6",
+        ),
+        (lambda: simulate(problem(), factors(), lr=0.1, steps=5, record=("lss",)), "unknown 'lss'"),
+        (lambda: simulate(problem(), factors(), lr=0.1, steps=5, optimizer="sgd"), "choose one of"),
+        (
+            lambda: make_problem("reconstruction", target=EYE * np.inf),
+            "target: contains non-finite",
+        ),
+        (
+            lambda: make_problem("regression", X=np.full((3, 4), np.nan), Y=np.ones((3, 4))),
+            "X: contains non-finite",
+        ),
+        (
+            lambda: simulate(problem(), [EYE * np.nan, EYE], lr=0.1, steps=5),
+            "W1: contains non-fini",
+        ),
+        (lambda: make_problem("completions", target=EYE), "unknown kind"),
+        (lambda: initialize(KEY, (3, 3, 3), "gausian", alpha=0.1), "choose one of"),
+        (
+            lambda: initialize(KEY, (3, 3, 3), "unbalanced", alpha=0.1, layer_scales=(2.0, 1.0)),
+            "product is 2",
+        ),
+    ],
+)
+def test_a_bad_input_is_one_line_that_names_it(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: warn_bottleneck((5, 2, 5), 3), "bottleneck width 2 < target rank 3"),
+        (lambda: check_spectrum([0.5, 1.0]), "sorted"),
+        (
+            lambda: make_problem("completion", target=EYE, mask=np.diag([1.0, 1.0, 0.0])),
+            "row 2 is fully unobserved",
+        ),
+        (
+            lambda: initialize(
+                KEY, (3, 3, 3), "identity", alpha=0.1, target=np.diag([1.0, -0.5, 0.2])
+            ),
+            "invariant subspace",
+        ),
+    ],
+)
+def test_a_doubtful_input_is_warned_about(call, message):
+    with pytest.warns(UserWarning, match=message):
+        call()
+
+
+def test_stages_beyond_a_bottleneck_are_not_expected():
+    narrow = initialize(KEY, (3, 2, 3), alpha=1e-2)
+    with pytest.warns(UserWarning, match="bottleneck"):
+        run = simulate(problem(), narrow, steps=60, record=("loss",))
+    assert run.sigma == pytest.approx((1.0, 0.5))
+
+
+def test_a_small_separability_index_is_warned_about():
+    with pytest.warns(UserWarning, match="separability index"):
+        run = simulate(problem(), factors((3, 3, 3, 3)), steps=60, record=("loss",), alpha=1e-2)
+    assert run.separability < 1.25
+
+
+def test_stages_without_a_target_are_relative_to_the_final_iterate_and_say_so():
+    run = simulate(
+        problem(),
+        factors(),
+        lr=0.1,
+        steps=60,
+        sigma=(),
+        record=("loss", "grad_norm", "singular_values"),
+    )
+    with pytest.warns(UserWarning, match="relative to the final iterate"):
+        report = stages(run)
+    assert report.reference == "final iterate"
+
+
+def test_identity_start_may_be_rectangular():
+    wide = initialize(KEY, (4, 2, 3), "identity", alpha=0.25)
+    assert [w.shape for w in wide] == [(2, 4), (3, 2)]
+    np.testing.assert_allclose(wide[0], 0.5 * np.eye(2, 4))
+
+
+@pytest.mark.float32
+def test_a_tiny_alpha_is_refused_in_float32():
+    with pytest.raises(ValueError, match="x64"):
+        initialize(KEY, (3, 3, 3), alpha=1e-6)
+    assert initialize(KEY, (3, 3, 3), alpha=1e-3)[0].dtype == jnp.float32

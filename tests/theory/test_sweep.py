@@ -1,0 +1,103 @@
+"""Sweeps: lanes equal single runs, resume after a kill, tables; and the command line."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.dmf import PRESETS, get_config
+from theory import experiments, presets, sweep
+from theory.stages import detector_init, detector_report, detector_update
+
+
+def specs(count=6):
+    return sweep.make_specs(
+        dict(L=2, sigma=(1.0, 0.4)[: 1 + s % 2], alpha=1e-4, seed=s, cap=250) for s in range(count)
+    )
+
+
+def single(spec):
+    """The same run, one plain step after the other."""
+    lane = jax.tree.map(lambda x: x[0], sweep.draw_lanes([spec], spec.width, jnp.float64))
+    from theory.dynamics import step
+
+    gd = jax.jit(lambda state: step(lane.problem, spec.optimizer, lane.lr, state))
+    state, infos = lane.state._replace(detector=None), []
+    while True:
+        after, info = gd(state)
+        infos.append(info)
+        if info.loss <= spec.stop_level or int(state.step) >= spec.steps:
+            break
+        state = after
+    loss, grad, products = (jnp.stack([i[k] for i in infos]) for k in range(3))
+    detector = detector_init(jnp.asarray(spec.sigma), products.shape[1:])
+    detector = jax.jit(detector_update)(detector, jnp.arange(len(infos)), loss, grad, products)
+    return detector_report(detector), len(infos) - 1, float(loss[-1])
+
+
+def test_refilled_lanes_on_several_devices_give_the_single_runs_and_resume_after_a_kill(tmp_path):
+    path = tmp_path / "records.jsonl"
+    mesh = sweep.device_mesh(jax.devices()[:2])
+    records = sweep.sweep(specs(), path, lanes=2, chunk=32, mesh=mesh)
+    assert [r["id"] for r in records] == [s.id for s in specs()]
+    for spec, record in list(zip(specs(), records))[1:2]:
+        report, steps, loss = single(spec)
+        assert record["steps"] == steps and record["n_stages"] == report.n_stages == record["R"]
+        assert record["activation_steps"] == list(report.activation_steps)
+        assert record["final_loss"] == pytest.approx(loss, rel=1e-9)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    again = sweep.sweep(specs(), path, lanes=2, chunk=32, mesh=mesh)
+    assert again == records
+    sweep.write_tables(records, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(rows) == 6 and {r["status"] for r in rows} <= {"converged", "max_steps"}
+    escapes = list(csv.DictReader((tmp_path / "escapes.csv").open()))
+    assert len(escapes) == sum(len(r["escapes"]) for r in records)
+
+
+def test_two_runs_with_one_id_are_refused():
+    with pytest.raises(ValueError, match="share an id"):
+        sweep.sweep([*specs(1), *specs(1)])
+
+
+def test_the_recorded_experiments_have_the_specified_sizes():
+    assert len(experiments.benchmark()) == 3580
+    assert len(experiments.defaults()) == 1008
+    for make in (
+        experiments.failures,
+        experiments.step_sizes,
+        experiments.optimizers,
+        experiments.completion,
+        experiments.depth_selection,
+    ):
+        made = make()
+        assert len({s.id for s in made}) == len(made)
+
+
+def test_two_samples_are_compared_exactly():
+    assert experiments.two_sample_differs(60, 60, 50, 60)
+    assert not experiments.two_sample_differs(58, 60, 60, 60)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_config(preset):
+    config = get_config(preset)
+    assert isinstance(config, ConfigDict) and config.preset == preset
+
+
+def test_a_run_writes_tables_figures_and_report_that_name_the_stages(tmp_path):
+    config = get_config("demo")
+    config.update(depth=2, dim=4, rank=2, alpha=1e-5, record_every=20)
+    report = presets.execute(config, tmp_path, lambda text: None)
+    assert report.n_stages == report.n_plateaus == 2
+    assert "held in this one run: 2 stages" in (tmp_path / "report.md").read_text()
+    made = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"1_singular_values.png", "2_gradient_and_loss.png", "5_ranks.png"} <= made
+    with np.load(tmp_path / "trajectory.npz") as stored:
+        assert stored["singular_values"].shape[1] == 4 and stored["trace.loss"].ndim == 1
+    assert json.loads((tmp_path / "config.json").read_text())["preset"] == "demo"

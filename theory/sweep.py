@@ -1,0 +1,508 @@
+"""Thousands of runs: lanes refilled from a queue, one compiled program for each shape.
+
+A sweep is a list of `RunSpec`. Runs of one shape share a program that advances `lanes` of them by
+K steps with the stage detectors on every step; a lane whose run is over takes the next run, so no
+lane waits for the slowest. Lanes are sharded over all devices. Every finished run is appended to
+`records.jsonl` at once; started again, a sweep skips what that file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from theory.closed_form import lr_from_eta_hat, separability, step_cap
+from theory.dynamics import CONVERGED, STATUS, Info, State, effective_rank, init_state
+from theory.factorization import random_factors
+from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
+from theory.problem import Problem, check_spectrum, observed_mask, spectrum_target
+from theory.stages import StageReport, detector_report, detector_update
+
+GD = Optimizer("gd")
+PADDED_RANK = 6  # spectra are padded with zeros to this length, so that R = 1..6 share a program
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """One run of a sweep; `id` is unique and stable, `label` is copied into runs.csv.
+
+    sigma: the target's spectrum; lr or eta_hat; cap: most steps (None: the benchmark's
+    6 (1.5 t_R + 500)); stop: loss at which the run counts as converged and ends (None: 1e-4
+    sigma_R^2 in the loss's units; negative: never); observed: share of entries for completion;
+    target: an explicit matrix as nested tuples instead of a random one (with `mask` for
+    completion).
+    """
+
+    id: str
+    dims: tuple[int, ...]
+    sigma: tuple[float, ...]
+    alpha: float
+    seed: int
+    eta_hat: float | None = 0.3
+    lr: float | None = None
+    cap: int | None = None
+    stop: float | None = None
+    problem: str = "reconstruction"
+    init: str = "gaussian"
+    symmetry: str = "general"
+    optimizer: Optimizer = GD
+    noise_std: float = 0.0
+    observed: float = 0.7
+    target: tuple | None = None
+    mask: tuple | None = None
+    label: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.dims) - 1
+
+    @property
+    def step_size(self) -> float:
+        """lr, from eta_hat where that is given (completion: times the observed count)."""
+        if self.lr is not None:
+            return self.lr
+        rate = lr_from_eta_hat(self.eta_hat, self.depth, self.sigma[0])
+        return rate / self.loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """Prefactor of the loss: 1 for reconstruction, 1 / |Omega| for completion."""
+        if self.problem == "reconstruction":
+            return 1.0
+        if self.mask is not None:
+            return 1.0 / float(np.sum(self.mask))
+        return 1.0 / self.observed_count
+
+    @property
+    def observed_count(self) -> int:
+        return max(1, round(self.observed * self.dims[0] * self.dims[-1]))
+
+    @property
+    def steps(self) -> int:
+        """The cap in steps."""
+        if self.cap is not None:
+            return self.cap
+        return step_cap(self.sigma, self.depth, self.alpha, self.step_size * self.loss_scale)
+
+    @property
+    def stop_level(self) -> float:
+        if self.stop is not None:
+            return self.stop
+        if self.noise_std or self.problem != "reconstruction":
+            return -1.0
+        return CONVERGED * self.sigma[-1] ** 2 * self.loss_scale
+
+    @property
+    def width(self) -> int:
+        """Padded length of sigma; a run's draws must not depend on the runs beside it."""
+        return min(self.dims[0], self.dims[-1], max(PADDED_RANK, len(self.sigma)))
+
+    def shape_key(self) -> tuple:
+        """Runs with equal keys share one compiled program."""
+        return (
+            self.width,
+            self.dims,
+            self.problem,
+            self.init,
+            self.symmetry,
+            self.optimizer,
+            self.observed_count if self.problem == "completion" else 0,
+            self.target is not None,
+        )
+
+
+class Lanes(NamedTuple):
+    """The runs being advanced; every leaf has a leading axis [lanes]."""
+
+    problem: Problem
+    state: State
+    lr: jax.Array
+    cap: jax.Array
+    stop: jax.Array
+    done: jax.Array
+    loss: jax.Array  # newest loss
+    rises: jax.Array  # running share of steps in which the loss rose
+
+
+def _draw(spec: RunSpec, width: int, numbers: dict[str, jax.Array]) -> Lanes:
+    """One lane from its traced numbers (vmapped by `_batch`); spec gives the static parts."""
+    dtype = numbers["sigma"].dtype
+    key = jax.random.key(numbers["seed"])
+    key_target, key_init, key_mask, key_noise = jax.random.split(key, 4)
+    shape = (spec.dims[-1], spec.dims[0])
+    if spec.target is not None:
+        target = numbers["target"]
+    else:
+        signs = None
+        if spec.symmetry == "symmetric_indefinite":
+            signs = [(-1.0) ** i for i in range(width)]
+        target = spectrum_target(
+            key_target, shape, numbers["sigma"], symmetry=spec.symmetry, signs=signs
+        )
+    noise = jax.random.normal(key_noise, shape, dtype)
+    noisy = target + numbers["noise_std"] * noise
+    if spec.problem == "completion":
+        if spec.mask is not None:
+            mask = numbers["mask"]
+        else:
+            mask = observed_mask(key_mask, shape, spec.observed_count, dtype)
+        problem = Problem(noisy, {"mask": mask}, 1.0 / jnp.sum(mask), "completion", "half_mean")
+    elif spec.problem == "reconstruction":
+        problem = Problem(noisy, {}, jnp.ones((), dtype))
+    else:
+        raise ValueError(f"problem: sweeps take reconstruction or completion, not {spec.problem!r}")
+    factors = random_factors(
+        key_init, spec.dims, spec.init, numbers["factor_scale"], target=target, dtype=dtype
+    )
+    state = init_state(spec.optimizer, factors, numbers["lr"], sigma=numbers["sigma"])
+    zero = jnp.zeros((), dtype)
+    return Lanes(
+        problem,
+        state,
+        numbers["lr"],
+        numbers["cap"],
+        numbers["stop"],
+        jnp.asarray(False),
+        jnp.asarray(jnp.inf, dtype),
+        zero,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _drawer(spec: RunSpec, width: int) -> Callable:
+    return jax.jit(jax.vmap(functools.partial(_draw, spec, width)))
+
+
+def _static(spec: RunSpec) -> RunSpec:
+    """The spec with its traced numbers blanked, so that equal programs hash alike."""
+    blank = None if spec.target is None else ()
+    masked = None if spec.mask is None else ()
+    return dataclasses.replace(
+        spec,
+        id="",
+        sigma=(),
+        alpha=1.0,
+        seed=0,
+        eta_hat=None,
+        lr=None,
+        cap=0,
+        stop=0.0,
+        noise_std=0.0,
+        target=blank,
+        mask=masked,
+        label=(),
+    )
+
+
+def draw_lanes(specs: Sequence[RunSpec], width: int, dtype: Any) -> Lanes:
+    """Initial lanes of runs of one shape; width: padded length of sigma."""
+    first = specs[0]
+    numbers = {
+        "seed": np.asarray([s.seed for s in specs], np.int32),
+        "sigma": np.asarray([[*s.sigma, *[0.0] * (width - len(s.sigma))] for s in specs], dtype),
+        "factor_scale": np.asarray([s.alpha ** (1.0 / s.depth) for s in specs], dtype),
+        "lr": np.asarray([s.step_size for s in specs], dtype),
+        "cap": np.asarray([s.steps for s in specs], np.int32),
+        "stop": np.asarray([s.stop_level for s in specs], dtype),
+        "noise_std": np.asarray([s.noise_std for s in specs], dtype),
+    }
+    if first.target is not None:
+        numbers["target"] = np.asarray([s.target for s in specs], dtype)
+    if first.mask is not None:
+        numbers["mask"] = np.asarray([s.mask for s in specs], dtype)
+    return _drawer(_static(first), width)(numbers)
+
+
+def _advance_lane(optimizer: Optimizer, length: int, lane: Lanes) -> Lanes:
+    """One lane by up to `length` steps; a run that ends stays at its last point."""
+
+    def body(carry, _):
+        state, done, loss, rises = carry
+        found, product, grads = gradients(lane.problem, state.factors)
+        grad_norm = jnp.sqrt(squared_norm(grads))
+        fed = ~done
+        over = (found <= lane.stop) | ~jnp.isfinite(found) | (state.step >= lane.cap)
+        rises = jnp.where(fed, 0.99 * rises + 0.01 * (found > loss), rises)
+        loss = jnp.where(fed, found, loss)
+        done = done | over
+        # A step of size zero keeps a finished run in place without a select over its factors.
+        rate = jnp.where(done, 0.0, lane.lr)
+        factors, slots = optimizer.update(
+            lane.problem, rate, state.step, state.factors, grads, state.slots
+        )
+        moved = State(state.step + ~done, factors, slots)
+        return (moved, done, loss, rises), (state.step, Info(found, grad_norm, product), fed)
+
+    detector = lane.state.detector
+    state = lane.state._replace(detector=None)
+    carry = (state, lane.done, lane.loss, lane.rises)
+    (state, done, loss, rises), (steps, info, fed) = jax.lax.scan(body, carry, None, length=length)
+    # A NaN point ends the run and is not shown to the detectors.
+    fed = fed & jnp.isfinite(info.grad_norm) & jnp.isfinite(info.loss)
+    detector = detector_update(detector, steps, info.loss, info.grad_norm, info.product, fed)
+    return lane._replace(state=state._replace(detector=detector), done=done, loss=loss, rises=rises)
+
+
+@functools.lru_cache(maxsize=64)
+def _advancer(optimizer: Optimizer, length: int, mesh: Mesh) -> Callable:
+    advance = jax.vmap(functools.partial(_advance_lane, optimizer, length))
+    spec = PartitionSpec("lanes")
+    return jax.jit(
+        jax.shard_map(advance, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False),
+        donate_argnums=0,
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _refill(lanes: Lanes, pool: Lanes, source: jax.Array, take: jax.Array) -> Lanes:
+    """Lanes with run `source` of the pool where `take`; both [lanes]."""
+
+    def one(old, fresh):
+        chosen = fresh[source]
+        flag = take.reshape((-1,) + (1,) * (old.ndim - 1))
+        return jnp.where(flag, chosen, old)
+
+    return jax.tree.map(one, lanes, pool)
+
+
+def _harvest(lanes: Lanes, index: int) -> dict[str, Any]:
+    lane = jax.tree.map(lambda x: np.asarray(x[index]), lanes)
+    return {"lane": lane, "report": detector_report(lane.state.detector)}
+
+
+def _status(lane: Lanes) -> str:
+    if not np.isfinite(lane.loss) or lane.loss > 1e3 * lane.state.detector.first_loss:
+        return STATUS[2]
+    if lane.loss <= lane.stop:
+        return STATUS[1]
+    return STATUS[3] if lane.rises > 0.25 else STATUS[0]
+
+
+def make_record(spec: RunSpec, lane: Lanes, report: StageReport) -> dict[str, Any]:
+    """The JSON record of one finished run."""
+    product = np.asarray(lane.state.detector.last_product)
+    target = np.asarray(lane.problem.target)
+    s = np.linalg.svd(product, compute_uv=False)
+    norm = float(np.linalg.norm(target))
+    rank = len(spec.sigma)
+    index = separability(spec.sigma, spec.depth, spec.alpha)
+    in_order = report.rank_path == tuple(range(rank + 1))
+    record = {
+        "id": spec.id,
+        **dict(spec.label),
+        "L": spec.depth,
+        "dims": list(spec.dims),
+        "R": rank,
+        "sigma": list(spec.sigma),
+        "alpha": spec.alpha,
+        "eta_hat": spec.eta_hat,
+        "lr": spec.step_size,
+        "optimizer": spec.optimizer.name,
+        "init": spec.init,
+        "problem": spec.problem,
+        "noise_std": spec.noise_std,
+        "seed": spec.seed,
+        "cap": spec.steps,
+        "separability": index if np.isfinite(index) else None,
+        "status": _status(lane),
+        "steps": int(lane.state.step),
+        "final_loss": float(lane.loss),
+        "n_stages": report.n_stages,
+        "n_plateaus": report.n_plateaus,
+        "rank_path_ordered": in_order,
+        "n_swaps": report.n_swaps,
+        "n_rings": report.n_rings,
+        "n_merged": sum(e.kind == "merged" for e in report.escapes),
+        "unfinished": report.unfinished is not None,
+        "final_rank": report.final_rank,
+        "activation_steps": list(report.activation_steps),
+        "effective_rank": float(effective_rank(s)),
+        "relative_error": float(np.linalg.norm(product - target)) / norm if norm else None,
+        "decompositions": int(lane.state.detector.decompositions),
+        "escapes": [dataclasses.asdict(e) for e in report.escapes],
+    }
+    if product.size <= 16:
+        record["product"] = product.tolist()
+    return record
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a `records.jsonl`; a last line cut short by a kill is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the one axis `lanes` over all (given) devices."""
+    return Mesh(np.asarray(devices if devices is not None else jax.devices()), ("lanes",))
+
+
+def sweep(
+    specs: Iterable[RunSpec],
+    path: Path | str | None = None,
+    *,
+    lanes: int = 64,
+    chunk: int = 128,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    progress: Callable[[int, int, float], None] | None = None,
+    deadline: float | None = None,
+) -> list[dict[str, Any]]:
+    """Run all specs and return their records, in the order of the specs.
+
+    path: `records.jsonl` to append to and to resume from; lanes: runs advanced together (rounded
+    up to the number of devices); chunk: K steps between looks; progress(done, total, steps per
+    second); deadline: `time.monotonic()` value after which no new chunk is started (the finished
+    runs are kept, the rest is left for the next call).
+    Raises ValueError where two specs share an id.
+    """
+    specs = list(specs)
+    ids = [spec.id for spec in specs]
+    if len(set(ids)) != len(ids):
+        raise ValueError("id: two runs of the sweep share an id")
+    for spec in specs:
+        check_spectrum(spec.sigma, (spec.dims[-1], spec.dims[0]))
+    mesh = mesh or device_mesh()
+    dtype = dtype or jnp.result_type(float)
+    path = Path(path) if path is not None else None
+    found = {record["id"]: record for record in (read_records(path) if path else [])}
+    waiting = [spec for spec in specs if spec.id not in found]
+    if path and path.exists():
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
+            with path.open("ab") as stream:
+                stream.write(b"\n")
+    started, advanced = time.monotonic(), 0
+    for _, members in itertools.groupby(
+        sorted(waiting, key=lambda s: repr(s.shape_key())), key=lambda s: s.shape_key()
+    ):
+        # Longest first, so that the last lanes end together.
+        queue = sorted(members, key=lambda s: -s.steps)
+        for record, count in _run_group(queue, lanes, chunk, mesh, dtype, deadline):
+            advanced += count
+            if record is not None:
+                found[record["id"]] = record
+                if path:
+                    with path.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(record) + "\n")
+            if progress:
+                rate = advanced / max(time.monotonic() - started, 1e-9)
+                progress(len([i for i in ids if i in found]), len(ids), rate)
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    return [found[i] for i in ids if i in found]
+
+
+def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
+    """Yields (record or None, steps advanced) while the queue of one shape is worked off."""
+    width = queue[0].width
+    devices = mesh.devices.size
+    count = -(-min(lanes, len(queue)) // devices) * devices
+    place = NamedSharding(mesh, PartitionSpec("lanes"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    # Pools of one size, drawn when needed: memory stays bounded for any length of queue.
+    padded = queue + [queue[-1]] * (-len(queue) % count)
+    pools = (padded[i : i + count] for i in range(0, len(padded), count))
+    advance = _advancer(queue[0].optimizer, chunk, mesh)
+    real = len(queue)
+
+    current = jax.device_put(draw_lanes(next(pools), width, dtype), place)
+    running: list[int | None] = [i if i < real else None for i in range(count)]
+    following, pool, pool_start = count, None, count
+    before = np.zeros(count, np.int64)
+    while any(i is not None for i in running):
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        current = advance(current)
+        done, steps = np.asarray(current.done), np.asarray(current.state.step, np.int64)
+        moved = int(sum((steps - before)[j] for j, i in enumerate(running) if i is not None))
+        before = steps.copy()
+        finished = [j for j in range(count) if done[j] and running[j] is not None]
+        yield None, moved
+        if not finished:
+            continue
+        taken = jax.tree.map(lambda x, rows=tuple(finished): np.asarray(x)[list(rows)], current)
+        for k, j in enumerate(finished):
+            lane = jax.tree.map(lambda x, k=k: x[k], taken)
+            yield make_record(queue[running[j]], lane, detector_report(lane.state.detector)), 0
+        source, take = np.zeros(count, np.int32), np.zeros(count, bool)
+        while finished:
+            if following >= real:
+                for j in finished:
+                    running[j] = None
+                break
+            if pool is None or following >= pool_start + count:
+                if take.any():
+                    current = jax.device_put(_refill(current, pool, source, take), place)
+                    source, take = np.zeros(count, np.int32), np.zeros(count, bool)
+                pool_start = following
+                pool = jax.device_put(draw_lanes(next(pools), width, dtype), whole)
+            j = finished.pop()
+            source[j], take[j] = following - pool_start, True
+            running[j], before[j] = following, 0
+            following += 1
+        if take.any():
+            current = jax.device_put(_refill(current, pool, source, take), place)
+
+
+def write_tables(records: Sequence[dict[str, Any]], directory: Path | str) -> None:
+    """runs.csv (one row a run) and escapes.csv (one row an escape), each replaced atomically."""
+    import csv
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    runs = [{k: v for k, v in r.items() if k not in ("escapes", "product")} for r in records]
+    escapes = [{"id": r["id"], **escape} for r in records for escape in r["escapes"]]
+    columns = ["id", "valley_step", "peak_step", "rank_before", "rank_after", "kind", "loss_drop"]
+    for name, rows, header in (
+        ("runs.csv", runs, list(dict.fromkeys(k for row in runs for k in row))),
+        ("escapes.csv", escapes, columns),
+    ):
+        temporary = directory / f".{name}.partial"
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, header)
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(
+                    {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
+                )
+        os.replace(temporary, directory / name)
+
+
+def make_specs(
+    grid: Iterable[dict[str, Any]], *, dim: int = 10, prefix: str = "", **shared: Any
+) -> list[RunSpec]:
+    """Specs from dicts with keys `L`, `sigma`, `alpha`, `seed` and any `RunSpec` field."""
+    specs = []
+    for row in grid:
+        row = {**shared, **row}
+        depth = row.pop("L")
+        dims = tuple(row.pop("dims", None) or [dim] * (depth + 1))
+        optimizer = row.pop("optimizer", "gd")
+        if isinstance(optimizer, str):
+            optimizer = make_optimizer(optimizer, **row.pop("optimizer_kwargs", {}))
+        sigma = check_spectrum(row.pop("sigma"))
+        label = tuple(row.pop("label", {}).items())
+        name = row.pop("id", None) or prefix + "_".join(
+            [f"L{depth}", *(str(v) for _, v in label), f"R{len(sigma)}", f"s{row['seed']}"]
+        )
+        specs.append(RunSpec(name, dims, sigma, optimizer=optimizer, label=label, **row))
+    return specs
