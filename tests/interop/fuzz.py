@@ -23,11 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from jaxmodels.interop import torch_archive  # noqa: E402
-from jaxmodels.interop.checkpoint import CheckpointError  # noqa: E402
-from tests.interop import torch_files  # noqa: E402
+from jaxmodels.interop import torch_archive
+from jaxmodels.interop.checkpoint import CheckpointError
+from tests.interop import torch_files
 
 HARMFUL = [
     ("os", "system"), ("posix", "system"), ("nt", "system"), ("builtins", "eval"),
