@@ -40,6 +40,11 @@ def _small(config, preset):
     config.steps, config.batch_size = 400, 128
     config.optimizer.weight_decay = 1e-4
     config.schedule.update(peak=0.1, end=0.0, warmup_steps=20)
+    if preset == "textures":
+        config.model_args.num_classes = 15
+        config.data.name = "textures"
+        config.data.options = {"image_size": 48}
+        config.steps, config.batch_size = 400, 64
     config.log_every = 50
     config.eval.every = 200
     config.checkpoint.every = 200

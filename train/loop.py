@@ -223,7 +223,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 _check_finite(state, checkpoints, keys, config, plan)
                 reporter.log(done, "train", {**means, "learning_rate": float(plan.schedule(step))})
                 if probe is not None:
-                    probe.look(done, run.whole(state).params)
+                    probe.look(done, run.whole(state).params, means)
             # Alone, a process may stop at any step; several must agree, which takes a message.
             stopping = (
                 stop.asked if jax.process_count() == 1 else looked and any_process(stop.asked)
@@ -246,6 +246,8 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 reporter.say(f"stopped by signal: step {done} is saved; the same command goes on")
                 return run.whole(state), None
     checkpoints.wait()
+    if probe is not None:
+        numbers = {**numbers, **probe.finish()}
     return run.whole(state), numbers
 
 
