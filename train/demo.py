@@ -68,7 +68,7 @@ def _theory(workdir: Path, pictures: list[Path]) -> list[tuple[str, str]]:
         "-m",
         "theory",
         "--config",
-        str(ROOT / "configs" / "dmf.py") + ":run",
+        str(ROOT / "configs" / "dmf.py") + ":demo",
     ]
     subprocess.run([*command, "--workdir", str(workdir)], check=True)
     import csv
