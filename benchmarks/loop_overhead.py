@@ -44,7 +44,7 @@ def bare() -> Callable[[], None]:
 
 
 def loop() -> Callable[[], None]:
-    """`STEPS` steps of the loop: data started afresh, logging, checks; no evaluation, no saving."""
+    """`STEPS` steps of the loop: streaming data, logging, checks; no evaluation, no saving."""
     import jax
 
     from train import loop as module
@@ -52,6 +52,7 @@ def loop() -> Callable[[], None]:
 
     plan, state = _plan()
     reporter = Reporter(tempfile.mkdtemp(), STEPS, BATCH)
+    batches = module._batches(plan.config, 0)
 
     class Nothing:
         def __getattr__(self, name):
@@ -60,7 +61,7 @@ def loop() -> Callable[[], None]:
     def run() -> None:
         nonlocal state
         reporter.rows.clear()
-        state, _ = module._train(plan, state, 0, reporter, Nothing(), lambda variables: {})
+        state, _ = module._train(plan, state, 0, batches, reporter, Nothing(), lambda variables: {})
         jax.block_until_ready(state)
 
     return run
