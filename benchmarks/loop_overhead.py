@@ -89,7 +89,7 @@ def run(quick: bool = False) -> Path:
             )
     body = (
         f"RepGhost 0.25x on digits at 32x32, batch {BATCH}, {STEPS} steps a sample. The loop reads "
-        "its data (started afresh in every sample), logs twice and checks for non-finite losses; "
+        "its data (augmentation included, on the same cores), logs twice and checks for non-finite losses; "
         "evaluation and checkpoints are off. Mark: at most 1.03.\n\n"
         + markdown(["threads", "time", "bare step", "loop", "loop / bare"], rows)
     )
