@@ -89,8 +89,8 @@ def run(quick: bool = False) -> Path:
             )
     body = (
         f"RepGhost 0.25x on digits at 32x32, batch {BATCH}, {STEPS} steps a sample. The loop reads "
-        "its data (augmentation included, on the same cores), logs twice and checks for non-finite losses; "
-        "evaluation and checkpoints are off. Mark: at most 1.03.\n\n"
+        "its data (augmentation included, on the same cores), logs twice and checks for non-finite "
+        "losses; evaluation and checkpoints are off. Mark: at most 1.03.\n\n"
         + markdown(["threads", "time", "bare step", "loop", "loop / bare"], rows)
     )
     return write_report("loop_overhead", "Overhead of the training loop", body)

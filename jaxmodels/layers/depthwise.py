@@ -21,8 +21,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
-# From this many elements of one image's output on, and this many rows, the weight gradient as a loop
-# over blocks of rows beat one variadic reduction in sweeps of a prototype; the committed table
+# From this many elements of one image's output on, and this many rows, the weight gradient as a
+# loop over blocks of rows beat one variadic reduction in sweeps of a prototype; the committed table
 # (benchmarks/results/depthwise.md) covers only some of the shapes in between.
 _LOOP_ELEMENTS = 8192
 _LOOP_ROWS = 14
