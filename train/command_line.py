@@ -110,7 +110,6 @@ def _keys(config, prefix="") -> Iterator[str]:
 
 
 def _closest(name: str, keys: Sequence[str]) -> str:
-    # By the last word first: `optimizer.nme` is nearer to `optimizer.name` than to `optimizer`.
     close = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
     return f"did you mean config.{close[0]}?" if close else "see the config file"
 

@@ -220,7 +220,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 host = jax.device_get(pending)
                 means = {k: np.mean([m[k] for m in host]) for k in host[0]}
                 pending = []
-                _check_finite(state, checkpoints, keys, config, plan)
+                _check_finite(state, checkpoints, keys, config)
                 reporter.log(done, "train", {**means, "learning_rate": float(plan.schedule(step))})
                 if probe is not None:
                     probe.look(done, run.whole(state).params, means)
@@ -238,7 +238,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 or last
                 or stopping
             ):
-                _check_finite(state, checkpoints, keys, config, plan)
+                _check_finite(state, checkpoints, keys, config)
                 known = numbers if evaluated == done else None
                 checkpoints.save(done, run.whole(state), known, wait=stopping)
                 reporter.resume_clock(done)
@@ -251,8 +251,8 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
     return run.whole(state), numbers
 
 
-def _check_finite(state, checkpoints, keys, config, plan) -> None:
-    bad = int(np.max(jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), state.bad_step))))
+def _check_finite(state, checkpoints, keys, config) -> None:
+    bad = int(np.max(state.bad_step.addressable_data(0)))
     if bad < 0:
         return
     checkpoints.wait()

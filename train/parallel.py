@@ -113,11 +113,10 @@ def gather_over_fsdp(mesh: Mesh, rules=()) -> Callable:
     """
     if mesh.shape["fsdp"] == 1:
         return lambda params: params
-    whole = Mesh(mesh.devices, mesh.axis_names)
 
     def gather(params):
         def place(path, leaf):
-            spec = leaf_spec(path_string(path), leaf.shape, whole, rules)
+            spec = leaf_spec(path_string(path), leaf.shape, mesh, rules)
             spec = PartitionSpec(*(None if a == "fsdp" else a for a in spec))
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 

@@ -38,7 +38,7 @@ class Reporter:
             except ImportError:
                 raise ImportError(
                     "config.tensorboard needs the extra `tensorboard`: "
-                    "pip install 'jaxmodels[tensorboard]'"
+                    "pip install -e '.[tensorboard]'"
                 ) from None
             self._board = SummaryWriter(str(self.workdir / "tensorboard"))
 
