@@ -1,4 +1,4 @@
-"""Batch normalization with PyTorch's conventions."""
+"""Batch, layer and root-mean-square normalization with PyTorch's conventions."""
 
 from __future__ import annotations
 
@@ -70,3 +70,42 @@ class BatchNorm(nn.Module):
                 running_var.value = keep * running_var.value + new * unbiased.astype(wide)
             y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalize the last axis to mean 0 and variance 1, x [..., C]; params `scale`, `bias` [C].
+
+    Statistics in float32 or wider and in two passes: E[x^2] - E[x]^2 cancels. `epsilon` is
+    PyTorch's default; BERT wants 1e-12.
+    """
+
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, self.param_dtype)
+        x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+        x = x - x.mean(-1, keepdims=True)
+        y = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, features, self.param_dtype)
+        return y.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32; param `scale` [C]."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+        y = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(self.dtype)

@@ -1,0 +1,30 @@
+"""Activation functions that need a gradient of their own."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) with the exact normal distribution function, PyTorch's default GELU.
+
+    Its derivative Phi(x) + x phi(x) is computed from the forward pass's Phi, so that backward
+    passes evaluate no error function a second time.
+    """
+    return x * _normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    cdf = _normal_cdf(x)
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return x * cdf, (cdf + x * density).astype(x.dtype) * dx
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return (0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2))))).astype(x.dtype)
