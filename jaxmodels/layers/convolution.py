@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +14,51 @@ from jax import lax
 from jaxmodels.layers.depthwise import depthwise_conv
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
+# A network's first convolution sees an image's three channels.
+_FEW_CHANNELS = 4
+
+
+def _xla_conv(x, kernel, strides, padding, groups):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _gathered_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
+    """Convolution with a stride over few channels as one matrix product.
+
+    A window's row is contiguous in memory, `kw * C` values every `stride * C`: whole steps of the
+    row are taken by reshaping. On a CPU this halves the time of XLA's convolution over 3 channels
+    (224 px, 3x3, stride 2: 6.8 -> 3.4 ms forward, 11.4 -> 8.0 ms for the kernel's gradient).
+    """
+    batch, height, width, channels = x.shape
+    kh, kw, _, features = kernel.shape
+    out_h, out_w = ((n + 2 * pad - k) // stride + 1 for n, k in ((height, kh), (width, kw)))
+    steps = -(-kw // stride)
+    columns = max(width + 2 * pad, (out_w - 1 + steps) * stride)
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, columns - width - pad), (0, 0)))
+    rows = x.reshape(batch, height + 2 * pad, columns * channels)
+    step, windows = stride * channels, []
+    for i in range(kh):
+        row = rows[:, i : i + (out_h - 1) * stride + 1 : stride]
+        for j in range(steps):
+            taken = row[:, :, j * step : (j + out_w) * step].reshape(batch, out_h, out_w, step)
+            windows.append(taken[..., : min(stride, kw - j * stride) * channels])
+    return jnp.concatenate(windows, -1) @ kernel.reshape(-1, features)
+
 
 class Conv(nn.Module):
     """2-D convolution, x [B, H, W, I] -> [B, H', W', O], kernel [kh, kw, I / groups, O].
 
     `padding` is symmetric and numerical as in PyTorch (never XLA's "SAME"); None means
     kernel_size // 2. A 1x1 kernel stays 4-D and is computed as `x @ kernel[0, 0]`; groups equal
-    to the number of channels take the depthwise form.
+    to the number of channels take the depthwise form; a stem (few channels, a stride) is a matrix
+    product on a CPU.
     """
 
     features: int
@@ -51,15 +90,15 @@ class Conv(nn.Module):
             y = x @ kernel[0, 0]
         elif self.groups == channels == self.features:
             y = depthwise_conv(x, kernel, strides, padding)
-        else:
-            y = lax.conv_general_dilated(
+        elif self.groups == 1 and 1 < self.strides and k > 1 and channels <= _FEW_CHANNELS:
+            y = lax.platform_dependent(
                 x,
                 kernel,
-                strides,
-                padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
+                cpu=partial(_gathered_conv, stride=self.strides, pad=pad),
+                default=partial(_xla_conv, strides=strides, padding=padding, groups=1),
             )
+        else:
+            y = _xla_conv(x, kernel, strides, padding, self.groups)
         if self.use_bias:
             init = self.bias_init or torch_bias(math.prod(shape[:-1]))
             y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(self.dtype)

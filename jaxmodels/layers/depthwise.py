@@ -237,31 +237,45 @@ def _taps(size: int, outputs: int, kernel: int, stride: int, low: int) -> tuple[
 
 
 @_unfused(1, 2, 3, 4, 5)
-def _padded_phases(x, outputs, kernel_size, strides, padding, dtype):
-    """Pad and split columns by their phase: `strides[1]` arrays `[B, rows, columns * C]`.
+def _padded_rows(x, outputs, kernel_size, strides, padding, dtype):
+    """Pad exactly as far as windows reach: `[B, rows, columns * C]` (columns with stride 1).
 
-    Padding on the flattened axis is cheaper than on four axes. Rows need no phases: a strided slice
-    of rows stays contiguous along the last axis.
+    Padding on the flattened axis is cheaper than on four axes.
     """
     batch, height, width, channels = x.shape
-    step = strides[1]
     (top, _), (left, _) = padding
     rows = (outputs[0] - 1) * strides[0] + kernel_size[0]
-    columns = outputs[1] - 1 + -(-kernel_size[1] // step)
-    flat = lax.pad(
+    columns = outputs[1] - 1 + kernel_size[1]
+    return lax.pad(
         x.astype(dtype).reshape(batch, height, width * channels),
         jnp.zeros((), dtype),
         (
             (0, 0, 0),
             (top, rows - height - top, 0),
-            (left * channels, (columns * step - width - left) * channels, 0),
+            (left * channels, (columns - width - left) * channels, 0),
         ),
     )
-    if step == 1:
-        return (flat,)
-    split = flat.reshape(batch, rows, columns, step, channels)
-    return tuple(
-        split[:, :, :, phase].reshape(batch, rows, columns * channels) for phase in range(step)
+
+
+@_unfused(1, 2, 3, 4, 5)
+def _padded_image(x, outputs, kernel_size, strides, padding, dtype):
+    """Pad exactly as far as windows reach: `[B, rows, columns, C]`, for columns with a stride."""
+    reach = [
+        (n - 1) * stride + k for n, stride, k in zip(outputs, strides, kernel_size, strict=True)
+    ]
+    pads = [
+        (low, wanted - size - low, 0)
+        for wanted, size, (low, _) in zip(reach, x.shape[1:3], padding, strict=True)
+    ]
+    return lax.pad(x.astype(dtype), jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+
+
+def _window(padded, tap, outputs, strides):
+    """What one tap meets: `[B, H', W', C]` of a padded image."""
+    (i, j), (out_h, out_w) = tap, outputs
+    last = (i + (out_h - 1) * strides[0] + 1, j + (out_w - 1) * strides[1] + 1)
+    return lax.slice(
+        padded, (0, i, j, 0), (padded.shape[0], *last, padded.shape[3]), (1, *strides, 1)
     )
 
 
@@ -274,15 +288,14 @@ def _repeated_taps(kernel, width, dtype):
 
 
 @_unfused(2, 3, 4, 5, 6)
-def _multiply_add(phases, taps, shape, strides, tap_rows, tap_columns, dtype):
+def _multiply_add(rows, taps, shape, strides, tap_rows, tap_columns, dtype):
     batch, out_h, out_w, channels = shape
-    step = strides[1]
     total = None
     for i in tap_rows:
         for j in tap_columns:
-            start = j // step * channels
+            start = j * channels
             window = lax.slice(
-                phases[j % step],
+                rows,
                 (0, i, start),
                 (batch, i + (out_h - 1) * strides[0] + 1, start + out_w * channels),
                 (1, strides[0], 1),
@@ -294,18 +307,41 @@ def _multiply_add(phases, taps, shape, strides, tap_rows, tap_columns, dtype):
     return total.reshape(shape).astype(dtype)
 
 
+@_unfused(2, 3, 4, 5, 6)
+def _strided_multiply_add(padded, kernel, outputs, strides, tap_rows, tap_columns, dtype):
+    """One fused loop over the output. Splitting columns into phases first costs 4 to 5 times it."""
+    total = jnp.zeros((padded.shape[0], *outputs, padded.shape[3]), padded.dtype)
+    for i in tap_rows:
+        for j in tap_columns:
+            total = total + _window(padded, (i, j), outputs, strides) * kernel[i, j, 0]
+    return total.astype(dtype)
+
+
 def _shifted(x, kernel, strides, padding):
     dtype = _accumulation_dtype(x.dtype)
     batch, height, width, channels = x.shape
     kernel_size = kernel.shape[:2]
-    out_h, out_w = _output_size((height, width), kernel_size, strides, padding)
+    outputs = _output_size((height, width), kernel_size, strides, padding)
+    tap_rows = _taps(height, outputs[0], kernel_size[0], strides[0], padding[0][0])
+    tap_columns = _taps(width, outputs[1], kernel_size[1], strides[1], padding[1][0])
+    how = (outputs, kernel_size, strides, padding, dtype)
+    if strides[1] > 1:
+        return _strided_multiply_add(
+            _padded_image(x, *how),
+            kernel.astype(dtype),
+            outputs,
+            strides,
+            tap_rows,
+            tap_columns,
+            x.dtype,
+        )
     return _multiply_add(
-        _padded_phases(x, (out_h, out_w), kernel_size, strides, padding, dtype),
-        _repeated_taps(kernel, out_w, dtype),
-        (batch, out_h, out_w, channels),
+        _padded_rows(x, *how),
+        _repeated_taps(kernel, outputs[1], dtype),
+        (batch, *outputs, channels),
         strides,
-        _taps(height, out_h, kernel_size[0], strides[0], padding[0][0]),
-        _taps(width, out_w, kernel_size[1], strides[1], padding[1][0]),
+        tap_rows,
+        tap_columns,
         x.dtype,
     )
 
@@ -339,46 +375,67 @@ def _shifted_products(x, dy, kernel_size, strides, padding):
     tap_columns = _taps(width, out_w, kernel_size[1], strides[1], padding[1][0])
     if not tap_rows or not tap_columns:
         return jnp.zeros((*kernel_size, 1, channels), x.dtype)
-    phases = _padded_phases(x, (out_h, out_w), kernel_size, strides, padding, dtype)
-    looped = out_h >= _LOOP_ROWS and out_h * out_w * channels >= _LOOP_ELEMENTS
-    form = _products_by_loop if looped else _products_by_reduction
-    return form(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype).astype(x.dtype)
+    how = ((out_h, out_w), kernel_size, strides, padding, dtype)
+    if strides[1] > 1:
+        form, padded = _products_by_image, _padded_image(x, *how)
+    else:
+        looped = out_h >= _LOOP_ROWS and out_h * out_w * channels >= _LOOP_ELEMENTS
+        form = _products_by_loop if looped else _products_by_reduction
+        padded = _padded_rows(x, *how)
+    return form(padded, dy, kernel_size, strides, tap_rows, tap_columns, dtype).astype(x.dtype)
 
 
-@_unfused(2, 3, 4, 5, 6)
-def _products_by_reduction(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
-    """One variadic reduction over (B, H) for all taps, so that x and dy are read once."""
-    batch, out_h, out_w, channels = dy.shape
-    dy = dy.astype(dtype).reshape(batch, out_h, out_w * channels)
-    step = strides[1]
-    products, places = [], {}
-    for i in tap_rows:
-        for j in tap_columns:
-            start = j // step * channels
-            window = lax.slice(
-                phases[j % step],
-                (0, i, start),
-                (batch, i + (out_h - 1) * strides[0] + 1, start + out_w * channels),
-                (1, strides[0], 1),
-            )
-            places[i, j] = len(products)
-            products.append(window * dy)
-    zero = jnp.zeros((), dtype)
-    sums = lax.reduce(
+def _sums(products, axes):
+    """All products summed over `axes` in one pass."""
+    zero = jnp.zeros((), products[0].dtype)
+    return lax.reduce(
         products,
         [zero] * len(products),
         lambda a, b: [u + v for u, v in zip(a, b, strict=True)],
-        (0, 1),
+        axes,
     )
-    sums = [total.reshape(out_w, channels).sum(0) for total in sums]
+
+
+def _kernel_of(sums, kernel_size, channels, dtype):
+    """`{(i, j): [C]}` -> `[kh, kw, 1, C]`, zeros where a tap met nothing."""
     nothing = jnp.zeros((channels,), dtype)
     taps = [(i, j) for i in range(kernel_size[0]) for j in range(kernel_size[1])]
-    rows = [sums[places[tap]] if tap in places else nothing for tap in taps]
-    return jnp.stack(rows).reshape(*kernel_size, 1, channels)
+    return jnp.stack([sums.get(tap, nothing) for tap in taps]).reshape(*kernel_size, 1, channels)
 
 
 @_unfused(2, 3, 4, 5, 6)
-def _products_by_loop(phases, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
+def _products_by_image(padded, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
+    """One variadic reduction over (H, W) for all taps, then over B: shorter sums round less."""
+    outputs, channels = dy.shape[1:3], dy.shape[3]
+    dy = dy.astype(dtype)
+    taps = [(i, j) for i in tap_rows for j in tap_columns]
+    sums = _sums([_window(padded, tap, outputs, strides) * dy for tap in taps], (1, 2))
+    sums = dict(zip(taps, (total.sum(0) for total in sums), strict=True))
+    return _kernel_of(sums, kernel_size, channels, dtype)
+
+
+@_unfused(2, 3, 4, 5, 6)
+def _products_by_reduction(rows, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
+    """One variadic reduction over (B, H) for all taps, so that x and dy are read once."""
+    batch, out_h, out_w, channels = dy.shape
+    dy = dy.astype(dtype).reshape(batch, out_h, out_w * channels)
+    taps = [(i, j) for i in tap_rows for j in tap_columns]
+    products = [
+        lax.slice(
+            rows,
+            (0, i, j * channels),
+            (batch, i + (out_h - 1) * strides[0] + 1, (j + out_w) * channels),
+            (1, strides[0], 1),
+        )
+        * dy
+        for i, j in taps
+    ]
+    sums = [total.reshape(out_w, channels).sum(0) for total in _sums(products, (0, 1))]
+    return _kernel_of(dict(zip(taps, sums, strict=True)), kernel_size, channels, dtype)
+
+
+@_unfused(2, 3, 4, 5, 6)
+def _products_by_loop(rows, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """A loop over blocks of rows; the running sums, `[kh, W*C]` a kernel column, stay in cache.
 
     The block of the next step is part of the carry: a slice taken and used in the same step would
@@ -389,26 +446,24 @@ def _products_by_loop(phases, dy, kernel_size, strides, tap_rows, tap_columns, d
     length = out_w * channels
     dy = dy.astype(dtype).reshape(batch, out_h, length)
     kh, kw = kernel_size
-    step, down = strides[1], strides[0]
+    down = strides[0]
     block = next(n for n in range(_ROWS_PER_STEP, 0, -1) if out_h % n == 0)
     blocks = out_h // block
     height = (block - 1) * down + kh
 
     def load(index):
         image, row = index // blocks, index % blocks * block
-        return tuple(
-            lax.dynamic_slice(phase, (image, row * down, 0), (1, height, phase.shape[2]))[0]
-            for phase in phases
-        ), lax.dynamic_slice(dy, (image, row, 0), (1, block, length))[0]
+        windows = lax.dynamic_slice(rows, (image, row * down, 0), (1, height, rows.shape[2]))[0]
+        return windows, lax.dynamic_slice(dy, (image, row, 0), (1, block, length))[0]
 
     def advance(index, carry):
         sums, (windows, outer) = carry
         sums = list(sums)
         for j in range(kw):
-            start = j // step * channels
+            start = j * channels
             for row in range(block):
                 top = row * down
-                window = lax.slice(windows[j % step], (top, start), (top + kh, start + length))
+                window = lax.slice(windows, (top, start), (top + kh, start + length))
                 sums[j] = sums[j] + window * outer[row]
         return tuple(sums), load(index + 1)
 
