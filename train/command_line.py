@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
+from jaxmodels.spelling import closest
 from train.naming import ConfigError, nearest
 
 # Arguments of a model, a task, an optimizer or a data set: a config need not list them all, and
@@ -110,8 +110,8 @@ def _keys(config, prefix="") -> Iterator[str]:
 
 
 def _closest(name: str, keys: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
-    return f"did you mean config.{close[0]}?" if close else "see the config file"
+    close = closest(name, keys, cutoff=0.0)
+    return f"did you mean config.{close}?" if close else "see the config file"
 
 
 def _set(config: ConfigDict, name: str, text: str) -> None:

@@ -15,6 +15,7 @@ from train.command_line import load_config, stop_with_one_line  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ROOT / "tests" / "golden" / "repghost" / "net_w020_eval"
+RECORDING = ROOT / "tests" / "interop" / "recorded" / "repghost_w020.npz"
 
 
 def main(argv: list[str]) -> int:
@@ -107,17 +108,14 @@ def _compare(workdir: Path, pictures: list[Path]) -> list[tuple[str, str]]:
 
     import jaxmodels
     from jaxmodels.interop import activations
-    from jaxmodels.vision.repghost import STAGES
 
     args = json.loads((CASE / "meta.json").read_text())["config"]
     module, variables = jaxmodels.load("vision.repghost", CASE / "weights.safetensors", **args)
-    recorded, layout = activations.read_recording(CASE / "io.npz")
-    # The case names a stage; the module that puts it out is the stage's last block.
-    names = {f"out.blocks.{i}": f"act.blocks.{i}.{len(s) - 1}" for i, s in enumerate(STAGES)}
-    names |= {"in.image": "in.image", "out.logits": "act.classifier"}
-    recording = {names[k]: v for k, v in recorded.items() if k in names}
-    result = activations.compare(module, variables, recording, layout)
-    print(activations.format_report(result, "highest", 1e-4, 1e-5))
+    result = activations.compare(module, variables, *activations.read_recording(RECORDING))
+    report = activations.format_report(result, "highest", 1e-4, 1e-5).splitlines()
+    (workdir / "layers.txt").write_text("\n".join(report) + "\n")
+    print("\n".join([*report[:6], "...", *report[-8:]]))
+    print(f"every layer: {workdir / 'layers.txt'}")
     path = workdir / "layers.png"
     _draw_layers(result, path)
     pictures.append(path)
@@ -136,13 +134,16 @@ def _draw_layers(result, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [layer.name.removeprefix("act.") for layer in result.layers]
-    figure, axis = plt.subplots(figsize=(6, 0.4 * len(names) + 1.2))
-    axis.barh(names, [max(layer.max_rel, 1e-9) for layer in result.layers], color="#4477aa")
-    axis.set(xscale="log", xlabel="largest error / largest entry", title="JAX against PyTorch")
-    axis.axvline(1e-4, color="#cc6677", linestyle="--", label="tolerance")
+    errors = [max(layer.max_rel, 1e-9) for layer in result.layers]
+    figure, axis = plt.subplots(figsize=(8, 3.5))
+    axis.semilogy(errors, ".", color="#4477aa")
+    axis.axhline(1e-4, color="#cc6677", linestyle="--", label="tolerance")
+    axis.set(
+        xlabel="module, in the order of the forward pass",
+        ylabel="largest error / largest entry",
+        title="RepGhost 0.2x: JAX against PyTorch",
+    )
     axis.legend(frameon=False)
-    axis.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

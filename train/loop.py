@@ -210,7 +210,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
         for step in range(start, config.steps):
             batch = next(batches)
             keys = tuple(batch)
-            with _profile(config.profile, step, reporter.workdir):
+            with _profile(config.profile, step, config.steps - 1, reporter.workdir):
                 state, measured = run.step(state, run.put(batch))
             pending.append(measured)
             done = step + 1
@@ -287,11 +287,12 @@ class StopSignal:
 
 
 class _profile:
-    """A profiler trace of steps [start, start + steps) below `workdir/profile`."""
+    """A profiler trace of steps [start, start + steps), or to the last, below `workdir/profile`."""
 
-    def __init__(self, config, step, workdir):
+    def __init__(self, config, step, last, workdir):
+        stop = min(config.start + config.steps - 1, last)
         self.start = config.start >= 0 and step == config.start
-        self.stop = config.start >= 0 and step == config.start + config.steps - 1
+        self.stop = config.start >= 0 and step == stop >= config.start
         self.directory = os.path.join(workdir, "profile")
 
     def __enter__(self):

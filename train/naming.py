@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterable
 from types import ModuleType
+
+from jaxmodels.spelling import closest
 
 
 class ConfigError(ValueError):
@@ -16,8 +17,8 @@ class ConfigError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean X? known: ...` for an error message."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = closest(name, known)
+    hint = f"did you mean {close!r}? " if close else ""
     return f"{hint}known: {', '.join(known)}"
 
 

@@ -116,7 +116,8 @@ def gather_over_fsdp(mesh: Mesh, rules=()) -> Callable:
 
     def gather(params):
         def place(path, leaf):
-            spec = leaf_spec(path_string(path), leaf.shape, mesh, rules)
+            # The path of the state's own leaf, so that a rule matches here what it matches there.
+            spec = leaf_spec("params." + path_string(path), leaf.shape, mesh, rules)
             spec = PartitionSpec(*(None if a == "fsdp" else a for a in spec))
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 

@@ -7,7 +7,6 @@ Nothing is registered: `vision.repghost` is `jaxmodels/vision/repghost.py`, `Thi
 from __future__ import annotations
 
 import builtins
-import difflib
 import importlib
 import inspect
 import os
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.interop import checkpoint, conversion
+from jaxmodels.spelling import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_FAMILIES = {"layers", "interop"}
@@ -48,12 +48,6 @@ class Found:
                     f"{did_you_mean(argument, known)}; it has {', '.join(known)}"
                 )
         return self.cls(**{**self.arguments, **overrides})
-
-
-def did_you_mean(name: str, right: Iterable[str]) -> str:
-    """`, did you mean 'x'?` with the nearest of the right names, or nothing."""
-    near = difflib.get_close_matches(str(name), builtins.list(right), 1, 0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def module_names() -> builtins.list[str]:

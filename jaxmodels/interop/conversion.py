@@ -28,13 +28,14 @@ PyTorch key:
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from jaxmodels.spelling import closest, did_you_mean
 
 COLLECTIONS = ("params", "batch_stats", "buffers")
 _LEAF_NAMES = {
@@ -144,10 +145,9 @@ def resolve_rules(rules: Any, module: Any = None) -> dict[str, Any]:
     known = {"aliases", "travels", "drops", "fresh", "names", "arrays"}
     for name in resolved:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
             raise ValueError(
-                f"TORCH_RULES has no entry {name!r}"
-                + (f", did you mean {near[0]!r}?" if near else f"; it knows {sorted(known)}")
+                f"TORCH_RULES has no entry {name!r}{did_you_mean(name, known)}; "
+                f"it knows {', '.join(sorted(known))}"
             )
     return resolved
 
@@ -232,9 +232,9 @@ def _nearest(name: str, shape: tuple[int, ...], candidates: Mapping[str, tuple[i
         k for k, s in candidates.items() if s == shape and k.split(".")[-1] == name.split(".")[-1]
     ]
     for pool in (same, list(candidates)):
-        near = difflib.get_close_matches(name, pool[:400], 1, 0.6)
+        near = closest(name, pool[:400], 0.6)
         if near:
-            return near[0]
+            return near
     return ""
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from train.data import array_source, digits, image_augmentation, preparation
 
@@ -91,19 +93,33 @@ def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
 
 @functools.lru_cache(maxsize=4)
 def _source(split: str, size: int, directory: str) -> array_source.ArraySource:
-    builder = preparation.prepare(LfwSubset, directory)
-    arrays = {name: array_source.read_split(builder, name) for name in {"train", split}}
-    resized = {
-        name: image_augmentation.bilinear_resize(part["image"], (size, size))
-        for name, part in arrays.items()
-    }
-    mean, std = resized["train"].mean(), resized["train"].std()
+    part = array_source.read_split(preparation.prepare(LfwSubset, directory), split)
+    mean, std = _statistics(size, directory)
+    resized = image_augmentation.bilinear_resize(part["image"], (size, size))
     return array_source.ArraySource(
         {
-            "image": ((resized[split] - mean) / std).astype(np.float32),
-            "label": arrays[split]["label"].astype(np.int32),
+            "image": ((resized - mean) / std).astype(np.float32),
+            "label": part["label"].astype(np.int32),
         }
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(size: int, directory: str) -> tuple[np.floating, np.floating]:
+    train = array_source.read_split(preparation.prepare(LfwSubset, directory), "train")
+    resized = image_augmentation.bilinear_resize(train["image"], (size, size))
+    return resized.mean(), resized.std()
+
+
+def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarray:
+    """One image file as evaluation sees it, gray and resized, float32 [S, S, 3]."""
+    size = element_spec(options)["image"].shape[0]
+    with Image.open(path) as image:
+        gray = image.convert("L").resize((25, 25), Image.Resampling.BOX)
+    pixels = np.asarray(gray, np.float32) / np.float32(255)
+    mean, std = _statistics(size, str(preparation.data_directory(options["path"])))
+    resized = image_augmentation.bilinear_resize(pixels, (size, size))
+    return np.repeat(((resized - mean) / std)[..., None], 3, axis=-1).astype(np.float32)
 
 
 # Gray images of one size are treated as digits are.

@@ -16,7 +16,6 @@ Options known to every family are in `COMMON_OPTIONS`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import math
@@ -31,6 +30,8 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+
+from train.naming import nearest
 
 Batch = dict[str, np.ndarray]
 
@@ -265,7 +266,4 @@ def _families() -> tuple[str, ...]:
 
 
 def _unknown(what: str, given: str, known: Any) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {given!r}{hint} (there are: {', '.join(names)})"
+    return f"unknown {what} {given!r}; {nearest(given, known)}"

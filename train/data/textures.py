@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.resources
 import io
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +136,9 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 
 def source(split: str, options: Mapping[str, Any]) -> CropSource:
     """The standardized halves of one split."""
-    halves = _halves(str(preparation.data_directory(options["path"])))[split]
+    directory = str(preparation.data_directory(options["path"]))
+    mean, std = _statistics(directory)
+    halves = tuple((half - mean) / std for half in _halves(directory)[split])
     return CropSource(halves, split_sizes(options)[split] // NUM_CLASSES)
 
 
@@ -150,11 +153,35 @@ def _halves(directory: str) -> dict[str, tuple[np.ndarray, ...]]:
             np.asarray(Image.open(io.BytesIO(example["image"])), np.float32)
             for example in sorted(examples, key=lambda example: int(example["label"]))
         ]
+    return {split: tuple(parts) for split, parts in halves.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _statistics(directory: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over the training halves."""
+    halves = _halves(directory)["train"]
     # Each image counts once, whatever its size, as it does among the crops.
-    mean = np.mean([half.mean(axis=(0, 1)) for half in halves["train"]], axis=0)
-    second = np.mean([(half**2).mean(axis=(0, 1)) for half in halves["train"]], axis=0)
-    std = np.sqrt(second - mean**2)
-    return {split: tuple((half - mean) / std for half in parts) for split, parts in halves.items()}
+    mean = np.mean([half.mean(axis=(0, 1)) for half in halves], axis=0)
+    second = np.mean([(half**2).mean(axis=(0, 1)) for half in halves], axis=0)
+    return mean, np.sqrt(second - mean**2)
+
+
+def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarray:
+    """The central crop of one image file as evaluation sees it, float32 [S, S, 3].
+
+    Raises:
+      OSError: the file is no image, or smaller than the crop.
+    """
+    size = element_spec(options)["image"].shape[0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), np.float32)
+    height, width = pixels.shape[:2]
+    if min(height, width) < size:
+        raise OSError(f"{width}x{height} pixels are fewer than data.options.image_size {size}")
+    top, left = (height - size) // 2, (width - size) // 2
+    mean, std = _statistics(str(preparation.data_directory(options["path"])))
+    crop = pixels[top : top + size, left : left + size]
+    return ((crop - mean) / std).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
