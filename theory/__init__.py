@@ -5,6 +5,7 @@ of a trajectory, `hessian_spectrum` looks at one point, `plot` draws the figures
 default of the field: enable it first with `jax.config.update("jax_enable_x64", True)`.
 """
 
+from theory import platform_choice  # noqa: F401 - before anything imports jax
 from theory.dynamics import Trajectory, certify, simulate, simulate_aligned
 from theory.factorization import initialize
 from theory.landscape import hessian_spectrum

@@ -1,5 +1,9 @@
 """Section 13 of the specification: every bad input gets one line that says what is wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +14,7 @@ from theory.factorization import initialize, warn_bottleneck
 from theory.problem import check_spectrum, make_problem, random_problem
 from theory.stages import stages
 
+ROOT = Path(__file__).parents[2]
 KEY = jax.random.key(0)
 EYE = np.eye(3)
 
@@ -158,3 +163,20 @@ def test_a_tiny_alpha_is_refused_in_float32():
     with pytest.raises(ValueError, match="x64"):
         initialize(KEY, (3, 3, 3), alpha=1e-6)
     assert initialize(KEY, (3, 3, 3), alpha=1e-3)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--config=configs/dmf.py:demo", "--config.rnk=3"], "--config.rnk: no such key; did you"),
+        (["--config=configs/dmf.py:dem"], "--config: unknown preset 'dem'; choose one of demo,"),
+        (["--config=configs/dmff.py"], "--config: no file 'configs/dmff.py'"),
+        (["--config=configs/dmf.py:demo", "--config.depth=abc"], "--config.depth=abc: invalid"),
+        ([], "--config configs/dmf.py:PRESET is missing"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line(words, wanted, tmp_path):
+    command = [sys.executable, "-m", "theory", *words, "--workdir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert wanted in done.stderr and done.stderr.count("\n") == 1
