@@ -6,6 +6,7 @@
 - `OPTIONS`: the options it knows with their defaults; `VARIANTS`: variant name -> options;
 - `SPLITS`: (training split, evaluation split, ...);
 - `element_spec(options)`: name -> `jax.ShapeDtypeStruct` of one example, without any data;
+- optional `eval_element_spec(options)`: the same for evaluation, where it differs (whole graphs);
 - `split_sizes(options)`: split -> number of examples, without data where that is known;
 - `source(split, options)`: a picklable random-access sequence of raw examples;
 - `train_transform(options)`: picklable `(example, rng) -> example`;
@@ -155,9 +156,8 @@ def eval_batches(
     examples = module.source(split, options)
     count = len(examples)
     padded = math.ceil(count / batch_size) * batch_size
-    blank = {
-        key: np.zeros(spec.shape, spec.dtype) for key, spec in module.element_spec(options).items()
-    }
+    specs = getattr(module, "eval_element_spec", module.element_spec)(options)
+    blank = {key: np.zeros(spec.shape, spec.dtype) for key, spec in specs.items()}
     read = functools.partial(_masked_example, examples, module.eval_transform(options), blank)
     ds = grain.MapDataset.range(padded).map(read)
     ds = ds.batch(local)[process_index::process_count]
