@@ -1,0 +1,1 @@
+"""Networks on graphs, and what is measured on graphs."""
