@@ -13,6 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SECONDS_A_DAY = 86400
+# Robots by name or address; `user@users.noreply.github.com` is a person.
+BOTS = (
+    r"\[bot\]|\b(bot|robot|jenkins|travis|dependabot|renovate|greenkeeper|copybara|autoroll"
+    r"|gopherbot|gobot|buildbot|bors|mergify|weblate|pre-commit-ci|automation)\b|[a-z]-?bot@"
+)
 
 
 @dataclasses.dataclass(frozen=True)

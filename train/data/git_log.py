@@ -19,13 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxmodels.graphs.review_records import PullRequest, WorkItem
+from jaxmodels.graphs.review_records import BOTS, PullRequest, WorkItem
 
-# Robots by name or address; `user@users.noreply.github.com` is a person.
-BOTS = (
-    r"\[bot\]|\b(bot|robot|jenkins|travis|dependabot|renovate|greenkeeper|copybara|autoroll"
-    r"|gopherbot|gobot|buildbot|bors|mergify|weblate|pre-commit-ci|automation)\b|[a-z]-?bot@"
-)
 # Addresses that many people share.
 _SHARED = re.compile(
     r"^$|^(noreply|no-reply|none|unknown|root|nobody)@|@(localhost|none|example)\b"
