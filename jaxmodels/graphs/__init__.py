@@ -1,1 +1,1 @@
-"""Networks on graphs, and what is measured on graphs."""
+"""Graph networks on padded edge lists, and the systems built on them."""

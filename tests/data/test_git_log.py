@@ -162,12 +162,12 @@ def test_bounds_limit_the_history(clone):
 
 
 def test_no_clone_no_commits_and_wrong_options_get_one_line(clone, tmp_path):
-    with pytest.raises(ValueError, match=r"data.git_dir .*nowhere: no such directory"):
+    with pytest.raises(ValueError, match=r"data.options.git_dir .*nowhere: no such directory"):
         list(read_commits(tmp_path / "nowhere"))
     (tmp_path / "plain").mkdir()
-    with pytest.raises(ValueError, match=r"data.git_dir .*plain: not a git repository"):
+    with pytest.raises(ValueError, match=r"data.options.git_dir .*plain: not a git repository"):
         list(read_commits(tmp_path / "plain"))
-    assert read(clone).notes == (f"data.git_dir {clone.path}: no pull requests",)
+    assert read(clone).notes == (f"data.options.git_dir {clone.path}: no pull requests",)
     clone.commit("x")
     with pytest.raises(ValueError, match=r"bad revision 'nothing'|unknown revision"):
         list(read_commits(clone.path, revision="nothing"))

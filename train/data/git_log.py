@@ -105,7 +105,7 @@ def read_commits(
     """
     directory = Path(git_dir).expanduser()
     if not directory.is_dir():
-        raise ValueError(f"data.git_dir {git_dir}: no such directory")
+        raise ValueError(f"data.options.git_dir {git_dir}: no such directory")
     # Separators are random, so that no commit message can hold them.
     mark = secrets.token_hex(16)
     commit, field, end = (f"{mark}{kind}" for kind in "cfe")
@@ -120,12 +120,14 @@ def read_commits(
     try:
         run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise ValueError(f"data.git_dir {git_dir}: the program git is not installed") from None
+        raise ValueError(
+            f"data.options.git_dir {git_dir}: the program git is not installed"
+        ) from None
     if run.returncode:
         said = run.stderr.decode("utf-8", "replace").strip().splitlines() or ["git log failed"]
         if re.search(r"does not have any commits yet|bad revision 'HEAD'", said[0]):
             return
-        raise ValueError(f"data.git_dir {git_dir}: {said[0].removeprefix('fatal: ')}")
+        raise ValueError(f"data.options.git_dir {git_dir}: {said[0].removeprefix('fatal: ')}")
     for chunk in run.stdout.decode("utf-8", "replace").split(commit)[1:]:
         entry, _, files = chunk.partition(end)
         yield _parse(entry.split(field), files)
@@ -412,7 +414,7 @@ def _notes(
     git_dir: str | os.PathLike, summary: dict[str, int], commits: list[Commit], wanted: set[str]
 ) -> Iterator[str]:
     if not summary["changes"]:
-        yield f"data.git_dir {git_dir}: no pull requests"
+        yield f"data.options.git_dir {git_dir}: no pull requests"
         return
     if summary["with_reviewers"]:
         return
@@ -420,7 +422,7 @@ def _notes(
     counts -= Counter({key: counts[key] for key in (*wanted, "signed-off-by")})
     names = ", ".join(f"{key} ({n})" for key, n in counts.most_common(3))
     yield (
-        f"data.git_dir {git_dir}: no commit has a trailer {' or '.join(sorted(wanted))}"
+        f"data.options.git_dir {git_dir}: no commit has a trailer {' or '.join(sorted(wanted))}"
         + (f"; data.options.reviewer_trailers may name {names}" if names else "")
         + f"; data.options.signers_as_reviewers=True takes the {summary['with_signers']} changes "
         "that others signed off or committed"
