@@ -293,8 +293,7 @@ def test_graphs_without_edges_and_of_one_node_work_in_every_layer():
         y = jax.jit(model.apply)(variables, np.ones((1, F), np.float32), graph)
         assert y.shape == (1, 4) and np.isfinite(y).all()
     assert (
-        mp.aggregate_sum(make_graph(np.zeros((2, 0)), 3, tables=True), np.ones((3, 2), np.float32))
-        == 0
+        mp.aggregate_sum(make_graph(np.zeros((2, 0)), 3, tables=True), np.ones((3, 2), np.float32)) == 0
     ).all()
 
 
