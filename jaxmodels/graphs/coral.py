@@ -357,5 +357,25 @@ def ranking(scores: Any, users: Any, without: int | None = None) -> np.ndarray:
     return ranked if without is None else ranked[ranked != without]
 
 
+def check_checkpoint(shapes: Mapping[str, tuple[int, ...]], module: nn.Module) -> None:
+    """Refuse tables that were trained on a graph of another number of nodes.
+
+    Args:
+      shapes: PyTorch name -> shape of every entry of the file.
+    """
+    if not isinstance(module, Coral):
+        return
+    # The axis of the rows in PyTorch's layout of the tables that may be in a file.
+    tables = {"embed.weight": 0, "layers.0.self.weight": 1, "convs.0.root": 0}
+    if module.input == "embedding":
+        tables = {"embed.weight": 0}
+    for key, axis in tables.items():
+        if len(shapes.get(key, ())) == 2 and shapes[key][axis] != module.num_nodes:
+            raise ValueError(
+                f"graph and checkpoint differ: the graph has {module.num_nodes} nodes, "
+                f"{key} of the checkpoint {shapes[key][axis]} rows"
+            )
+
+
 MODEL = Coral
 VARIANTS: dict[str, dict[str, Any]] = {}

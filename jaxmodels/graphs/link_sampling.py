@@ -74,6 +74,7 @@ def linked(
       index: from `edge_index`.
       search_steps: at least log2 of the longest list of neighbors, plus 1.
     """
+    index = {name: jnp.asarray(index[name]) for name in ("row_start", "neighbors")}
     row = relation * num_nodes + u
     low, end = index["row_start"][row], index["row_start"][row + 1]
     neighbors, last = index["neighbors"], max(index["neighbors"].shape[0] - 1, 0)
@@ -110,7 +111,7 @@ def sample_negatives(
 
     Returns: nodes int32 [P] and float32 [P], 0 where every draw was an edge.
     """
-    bounds = index["second_type"][relation]
+    bounds = jnp.asarray(index["second_type"])[relation]
     draws = jax.random.uniform(rng, (max(tries, 1), *first.shape))
     size = bounds[:, 1] - bounds[:, 0]
     drawn = bounds[:, 0] + jnp.minimum((draws * size).astype(jnp.int32), size - 1)
