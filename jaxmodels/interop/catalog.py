@@ -258,7 +258,7 @@ def import_state(
     """`conversion.from_torch` with the rules and the check that stand beside the model."""
     hook = getattr(found.python_module, "check_checkpoint", None)
     if hook is not None:
-        hook(builtins.list(state), module)
+        hook({key: tuple(np.shape(value)) for key, value in state.items()}, module)
     rules = conversion.resolve_rules(getattr(found.python_module, "TORCH_RULES", None), module)
     fresh = initialize(module, seed, inputs) if skip else None
     return conversion.from_torch(
