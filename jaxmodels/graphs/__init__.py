@@ -1,0 +1,1 @@
+"""Graphs: message passing, subgraph learning, reviewer recommendation, change points."""
