@@ -1,1 +1,1 @@
-"""Graphs: message passing, subgraph learning, reviewer recommendation, change points."""
+"""Networks on graphs, and what is measured on graphs."""
