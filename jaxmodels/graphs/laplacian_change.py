@@ -250,8 +250,18 @@ def ranked_points(scores: np.ndarray, share: float) -> np.ndarray:
     return np.sort(order[:count])
 
 
+def compact(adjacency) -> tuple[np.ndarray, int]:
+    """A snapshot [n, n], dense or sparse, as (adjacency of its nodes with edges, isolated nodes)."""
+    import scipy.sparse
+
+    matrix = scipy.sparse.csr_matrix(adjacency)
+    u, v = matrix.nonzero()
+    nodes = np.unique(np.concatenate([u, v]))
+    return matrix[nodes][:, nodes].toarray().astype(np.float64), matrix.shape[0] - len(nodes)
+
+
 def lad(
-    adjacency: np.ndarray,
+    snapshots,
     *,
     directed: bool = False,
     num_eigen: int | None = None,
@@ -261,14 +271,14 @@ def lad(
     difference: bool = True,
     typical: str = "principal",
 ) -> LadScores:
-    """LAD of aligned snapshots [t, n, n] with nodes kept as they are.
+    """LAD of aligned snapshots, [t, n, n] or a sequence of sparse matrices.
 
     `num_eigen` defaults to n - 1, as the synthetic settings have it; `initial` to `long`.
     """
-    adjacency = np.asarray(adjacency)
-    size = adjacency.shape[-1]
+    size = snapshots[0].shape[-1]
     kept = max(1, size - 1) if num_eigen is None else min(num_eigen, size)
-    signatures = normalized(singular_values([(a, 0) for a in adjacency], kept, directed=directed))
+    parts = [compact(graph) for graph in snapshots]
+    signatures = normalized(singular_values(parts, kept, directed=directed))
     return lad_scores(
         signatures,
         short=short,
