@@ -1,0 +1,1 @@
+"""Language models; every file opens with its source."""
