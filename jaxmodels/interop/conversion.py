@@ -345,7 +345,10 @@ def from_torch(
         if key in aliases:
             original = np.asarray(state[aliases[key]]) if aliases[key] in state else None
             if original is not None and not same_bytes(original, np.asarray(value)):
-                misshaped.append(f"{key} differs from {aliases[key]}, to which the model ties it")
+                misshaped.append(
+                    f"{key} differs from {aliases[key]}, to which the model ties it"
+                    + _largest_difference(original, np.asarray(value))
+                )
             done.aliases.append(key)
         elif _PROFILER_LEFTOVER.fullmatch(key) or _matches(rules.get("drops", ()), key):
             done.dropped.append(key)
@@ -379,6 +382,13 @@ def _travels(key: str, wanted: set[str], rules: Mapping[str, Any]) -> bool:
         return True
     owner, _, leaf = key.rpartition(".")
     return leaf == TRAVELLING_LEAF and f"{owner}.running_mean".lstrip(".") in wanted
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> str:
+    if a.shape != b.shape:
+        return f" ({list(a.shape)} and {list(b.shape)})"
+    gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0)
+    return f" (by up to {gap:.3g})"
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

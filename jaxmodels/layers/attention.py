@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.layers.dropout import dropout
+from jaxmodels.layers.dropout import dropout, keep_where
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -72,6 +72,7 @@ def attend(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
+    keep: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias, over allowed keys) v, the softmax in float32 or wider.
@@ -85,13 +86,14 @@ def attend(
         never NaN.
       scale: factor of the scores; None is H ** -0.5, T5 wants 1.
       dropout_rate, rng: dropout of the weights, off when `rng` is None.
+      keep: bool `[B, N, T, S]`, which weights dropout keeps, instead of `rng` (`keep_masks`).
       implementation: None is this function's own einsum; "xla" or "cudnn" go through
         `jax.nn.dot_product_attention` (no dropout there).
 
     Returns: `[B, T, N, H]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    drops = rng is not None and dropout_rate > 0
+    drops = (rng is not None or keep is not None) and dropout_rate > 0
     if implementation is not None:
         if drops:
             raise ValueError(f"attention {implementation!r} has no dropout of the weights")
@@ -99,7 +101,9 @@ def attend(
             query, key, value, bias, mask, scale=scale, implementation=implementation
         )
     weights = attention_weights(query, key, bias=bias, mask=mask, scale=scale)
-    if drops:
+    if drops and keep is not None:
+        weights = keep_where(weights, keep, dropout_rate)
+    elif drops:
         weights = dropout(weights, dropout_rate, rng)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
