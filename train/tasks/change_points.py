@@ -57,11 +57,10 @@ class ChangePoints:
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """Starting factors and an empty record."""
         del rng, batch
-        shape = (self.options.window, self.num_nodes, self.num_nodes)
         factors = starting_factors(
             jax.random.key(self.seed),
             self.options.window,
-            jnp.zeros(shape[:1]),
+            {"window": jnp.zeros(1)},
             self.options,
             self.num_nodes,
             jnp.float32,
