@@ -469,6 +469,25 @@ def detect(
     )
 
 
+def alpha_sweep(
+    snapshots: np.ndarray, predictions: np.ndarray, window: int, alphas: Sequence[float]
+) -> dict[float, np.ndarray]:
+    """Z* [T] for every alpha from one detection's kept predictions [T - w, n, n] (Frobenius)."""
+    graphs = np.asarray(snapshots, np.float32)
+    found: dict[float, list[float]] = {alpha: [0.0] * window for alpha in alphas}
+    for t in range(window, len(graphs)):
+        normal = graphs[t - window : t].mean(0)
+        for alpha in alphas:
+            value = _frobenius_row(normal, graphs[t], predictions[t - window], alpha)
+            found[alpha].append(float(value))
+    return {a: change_scores.rises(np.array(z), window) for a, z in found.items()}
+
+
+@jax.jit
+def _frobenius_row(normal, snapshot, prediction, alpha):
+    return change_scores.frobenius_distances(normal, snapshot, prediction, alpha).mixed
+
+
 def _float_type(dtype):
     """float64 stays where JAX allows it; everything else is computed in float32."""
     wide = np.dtype(dtype) == np.float64 and jax.config.jax_enable_x64

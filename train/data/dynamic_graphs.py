@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "resample": 0.1,
     "increment": 0.1,
     "base": "les_miserables",
+    "fresh": True,  # generators: all pairs drawn anew at a change
+    "changes": 3000,  # simulated reviews: length of the history
     "directed": False,
     "weighted": False,
     "repeats": "last",  # edges: last | sum
@@ -136,14 +138,17 @@ def _read(kind: str, options: Mapping[str, Any]) -> files.DynamicGraph:
             kind,
             seed=options["sequence_seed"],
             num_nodes=options["num_nodes"] or DEFAULT_NODES,
-            **{k: options[k] for k in ("steps", "p_in", "p_ex", "resample", "increment", "base")},
+            **{
+                k: options[k]
+                for k in ("steps", "p_in", "p_ex", "resample", "increment", "base", "fresh")
+            },
         )
         snapshots = [scipy.sparse.csr_matrix(g.astype(np.float32)) for g in dense]
         return files.DynamicGraph(snapshots, events, tuple(map(str, range(len(dense)))), False)
     if kind == "simulated_reviews":
         from train.data.review_simulator import simulate_reviews
 
-        records = simulate_reviews(options["sequence_seed"])
+        records = simulate_reviews(options["sequence_seed"], n_changes=options["changes"])
         # One maintainer of every area leaves after each third of the time span.
         begin, end = records[0].created, records[-1].created
         thirds = [("", begin + i * (end - begin) / 3) for i in (1, 2)]
