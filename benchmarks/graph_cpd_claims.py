@@ -43,8 +43,9 @@ def evaluate(name: str, seed: int):
     def row(detector, scores):
         return name, seed, detector, round(change_scores.hits_at(scores, graph.events).hits, 4)
 
-    # The spectral scorer on the two sequences of the acceptance list: its eigenvalues take long.
-    both = "both" if name in ("shuffle", "evolving", "pure") else "frobenius"
+    # Three seeds of what takes long and is only there to compare with.
+    few = seed < 3
+    both = "both" if few and name in ("shuffle", "evolving", "pure") else "frobenius"
     chosen = change_detection.Options(iters=30, tol=0.0, scorer=both)
     found = change_detection.detect(
         snapshots, chosen, seed=seed, directed=False, keep_predictions=True
@@ -55,6 +56,8 @@ def evaluate(name: str, seed: int):
         yield row("spectral 0.5", change_scores.rises(found.spectral.mixed, chosen.window))
         yield row("spectral 1", change_scores.rises(found.spectral.prediction, chosen.window))
     for baseline, function in change_baselines.BASELINES.items():
+        if not few and baseline != "lad":
+            continue
         yield row(baseline, function(snapshots))
 
 
@@ -96,16 +99,18 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text("sequence,seed,detector,hits_at_7\n")
     done = {(name, int(seed)) for name, seed, *_ in rows}
-    for seed in range(arguments.seeds):
-        for name in SEQUENCES:
-            if (name, seed) in done:
-                continue
-            begin = time.perf_counter()
-            new = list(evaluate(name, seed))
-            rows += new
-            with open(arguments.out, "a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(new)
-            print(f"{name} {seed}: {time.perf_counter() - begin:.1f} s", flush=True)
+    claims = ("shuffle", "evolving", "hard")
+    order = [(seed, name) for seed in range(arguments.seeds) for name in claims]
+    order += [(s, n) for s in range(min(5, arguments.seeds)) for n in SEQUENCES if n not in claims]
+    for seed, name in order:
+        if (name, seed) in done:
+            continue
+        begin = time.perf_counter()
+        new = list(evaluate(name, seed))
+        rows += new
+        with open(arguments.out, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(new)
+        print(f"{name} {seed}: {time.perf_counter() - begin:.1f} s", flush=True)
     arguments.out.with_suffix(".md").write_text(
         "# Hits@7 of change-point detectors on synthetic sequences\n\n"
         "Mean [95 % bootstrap interval over seeds]; 151 snapshots of 100 nodes (rewired: 77), 7 "

@@ -190,7 +190,7 @@ def test_a_clone_gives_review_graphs_and_its_final_releases(tmp_path, monkeypatc
 
 
 def test_simulated_reviews_are_a_weekly_graph_with_two_events():
-    graph = dynamic_graphs.sequence(options_of("simulated_reviews", changes=400))
+    graph = dynamic_graphs.sequence(options_of("simulated_reviews", changes=400, period="week"))
     assert graph.directed and len(graph.events) == 2 and len(graph) >= 14
     third = len(graph) / 3
     assert abs(graph.events[0] - third) < 1.5 and abs(graph.events[1] - 2 * third) < 1.5

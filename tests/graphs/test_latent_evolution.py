@@ -353,6 +353,13 @@ MISTAKES = {
     "a sparse run forms no n x n matrix": lambda: detect(
         stream(), SMALL, sparse=True, keep_predictions=True
     ),
+    "U has shape (4, 12, 3), the window (4, 5, 5)": lambda: fit(np.ones((4, 5, 5)), problem(0)[1]),
+    "initial factor A[0, 0] is": lambda: sweep(
+        problem(0)[0], problem(0)[1]._replace(A=jnp.zeros((3, 3)))
+    ),
+    "snapshot 0 has weight -1.0 at edge 0": lambda: fit(
+        EdgeWindow(*np.zeros((2, 4, 8), int), -np.ones((4, 8))), problem(0)[1]
+    ),
     "a mask needs a dense window": lambda: fit(
         edges_of(problem(0)[0], 96), problem(0)[1], mask=np.ones((4, 12, 12))
     ),

@@ -45,7 +45,7 @@ OPTIONS: dict[str, Any] = {
     "acked": False,  # reviews: Acked-by counts as a review
     "signers": False,  # reviews: so does Signed-off-by
     "transform": "none",  # none | log (log(1 + w)) | binary
-    "sparse": False,  # edge lists instead of n x n windows
+    "sparse": None,  # edge lists instead of n x n windows; None: above 2,000 nodes
     "snapshots": 0,  # dry runs: T where the file is not there
     "edge_slots": 0,  # sparse dry runs: padded edges
 }
@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kind": "simulated_reviews",
         "directed": True,
         "weighted": True,
-        "period": "week",
+        "changes": 12_000,
     },
 }
 SPLITS = ("targets", "test")
@@ -219,6 +219,13 @@ def is_directed(options: Mapping[str, Any]) -> bool:
     return kind not in synthetic.KINDS and (kind != "edges" or bool(options["directed"]))
 
 
+def is_sparse(options: Mapping[str, Any]) -> bool:
+    """Whether rows are edge lists."""
+    if options["sparse"] is None:
+        return sequence_shape(options)[1] > change_detection.SPARSE_ABOVE
+    return bool(options["sparse"])
+
+
 def _dtype(options: Mapping[str, Any]):
     binary = not options["weighted"] or options["transform"] == "binary"
     return np.uint8 if binary or options["kind"] in synthetic.KINDS else np.float32
@@ -230,7 +237,7 @@ def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     if not isinstance(w, int) or w < 1:
         raise ValueError(f"data.options.window w = {w!r} must be a whole number >= 1")
     spec = {"target": jax.ShapeDtypeStruct((), np.int32)}
-    if options["sparse"]:
+    if is_sparse(options):
         slots = options["edge_slots"] or change_detection.edge_capacity(sequence(options).snapshots)
         shapes = {
             "senders": ((w + 1, slots), np.int32),
@@ -283,7 +290,7 @@ def source(split: str, options: Mapping[str, Any]) -> Targets:
     """The targets of a sequence; both splits hold all of them."""
     del split
     graph = sequence(options)
-    if options["sparse"]:
+    if is_sparse(options):
         slots = options["edge_slots"] or change_detection.edge_capacity(graph.snapshots)
         return Targets(graph.snapshots, options["window"], True, slots)
     return Targets(graph.dense(_dtype(options)), options["window"], False, 0)
