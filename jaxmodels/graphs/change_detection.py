@@ -489,9 +489,9 @@ def _frobenius_row(normal, snapshot, prediction, alpha):
 
 
 def _float_type(dtype):
-    """float64 stays where JAX allows it; everything else is computed in float32."""
-    wide = np.dtype(dtype) == np.float64 and jax.config.jax_enable_x64
-    return jnp.float64 if wide else jnp.float32
+    """float32 stays; integers and float64 are computed in JAX's default precision."""
+    narrow = np.dtype(dtype) in (np.float32, np.float16) or not jax.config.jax_enable_x64
+    return jnp.float32 if narrow else jnp.float64
 
 
 def _check_initial(initial, count: int, options: Options, dtype) -> Factors:
