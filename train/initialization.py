@@ -28,11 +28,14 @@ def starting_variables(config, shapes, task, fresh):
     if path.is_dir():
         loaded = load_params(path, ema=True)
     else:
-        from jaxmodels.interop import catalog, checkpoint
+        from jaxmodels.interop import catalog, checkpoint, conversion
 
         found = catalog.find(config.model)
         tensors = checkpoint.read(path).tensors
         loaded, _ = catalog.import_state(found, task.model, tensors, skip, source=str(path))
+        # A PyTorch file has no other collections (a graph, say): the run's own stand.
+        own = [f"^{name}\\." for name in shapes.extra if name not in conversion.COLLECTIONS]
+        skip = (*skip, *own)
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
     problems, needed = [], []
 

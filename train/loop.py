@@ -170,7 +170,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             _write_config(workdir, config)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
-        if config.eval_only or start >= config.steps:
+        if config.eval_only or start >= config.steps or _finished(plan, state):
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
         else:
@@ -216,6 +216,9 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
             done = step + 1
             last = done == config.steps
             looked = last or done % config.log_every == 0
+            if looked and not last and _finished(plan, state):
+                last = True
+                reporter.say(f"finished at step {done} of {config.steps}: the task is done")
             if looked:
                 host = jax.device_get(pending)
                 means = {k: np.mean([m[k] for m in host]) for k in host[0]}
@@ -249,6 +252,11 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
     if probe is not None:
         numbers = {**numbers, **probe.finish()}
     return run.whole(state), numbers
+
+
+def _finished(plan, state) -> bool:
+    """Whether the task says that training has done all it can (its loss stopped decreasing)."""
+    return hasattr(plan.task, "finished") and plan.task.finished(state.extra)
 
 
 def _check_finite(state, checkpoints, keys, config) -> None:

@@ -258,7 +258,8 @@ class RGCNConv(nn.Module):
     `normalization` "mean" is PyTorch Geometric's (c = 1 / |N_r(v)|), "sym" and "sum" as in
     `relational_graph`. `num_bases` shares W_r = sum_b comp[r, b] weight[b]; `num_blocks` makes W_r
     block-diagonal, weight [R, blocks, in / blocks, out / blocks]. `weight` is [R or bases, in, out]
-    and `root` [in, out], as PyTorch Geometric stores them.
+    and `root` [in, out], as PyTorch Geometric stores them. x = None stands for one-hot rows
+    [N, in = N]: the rows of `weight` and `root` are then read as tables, never multiplied.
     """
 
     in_features: int
@@ -287,30 +288,34 @@ class RGCNConv(nn.Module):
         return _example(self.in_features, typed=True)
 
     @nn.compact
-    def __call__(self, x: jax.Array, graph: Graph) -> jax.Array:
+    def __call__(self, x: jax.Array | None, graph: Graph) -> jax.Array:
         relations, bases, blocks = self.num_relations, self.num_bases, self.num_blocks
         shape = (bases or relations, self.in_features, self.features)
         if blocks:
             shape = (relations, blocks, shape[1] // blocks, shape[2] // blocks)
         weight = self.param("weight", glorot, shape, self.param_dtype).astype(self.dtype)
-        x = x.astype(self.dtype)
+        if x is not None:
+            x = x.astype(self.dtype)
+        elif blocks:
+            raise ValueError("one-hot input (x = None) has no blocks")
         if blocks:
             parts = x.reshape(*x.shape[:-1], blocks, shape[2])
             table = jnp.einsum("...nbi,rbio->...rnbo", parts, weight)
         elif bases:
             comp = self.param("comp", glorot, (relations, bases), self.param_dtype)
             # N x bases products instead of N x relations, then the cheap combination.
-            table = jnp.einsum("...ni,bio->...bno", x, weight)
+            table = weight if x is None else jnp.einsum("...ni,bio->...bno", x, weight)
             table = jnp.einsum("rb,...bno->...rno", comp.astype(self.dtype), table)
         else:
-            table = jnp.einsum("...ni,rio->...rno", x, weight)
-        table = table.reshape(*x.shape[:-2], relations * x.shape[-2], self.features)
+            table = weight if x is None else jnp.einsum("...ni,rio->...rno", x, weight)
+        table = table.reshape(*table.shape[:-3], -1, self.features)
         if graph.num_senders != relations * graph.num_nodes or not graph.normalized:
             graph = relational_graph(graph, relations, self.normalization)
         y = aggregate_sum(graph, table).astype(self.dtype)
         if self.root_weight:
             root = self.param("root", glorot, (self.in_features, self.features), self.param_dtype)
-            y = y + x @ root.astype(self.dtype)
+            root = root.astype(self.dtype)
+            y = y + (root if x is None else x @ root)
         if self.bias:
             zeros = nn.initializers.zeros
             y = y + self.param("bias", zeros, (self.features,), self.param_dtype).astype(self.dtype)

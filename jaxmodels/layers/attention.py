@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.layers.dropout import dropout
+from jaxmodels.layers.dropout import dropout, keep_where
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -41,6 +41,27 @@ def causal_mask(queries: int, keys: int | None = None, offset: int | jax.Array =
     return (jnp.arange(keys)[None, :] <= rows)[None, None]
 
 
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T + bias) over the allowed keys, `[B, N, T, S]`; arguments of `attend`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # The queries are scaled, not the scores: S / H times fewer products.
+    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
+    scores = scores.astype(wide)
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -51,6 +72,7 @@ def attend(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
+    keep: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias, over allowed keys) v, the softmax in float32 or wider.
@@ -64,29 +86,24 @@ def attend(
         never NaN.
       scale: factor of the scores; None is H ** -0.5, T5 wants 1.
       dropout_rate, rng: dropout of the weights, off when `rng` is None.
+      keep: bool `[B, N, T, S]`, which weights dropout keeps, instead of `rng` (`keep_masks`).
       implementation: None is this function's own einsum; "xla" or "cudnn" go through
         `jax.nn.dot_product_attention` (no dropout there).
 
     Returns: `[B, T, N, H]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    drops = rng is not None and dropout_rate > 0
+    drops = (rng is not None or keep is not None) and dropout_rate > 0
     if implementation is not None:
         if drops:
             raise ValueError(f"attention {implementation!r} has no dropout of the weights")
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, scale=scale, implementation=implementation
         )
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    # The queries are scaled, not the scores: S / H times fewer products.
-    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
-    scores = scores.astype(wide)
-    if bias is not None:
-        scores = scores + bias.astype(wide)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if drops:
+    weights = attention_weights(query, key, bias=bias, mask=mask, scale=scale)
+    if drops and keep is not None:
+        weights = keep_where(weights, keep, dropout_rate)
+    elif drops:
         weights = dropout(weights, dropout_rate, rng)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 

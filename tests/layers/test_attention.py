@@ -93,3 +93,17 @@ def test_norms_give_unit_variance_and_unit_mean_square():
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-3)
     z = RMSNorm().apply({"params": {"scale": jnp.full(64, 2.0)}}, draw(4, 64))
     np.testing.assert_allclose(jnp.square(z).mean(-1), 4, atol=1e-4)
+
+
+def test_masks_of_one_draw_are_independent_and_keep_their_share():
+    masks = dropout.keep_masks(jax.random.key(0), 0.25, [(200, 100), (200, 100), (7,)])
+    rates = [float(mask.mean()) for mask in masks[:2]]
+    np.testing.assert_allclose(rates, 0.75, atol=0.01)
+    assert abs(float((masks[0] & masks[1]).mean()) - 0.75**2) < 0.015
+    np.testing.assert_allclose(
+        np.unique(dropout.keep_where(jnp.ones(7), masks[2], 0.25)), [0, 4 / 3], rtol=1e-6
+    )
+    assert dropout.keep_masks(None, 0.25, [(3,)]) == [None]
+    q = draw(1, 2, 3, 4)
+    keep = jnp.zeros((1, 3, 2, 2), bool)
+    np.testing.assert_array_equal(attention.attend(q, q, q, keep=keep, dropout_rate=0.5), 0)

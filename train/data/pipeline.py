@@ -10,7 +10,8 @@
 - `split_sizes(options)`: split -> number of examples, without data where that is known;
 - `source(split, options)`: a picklable random-access sequence of raw examples;
 - `train_transform(options)`: picklable `(example, rng) -> example`;
-- `eval_transform(options)`: picklable `example -> example`.
+- `eval_transform(options)`: picklable `example -> example`;
+- optional `IN_ORDER = True`: training examples come in their order, never shuffled.
 
 Options known to every family are in `COMMON_OPTIONS`.
 """
@@ -127,7 +128,9 @@ def train_batches(
         raise ValueError(f"{data['name']}: split {split!r} holds no examples")
     # Grain permutes numbers and the map reads: a fifth faster for small examples than `source`.
     ds = grain.MapDataset.range(len(examples))
-    ds = ds.shuffle(seed=_stream_seed(seed, _SHUFFLE)).repeat(None)
+    if not getattr(module, "IN_ORDER", False):
+        ds = ds.shuffle(seed=_stream_seed(seed, _SHUFFLE))
+    ds = ds.repeat(None)
     read = functools.partial(_random_example, examples, module.train_transform(options))
     ds = ds.random_map(read, seed=_stream_seed(seed, _AUGMENT))
     # Without `drop_remainder` Grain rounds the endless length up through a float, past what fits.
