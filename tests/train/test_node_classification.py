@@ -360,13 +360,13 @@ def test_pickles_are_read_only_when_trusted_and_never_run_code(tmp_path, capsys)
 
 
 def test_a_version_history_gives_a_co_change_graph(tmp_path):
-    rows = ["files,tokens"]
+    rows = ["change,author,files,tokens"]
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    for i in range(200):
         top = rng.choice(["app", "lib", "doc"])
         files = {f"{top}/f{rng.integers(12)}.c" for _ in range(3)} | {"README"}
-        rows.append(f"{'|'.join(sorted(files))},{top} word{rng.integers(5)}")
-    rows.append(f"{'|'.join(f'app/f{i}.c' for i in range(40))},sweep")
+        rows.append(f"c{i},me,{'|'.join(sorted(files))},{top} word{rng.integers(5)}")
+    rows.append(f"c,me,{'|'.join(f'app/f{i}.c' for i in range(40))},sweep")
     table = tmp_path / "changes.csv"
     table.write_text("\n".join(rows))
     options = options_of(dataset="cochange", path=str(table), labels_per_class=4)
@@ -377,13 +377,13 @@ def test_a_version_history_gives_a_co_change_graph(tmp_path):
     assert same.all() and graph.x.shape[1] == 8
     for path, message in (
         (tmp_path / "none", "nothing at"),
-        (tmp_path, "is not a git clone"),
+        (tmp_path, "not a git repository"),
         ("", "name a git clone or a CSV"),
     ):
         with pytest.raises(ValueError, match=message):
             node_graph_sets.load({**options, "path": str(path)})
-    table.write_text("file,tokens\n")
-    with pytest.raises(ValueError, match="no column files"):
+    table.write_text("change,author,files,tokens\nc,me,a/b.c|a/c.c,word\n")
+    with pytest.raises(ValueError, match="0 top directories with at least 8 files"):
         node_graph_sets.load({**options, "split_seed": 1})
 
 
