@@ -158,6 +158,9 @@ def test_padding_and_layout_change_neither_outputs_nor_gradients(kind):
     others = [(padded, make_graph(**wider, pad_edges=256))]
     if kind in ("gcn", "sage"):
         others.append((x, make_graph(**given, tables=True)))
+    arrays = {k: given[k] for k in ("edge_index", "edge_weight", "edge_type")}
+    plain = jax.jit(model.apply)(variables, x=x, **arrays)
+    np.testing.assert_allclose(plain, want[0], atol=2e-5, rtol=1e-4)
     for x_other, graph in others:
         got = run(variables["params"], x_other, graph)
         chex.assert_trees_all_close(got, want, atol=2e-5, rtol=1e-4)

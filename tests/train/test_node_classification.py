@@ -172,14 +172,13 @@ def losses_of(workdir):
 
 SMALLER = (
     "--config.model_args.hidden=8",
-    "--config.data.options.size=128",
-    "--config.data.options.pad_edges=4096",
-    "--config.data.options.sampler=guided_on_device",
+    "--config.data.options.size=64",
+    "--config.data.options.pad_edges=1024",
 )
 
 
 def test_a_run_on_a_mesh_agrees_and_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
-    """Data and fsdp over eight devices; the sampler runs inside the step."""
+    """Data and fsdp over eight devices."""
     whole, part, mesh = (tmp_path / name for name in ("whole", "part", "mesh"))
     eight = ("--config.batch_size=8", *SMALLER)
     assert main(run_flags(whole, *eight)) == 0
@@ -488,6 +487,7 @@ def test_data_that_is_not_there_and_losses_that_do_not_fit_are_said(tmp_path, ca
     write_graphsaint(tmp_path, classes=121, multi_label=True, features=50, n=130)
     argv = ["train", f"--config={CONFIG}:paper", f"--workdir={tmp_path}"]
     argv += [f"--config.data.options.path={tmp_path}", "--config.data.options.dataset=ppi"]
+    argv += ["--config.data.options.size=16", "--config.data.options.hops=2"]
     assert stop_with_one_line(main, argv) == 2
     assert "ppi has label sets; use sigmoid" in capsys.readouterr().err
 
