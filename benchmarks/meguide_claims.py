@@ -31,11 +31,13 @@ SAMPLERS = {
     "saint_walk": {"sampler": "saint_walk"},
     "saint_walk, weighted": {"sampler": "saint_walk", "normalize_loss": "saint"},
     "neighbor": {"sampler": "neighbor"},
-    "cluster": {"sampler": "cluster"},
+    "cluster": {"sampler": "cluster", "clusters_per_batch": 6},
 }
 DIGITS = {"in_features": 64, "hidden": 64, "out": 10, "dropout": 0.5}
 SMALL = {"size": 600, "hops": 10, "pad_edges": 16384}
-DEEP = ("full", "guided", "ripple", "saint_walk", "cluster")
+DEEP = ("full", "guided", "ripple")
+BLOCKS = {"sbm": (1000, 5, 10.0, 4.0, 32, 1.0)}
+WIDE = ("full", "guided", "ripple", "random", "saint_walk", "cluster")
 # recipe -> (dataset, model arguments, data options, config changes, samplers)
 STUDIES = {
     "digits": {
@@ -66,24 +68,33 @@ STUDIES = {
     "deep": {
         f"16 layers, {name}": (
             "sbm",
-            {"in_features": 32, "hidden": 64, "out": 10, "num_layers": 16, **model},
-            {"size": 500, "hops": 10, "pad_edges": 16384, **data},
-            {"steps": 300, **changes},
+            {"in_features": 32, "hidden": 32, "out": 5, "num_layers": 16, **model},
+            {"size": 250, "hops": 10, "pad_edges": 8192, **BLOCKS, **data},
+            {"batch_size": 2, **changes},
             DEEP,
         )
         for name, model, data, changes in (
             ("lr 0.01", {}, {}, {}),
-            ("lr 0.001, S 200", {}, {"size": 200, "hops": 3}, {"schedule.peak": 0.001}),
+            ("lr 0.001, S 100", {}, {"size": 100, "hops": 3}, {"schedule.peak": 0.001}),
             ("residual", {"residual": True}, {}, {"schedule.peak": 0.003}),
         )
+    },
+    "shallow": {
+        "2 layers, lr 0.01": (
+            "sbm",
+            {"in_features": 32, "hidden": 32, "out": 5},
+            {"size": 250, "hops": 10, "pad_edges": 8192, **BLOCKS},
+            {"batch_size": 2},
+            DEEP,
+        ),
     },
     "cochange": {
         "200 steps": (
             "cochange",
             {"hidden": 64, "dropout": 0.5},
-            {"size": 1000, "hops": 3, "pad_edges": 65536},
+            {"size": 500, "hops": 3, "pad_edges": 16384},
             {},
-            tuple(SAMPLERS),
+            WIDE,
         ),
     },
 }  # fmt: skip

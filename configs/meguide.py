@@ -6,7 +6,7 @@ small     python -m train --config configs/meguide.py --workdir runs/meguide
           --config.data.options.sampler=NAME for any baseline: ripple, random, saint_node,
           saint_edge, saint_walk, neighbor, cluster, full (with --config.batch_size=1),
           guided_on_device (the sampler inside the jitted step).
-deep      a 16-layer GCN on a block model of 2,000 nodes.
+deep      a 16-layer GCN on a block model of 1,000 nodes.
 cochange  --config.data.options.path=CLONE_OR_CSV --config.model_args.in_features=D
           --config.model_args.out=C: files changed together in any version history.
 citation  --config.data.options.path=DIR --config.data.options.allow_pickle=True: Cora in
@@ -51,10 +51,10 @@ def _small(config):
 
 def _deep(config):
     _small(config)
-    config.model_args.update(in_features=32, num_layers=16, dropout=0.0)
+    config.model_args.update(in_features=32, hidden=32, out=5, num_layers=16, dropout=0.0)
     config.data.name = "node_graphs:sbm"
-    config.data.options.size = 500
-    config.steps = 300
+    config.data.options.update(size=250, sbm=(1000, 5, 10.0, 4.0, 32, 1.0))
+    config.batch_size = 2
 
 
 def _cochange(config):
