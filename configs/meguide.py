@@ -33,7 +33,8 @@ def get_config(preset: str = "small"):
     config.schedule.update(name="constant", peak=0.01)
     config.optimizer.weight_decay = 5e-4
     config.batch_size = 4
-    config.eval.split = "valid"
+    # One example is the whole graph: a row a device is all that is wanted.
+    config.eval.split, config.eval.batch_size = "valid", 1
     globals()[f"_{preset}"](config)
     return config
 
@@ -44,7 +45,6 @@ def _small(config):
     config.data.options = {"sampler": "guided", "size": 600, "hops": 10, "ratio": 0.5, "beta": 1.0}
     # Four subgraphs a step: as many devices as divide them, one where there is no other.
     config.parallel.data = 1
-    config.eval.batch_size = 1
     config.steps = 200
     config.log_every, config.eval.every, config.checkpoint.every = 50, 100, 100
 
