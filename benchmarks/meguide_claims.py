@@ -37,6 +37,10 @@ DIGITS = {"in_features": 64, "hidden": 64, "out": 10, "dropout": 0.5}
 SMALL = {"size": 600, "hops": 10, "pad_edges": 16384}
 DEEP = ("full", "guided", "ripple")
 BLOCKS = {"sbm": (1000, 5, 10.0, 4.0, 32, 1.0)}
+FREE = {"optimizer.weight_decay": 0.0}
+# Few edges between blocks and noisy features: mixing is slow, and an MLP alone is not enough.
+SPARSE = {"sbm": (1000, 5, 4.0, 0.5, 32, 4.0)}
+TINY = {"size": 60, "hops": 4, "pad_edges": 1024}
 WIDE = ("full", "guided", "ripple", "random", "saint_walk", "cluster")
 # recipe -> (dataset, model arguments, data options, config changes, samplers)
 STUDIES = {
@@ -77,6 +81,21 @@ STUDIES = {
             ("lr 0.01", {}, {}, {}),
             ("lr 0.001, S 100", {}, {"size": 100, "hops": 3}, {"schedule.peak": 0.001}),
             ("residual", {"residual": True}, {}, {"schedule.peak": 0.003}),
+            ("no decay, 500 steps", {}, {}, {**FREE, "steps": 500}),
+            (
+                "no decay, lr 0.002, S 100, b 8, 500 steps",
+                {},
+                {"size": 100, "hops": 3},
+                {**FREE, "schedule.peak": 0.002, "steps": 500, "batch_size": 8},
+            ),
+            ("sparse blocks, no decay", {}, SPARSE, FREE),
+            ("sparse blocks, no decay, S 60, b 8", {}, {**SPARSE, **TINY}, {**FREE, "batch_size": 8}),
+            (
+                "sparse blocks, no decay, lr 0.002, 500 steps",
+                {},
+                SPARSE,
+                {**FREE, "schedule.peak": 0.002, "steps": 500},
+            ),
         )
     },
     "shallow": {
@@ -84,6 +103,13 @@ STUDIES = {
             "sbm",
             {"in_features": 32, "hidden": 32, "out": 5},
             {"size": 250, "hops": 10, "pad_edges": 8192, **BLOCKS},
+            {"batch_size": 2},
+            DEEP,
+        ),
+        "2 layers, sparse blocks": (
+            "sbm",
+            {"in_features": 32, "hidden": 32, "out": 5},
+            {"size": 250, "hops": 10, "pad_edges": 8192, **SPARSE},
             {"batch_size": 2},
             DEEP,
         ),
