@@ -91,19 +91,21 @@ def feature_smoothness(
 
     Raises ValueError for features that are not finite, an unknown variant, no edges.
     """
-    x = jnp.asarray(check_features(x, graph.graph.num_nodes))
+    x = check_features(x, graph.graph.num_nodes)
     if graph.num_edges == 0:
         raise ValueError("feature smoothness needs at least one edge")
+    if variant not in ("edge", "formula"):
+        raise ValueError(f"variant {variant!r}; known: edge, formula")
+    return _total_difference(graph.graph, x, variant, scale) / (graph.num_edges * x.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("variant", "scale"))
+def _total_difference(graph: Graph, x: jax.Array, variant: str, scale: bool) -> jax.Array:
     x = min_max_scale(x) if scale else x
     if variant == "edge":
-        total = _squared_differences(graph.graph, x).sum()
-    elif variant == "formula":
-        x = x - x.mean(0)
-        inner = in_degree(graph.graph)[:, None] * x - aggregate_sum(graph.graph, x)
-        total = jnp.square(inner).sum()
-    else:
-        raise ValueError(f"variant {variant!r}; known: edge, formula")
-    return total / (graph.num_edges * x.shape[1])
+        return _squared_differences(graph, x).sum()
+    x = x - x.mean(0)
+    return jnp.square(in_degree(graph)[:, None] * x - aggregate_sum(graph, x)).sum()
 
 
 def label_smoothness(graph: UndirectedGraph, labels: Any) -> float:
@@ -118,9 +120,13 @@ def node_scores(graph: UndirectedGraph, x: Any) -> jax.Array:
 
     sum_v deg(v) s(v) / |E| is the feature smoothness.
     """
-    x = min_max_scale(jnp.asarray(check_features(x, graph.graph.num_nodes)))
-    degree = in_degree(graph.graph)
-    return _squared_differences(graph.graph, x) / (jnp.maximum(degree, 1) * x.shape[1])
+    return _scores(graph.graph, check_features(x, graph.graph.num_nodes))
+
+
+@jax.jit
+def _scores(graph: Graph, x: jax.Array) -> jax.Array:
+    degree = jnp.maximum(in_degree(graph), 1)
+    return _squared_differences(graph, min_max_scale(x)) / (degree * x.shape[1])
 
 
 class ConnectionFailure(NamedTuple):

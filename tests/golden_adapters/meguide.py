@@ -21,13 +21,17 @@ def run(case):
     return run_metrics(case) if case.model.startswith("metrics") else run_network(case)
 
 
-def run_network(case):
-    config = {
+def network_arguments(case):
+    """Constructor arguments of the case's network under our names."""
+    return {
         RENAMED.get(name, name): value
         for name, value in case.config.items()
         if name not in ABOUT_DATA
     }
-    module, variables = jaxmodels.load("graphs.gnn", case.weights, **config)
+
+
+def run_network(case):
+    module, variables = jaxmodels.load("graphs.gnn", case.weights, **network_arguments(case))
     graph = make_graph(
         case.inputs["edge_index"],
         case.config["num_nodes"],

@@ -106,9 +106,10 @@ def read_graphsaint(folder: Path) -> NodeGraph:
 
     def csr(name):
         with np.load(_file(folder, name), allow_pickle=False) as stored:
-            indptr, indices = stored["indptr"], stored["indices"]
+            indptr, indices = stored["indptr"], stored["indices"].astype(np.int64)
+            kept = stored["data"] != 0
         receivers = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        return np.stack([indices.astype(np.int64), receivers])
+        return np.stack([indices[kept], receivers[kept]])
 
     edges, train_edges = csr("adj_full.npz"), csr("adj_train.npz")
     role = json.loads(_file(folder, "role.json").read_text())

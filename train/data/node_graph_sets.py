@@ -5,15 +5,12 @@ File formats of the published data sets are in `node_graph_files`; `load` finds 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import gzip
 import re
-import subprocess
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,26 +194,13 @@ def _breast_cancer(options) -> NodeGraph:
     return _with_split(knn_edges(x, options["neighbors"]), x, data.target, options)
 
 
-# Zachary's karate club (1977), as in networkx: node -> larger neighbors.
-_KARATE = (
-    "0:1 2 3 4 5 6 7 8 10 11 12 13 17 19 21 31;1:2 3 7 13 17 19 21 30;2:3 7 8 9 13 27 28 32;"
-    "3:7 12 13;4:6 10;5:6 10 16;6:16;8:30 32 33;9:33;13:33;14:32 33;15:32 33;18:32 33;19:33;"
-    "20:32 33;22:32 33;23:25 27 29 32 33;24:25 27 31;25:31;26:29 33;27:33;28:31 33;29:32 33;"
-    "30:32 33;31:32 33;32:33"
-)
-_OFFICER = (9, 14, 15, 18, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33)
-
-
 def _karate(options) -> NodeGraph:
     """34 members, 78 friendships, the two factions as labels, degrees one-hot as features."""
-    pairs = [
-        (int(node), int(other))
-        for entry in _KARATE.split(";")
-        for node, others in [entry.split(":")]
-        for other in others.split()
-    ]
-    edges = symmetrize(np.array(pairs).T)[0]
-    labels = np.isin(np.arange(34), _OFFICER).astype(np.int32)
+    import networkx
+
+    club = networkx.karate_club_graph()
+    edges = symmetrize(np.array(club.edges).T)[0]
+    labels = np.array([club.nodes[i]["club"] == "Officer" for i in range(34)])
     x = np.eye(18)[np.bincount(edges[1], minlength=34)]
     return _with_split(edges, x, labels, options)
 
@@ -263,47 +247,33 @@ def _cochange(options) -> NodeGraph:
     """Files of a version history, joined when changed together; the label is the top directory.
 
     Features are counts of the words in the subjects of a file's changes, log-scaled.
-    `options.path` is a git clone, or a CSV file (also .gz) with columns `files` (separated by |)
-    and `tokens`. Changes of more than `max_files` files join nothing: they are sweeps.
+    `options.path` is a git clone, or a review history in a file that `review_files` reads. Changes
+    of more than `max_files` files join nothing: they are sweeps.
     """
     if not options["path"]:
         raise ValueError("data.options.path: name a git clone or a CSV file of changes")
-    changes = _read_changes(Path(options["path"]))
-    return cochange_graph(changes, options)
+    return cochange_graph(_read_changes(Path(options["path"])), options)
 
 
 _WORD = re.compile(r"[a-z][a-z0-9]+")
 
 
-def _read_changes(path: Path) -> list[tuple[list[str], list[str]]]:
+def _read_changes(path: Path) -> list[tuple[tuple[str, ...], list[str]]]:
     """(files, words) of every change."""
+    from train.data.git_log import read_commits
+    from train.data.review_files import read_reviews
+
     if path.is_dir():
-        command = ["git", "-C", str(path), "log", "--no-merges", "--no-renames", "--name-only"]
-        command += ["-z", "--format=%x01%s"]
-        run = subprocess.run(command, capture_output=True)
-        if run.returncode:
-            raise ValueError(f"data.options.path: {path} is not a git clone")
-        changes = []
-        for block in run.stdout.decode("utf-8", "replace").split("\x01")[1:]:
-            subject, _, names = block.partition("\x00")
-            files = [name.strip("\n") for name in names.split("\x00")]
-            changes.append(([f for f in files if f], _WORD.findall(subject.lower())))
-        return changes
-    if not path.is_file():
+        found = ((commit.files, commit.subject) for commit in read_commits(path))
+    elif path.is_file():
+        found = ((record.files, record.title) for record in read_reviews(path))
+    else:
         raise ValueError(f"data.options.path: nothing at {path}")
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"files", "tokens"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}")
-        return [
-            ([f for f in row["files"].split("|") if f], row["tokens"].split()) for row in reader
-        ]
+    return [(files, _WORD.findall(title.lower())) for files, title in found]
 
 
 def cochange_graph(
-    changes: Iterable[tuple[list[str], list[str]]], options: Mapping[str, Any]
+    changes: Iterable[tuple[Sequence[str], list[str]]], options: Mapping[str, Any]
 ) -> NodeGraph:
     """The graph of `_cochange` from (files, words) of every change.
 

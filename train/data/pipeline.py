@@ -133,7 +133,9 @@ def train_batches(
     ds = ds.repeat(None)
     read = functools.partial(_random_example, examples, module.train_transform(options))
     ds = ds.random_map(read, seed=_stream_seed(seed, _AUGMENT))
-    ds = ds.batch(local)[process_index + start_step * process_count :: process_count]
+    # Without `drop_remainder` Grain rounds the endless length up through a float, past what fits.
+    ds = ds.batch(local, drop_remainder=True)
+    ds = ds[process_index + start_step * process_count :: process_count]
     return _prefetched(ds, module, options, local)
 
 

@@ -40,33 +40,37 @@ class DeviceSampling:
     def batch(self, seeds: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
         """A batch of padded subgraphs around seeds [b], as the data family makes on the host."""
 
+        graph, x, label, train, scores = jax.tree.map(
+            jnp.asarray, (self.graph, self.x, self.label, self.train, self.scores)
+        )
+
         def one(seed, key):
             sample = sample_subgraph(
-                self.graph,
-                self.scores,
+                graph,
+                scores,
                 seed,
                 self.size,
                 hops=self.hops,
                 ratio=self.ratio,
                 beta=self.beta,
                 key=key,
-                restart=self.train if self.restart else None,
+                restart=train if self.restart else None,
             )
-            induced, nodes, _ = induced_subgraph(self.graph, sample, self.pad_edges)
-            real = nodes < self.graph.num_nodes
-            at = jnp.minimum(nodes, self.graph.num_nodes - 1)
-            mask = self.train[at] & real
+            induced, nodes, _ = induced_subgraph(graph, sample, self.pad_edges)
+            real = nodes < graph.num_nodes
+            at = jnp.minimum(nodes, graph.num_nodes - 1)
+            mask = train[at] & real
             return {
-                "x": jnp.where(real[:, None], self.x[at], 0),
+                "x": jnp.where(real[:, None], x[at], 0),
                 "senders": induced.senders,
                 "receivers": induced.receivers,
-                "label": self.label[at],
+                "label": jnp.where(real if label.ndim == 1 else real[:, None], label[at], 0),
                 "loss_weight": mask / jnp.maximum(mask.sum(), 1),
                 "node_mask": real,
             }
 
-        # One at a time: mapped together, every search would last as long as the longest.
-        return jax.lax.map(lambda pair: one(*pair), (seeds, jax.random.split(rng, len(seeds))))
+        # Mapped together, so that on a mesh every device draws its own.
+        return jax.vmap(one)(seeds, jax.random.split(rng, len(seeds)))
 
 
 @dataclasses.dataclass(frozen=True)
