@@ -1,7 +1,7 @@
 """API documentation as a retrieval collection: a docstring's first paragraph finds the rest of it.
 
-From the sources of the installed networkx, numpy, scipy, scikit-image and scikit-learn: the query is
-the synopsis people wrote, the document is the remaining text without signature lines, `Examples`
+From the sources of the installed networkx, numpy, scipy, scikit-image and scikit-learn: the query
+is the synopsis people wrote, the document is the remaining text without signature lines, `Examples`
 and `See Also`. A synopsis has 3 to 40 words and a document at least 20; repeated synopses and
 repeated beginnings are left out. Judgments are graded: the own document is 2, those of the
 functions that its `See Also` names are 1. A module's hash decides its split, so that no module is

@@ -61,7 +61,7 @@ stages = expansion.stages
 
 
 class Collection:
-    """Everything read and tokenized once: texts, splits, pieces, BM25, negatives, pseudo queries."""
+    """Everything read and tokenized once: texts, splits, pieces, BM25 and its negatives."""
 
     def __init__(self, path: str | None, vocabulary: int, title: bool, strip_name: bool):
         self.entries, self.links, self.splits = docstring_corpus.read(path)

@@ -22,8 +22,8 @@ class RetrievalSet:
       query_ids, query_rows: ids and token ids of the queries.
       judgments: query id -> document id -> grade, for the binary measures.
       graded: the same with lesser grades, for nDCG; None: `judgments`.
-      query_texts, bm25: the queries' texts and the sparse baseline (a function that makes it), where
-        there is one.
+      query_texts, bm25: the queries' texts and the sparse baseline (a function that makes it),
+        where there is one.
     """
 
     document_ids: Sequence[str]

@@ -16,6 +16,7 @@ Layouts (`S` is the separator, lengths include it and the classifier token):
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,8 +78,8 @@ class WordPiece:
     def learn(texts: Iterable[str], size: int, lower_case: bool = True) -> WordPiece:
         """A vocabulary of up to `size` words learned from texts, the special tokens first.
 
-        Byte-pair merging inside words, the most frequent pair first, ties in alphabetical order: the
-        same texts give the same vocabulary on every machine (the `tokenizers` trainer does not).
+        Byte-pair merging inside words, the most frequent pair first, ties in alphabetical order:
+        the same texts give the same vocabulary everywhere (the `tokenizers` trainer does not).
         """
         from tokenizers import normalizers, pre_tokenizers
 
@@ -141,7 +142,7 @@ def _merged_pieces(counts: dict[str, int], size: int) -> list[str]:
     pairs: Counter[tuple[str, str]] = Counter()
     homes: dict[tuple[str, str], set[int]] = {}
     for number, word in enumerate(spelled):
-        for pair in zip(word, word[1:]):
+        for pair in itertools.pairwise(word):
             pairs[pair] += counts[ordered[number]]
             homes.setdefault(pair, set()).add(number)
     heap = [(-count, pair) for pair, count in pairs.items()]
@@ -155,7 +156,7 @@ def _merged_pieces(counts: dict[str, int], size: int) -> list[str]:
         changed = set()
         for number in homes.pop(pair):
             word, weight = spelled[number], counts[ordered[number]]
-            for old in zip(word, word[1:]):
+            for old in itertools.pairwise(word):
                 pairs[old] -= weight
                 changed.add(old)
             merged, i = [], 0
@@ -167,7 +168,7 @@ def _merged_pieces(counts: dict[str, int], size: int) -> list[str]:
                     merged.append(word[i])
                     i += 1
             spelled[number] = merged
-            for new in zip(merged, merged[1:]):
+            for new in itertools.pairwise(merged):
                 pairs[new] += weight
                 homes.setdefault(new, set()).add(number)
                 changed.add(new)
@@ -190,7 +191,7 @@ def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def cross_row(query: Sequence[int], document: Sequence[int], last: bool = False) -> list[int]:
-    """A cross encoder's row: the query and the document without CLS and (unless `last`) last SEP."""
+    """A cross encoder's row: query and document without CLS and (unless `last`) last SEP."""
     return [*query, *(document[1:] if last else document[1:-1])]
 
 
