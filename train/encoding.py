@@ -82,18 +82,30 @@ def mean_view(
     row_of: Callable[[int, int], Sequence[int]],
     rows: Sequence[int],
     views: int,
-    reduce: str = "mean",
+    chunk: int = 16384,
 ) -> np.ndarray:
-    """Vectors of documents with `views` versions each: their running mean [n, H], or with
-    `reduce="max"` all of them [K, n, H]."""
-    total, kept = None, []
-    for view in range(views):
-        vectors = encoder([row_of(row, view) for row in rows])
-        if reduce == "max":
-            kept.append(vectors)
-        else:
+    """Mean vectors [n, H] of documents with `views` versions each.
+
+    Only `chunk` documents' tokens are held at a time, and of the versions their running sum.
+    """
+    parts = []
+    for start in range(0, len(rows), chunk):
+        total = None
+        for view in range(views):
+            vectors = encoder([row_of(row, view) for row in rows[start : start + chunk]])
             total = vectors if total is None else total + vectors
-    return np.stack(kept) if reduce == "max" else total / np.float32(views)
+        parts.append(total / np.float32(views))
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def each_view(
+    encoder: Encoder, row_of: Callable[[int, int], Sequence[int]], rows: Sequence[int], views: int
+) -> list[np.ndarray]:
+    """Vectors [n, H] of every version, for the maximum over views."""
+    return [
+        mean_view(encoder, lambda row, _, view=view: row_of(row, view), rows, 1)
+        for view in range(views)
+    ]
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -158,3 +170,27 @@ class ShardedVectors:
         if missing:
             raise ConfigError(f"{self.folder}: {len(missing)} of {len(self)} shards are not there")
         return (np.load(self.path(s), mmap_mode="r") for s in range(len(self)))
+
+
+def retrieve_keys():
+    """`config.retrieve` of a retriever's config: what `python -m train.retrieve` reads."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(
+        {
+            "split": "",  # queries of the data set; "": config.eval.split
+            "documents": "",  # a corpus file in place of the data set's documents
+            "layout": "rocketqa",  # its columns: rocketqa | capstone | psgs
+            "pseudo_queries": "",  # its pseudo queries
+            "queries": "",  # a file of queries
+            "judgments": "",  # a file of judgments
+            "depth": 1000,
+            "shard_size": 50_000,  # documents a shard
+            "index": "exact",  # exact | faiss:DESCRIPTION
+            "from_ranking": False,  # write minus the rank as the score
+            "negatives": 0,  # write that many mined negatives a query
+            "measures": "mrr@10,recall@50,recall@1000,success@10,ndcg@10,map,hole@10",
+            "relevance_level": 1,
+            "missing": "zero",  # judged queries that are not found: zero | skip
+        }
+    )

@@ -14,7 +14,8 @@ import numpy as np
 
 _STOP_WORDS = frozenset(
     """a an and are as at be been but by can do does each else for from has have if in into is it
-    its may more must no not of on only or other same set should so such than that the their them then
+    its may more must no not of on only or other same set should so such than that the their them
+    then
     there these they this to use used uses using was were when where which while will with you your
     i.e e.g default optional none true false""".split()
 )

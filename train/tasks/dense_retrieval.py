@@ -15,7 +15,7 @@ from jaxmodels.retrieval.dual_encoder import in_chunks
 from jaxmodels.retrieval.index import ExactIndex
 from train.building import build_model
 from train.data import pipeline
-from train.encoding import Encoder, mean_view
+from train.encoding import Encoder, each_view, mean_view
 from train.naming import ConfigError
 
 DEPTH = 1000
@@ -95,15 +95,13 @@ class DenseRetrieval:
             variables, "encode_documents", options["document_length"], size, mesh
         )
         depth = min(depth, len(found.document_ids))
-        reduce = options.get("view_reduce", "mean")
-        vectors = mean_view(
-            documents, found.document_row, range(len(found.document_ids)), found.views, reduce
-        )
+        rows = range(len(found.document_ids))
         asked = queries(found.query_rows)
-        if reduce == "max":
+        if options.get("view_reduce", "mean") == "max":
+            vectors = each_view(documents, found.document_row, rows, found.views)
             return capstone.search_views(asked, vectors, depth, "max")
         index = ExactIndex()
-        index.add(vectors)
+        index.add(mean_view(documents, found.document_row, rows, found.views))
         return index.search(asked, depth)
 
     def encoder(self, variables, method: str, longest: int, batch_size: int, mesh) -> Encoder:
