@@ -66,12 +66,12 @@ def _small(config, preset):
         "n_parts": 4 if preset == "stage2" else 3,
         "views": 4,
     }
-    config.steps, config.batch_size = 240, 64
-    config.schedule.update(peak=2e-3, warmup_steps=24)
+    config.steps, config.batch_size = 150, 64
+    config.schedule.update(peak=2e-3, warmup_steps=15)
     config.eval.split = "test"
     config.eval.batch_size = 256
-    config.log_every = 20
-    config.checkpoint.every = 120
+    config.log_every = 25
+    config.checkpoint.every = 75
     config.retrieve.shard_size = 2048
 
 

@@ -198,6 +198,11 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Split by module; rows numbered over all splits."}
 
+    def __init__(self, *, packages: Sequence[str] = PACKAGES, **arguments):
+        self._packages = tuple(packages)
+        config = tfds.core.BuilderConfig(name="-".join(packages), version=self.VERSION)
+        super().__init__(config=config, **arguments)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -215,7 +220,7 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        found = entries()
+        found = entries(self._packages)
         links = resolve_links(found)
         return {split: self._generate_examples(found, links, split) for split in SPLITS}
 
@@ -234,9 +239,11 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
                 )
 
 
-def read(path: str | None) -> tuple[list[Entry], list[list[int]], list[str]]:
+def read(
+    path: str | None, packages: Sequence[str] = PACKAGES
+) -> tuple[list[Entry], list[list[int]], list[str]]:
     """(entries, `See Also` rows of each, split of each) of the prepared data, in row order."""
-    builder = preparation.prepare(ApiDocstrings, path)
+    builder = preparation.prepare(ApiDocstrings, path, packages=tuple(packages))
     rows = {}
     for split in SPLITS:
         for example in builder.as_data_source(split):
