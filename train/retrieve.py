@@ -26,6 +26,7 @@ choose_platform()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from jaxmodels.retrieval import capstone, metrics  # noqa: E402
 from jaxmodels.retrieval.index import ExactIndex, FaissIndex  # noqa: E402
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError("config.retrieve is missing: this config is not one of a retriever")
     from train.initialization import starting_variables
     from train.loop import Plan, compilation_cache
+    from train.parallel import start_processes
 
+    start_processes(config.parallel)
     compilation_cache()
     if not Path(paths["checkpoint"]).exists():
         raise ConfigError(f"--checkpoint {paths['checkpoint']}: no such file or directory")
@@ -61,7 +64,8 @@ def main(argv: list[str]) -> int:
     plan = Plan(config)
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     size = config.eval.batch_size or config.batch_size
-    variables = jax.device_put({"params": params, **extra})
+    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+    variables = jax.device_put({"params": params, **extra}, everywhere)
 
     def encoder(method: str, longest: int) -> Encoder:
         return plan.task.encoder(variables, method, longest, size, plan.mesh)
@@ -81,8 +85,12 @@ def main(argv: list[str]) -> int:
         identity,
         encoder("encode_documents", options["document_length"]),
     )
-    if jax.process_index():
-        return 0
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("vectors are written")
+        if jax.process_index():
+            return 0
     asked = encoder("encode_queries", options["query_length"])(found.query_rows)
     depth = min(keys.depth, len(found.document_ids))
     scores, rows = _search(stores, asked, depth, keys.index)
