@@ -197,6 +197,7 @@ def retrieve_keys():
             "pseudo_queries": "",  # its pseudo queries
             "queries": "",  # a file of queries
             "judgments": "",  # a file of judgments
+            "answers": "",  # `question<tab>[answers]<tab>qid`: queries whose hits contain an answer
             "depth": 1000,
             "shard_size": 50_000,  # documents a shard
             "index": "exact",  # exact | faiss:DESCRIPTION

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmodels.retrieval import metrics
+from jaxmodels.retrieval.answers import contains_answer, first_hit
 from train.data import retrieval_files as files
 
 
@@ -170,3 +171,10 @@ def test_lines_are_read_by_number_with_and_without_a_last_newline(tmp_path):
         assert list(files.Lines(tmp_path / "t")) == ["a", "bé"]
     (tmp_path / "t").write_text("")
     assert len(files.Lines(tmp_path / "t")) == 0
+
+
+def test_answers_are_found_as_whole_tokens_whatever_their_case_and_accents():
+    assert contains_answer("The capital is S\u00e3o Paulo, Brazil.", ["Sa\u0303o paulo"])
+    assert contains_answer("in 1,024 steps", ["1,024"]) and contains_answer("U.S. law", ["u.s."])
+    assert not contains_answer("seventeen", ["seven"]) and not contains_answer("text", ["", "a"])
+    assert first_hit(["x", "a cat", "cat"], ["Cat"]) == 1 and first_hit(["x"], ["y"]) is None

@@ -14,6 +14,7 @@ from train.__main__ import main
 from train.command_line import read_flags
 from train.encoding import Encoder, ShardedVectors, buckets, mean_view
 from train.naming import ConfigError
+from train.tasks.dense_retrieval import DenseRetrieval
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "capstone.py")
@@ -90,7 +91,16 @@ def paper_run(marco, tmp_path_factory):
         "--config.log_every=5",
         "--config.checkpoint.every=10",
     ]
-    assert main(["train", *flags_of(marco), *run, f"--workdir={workdir}"]) == 0
+    whole, traces = DenseRetrieval.loss, []
+
+    def counted(self, *arguments):
+        traces.append(1)
+        return whole(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenseRetrieval, "loss", counted)
+        assert main(["train", *flags_of(marco), *run, f"--workdir={workdir}"]) == 0
+    assert len(traces) == 1, "the step was traced again when the part changed"
     return workdir, flags_of(marco), run
 
 
@@ -187,6 +197,11 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
     ]
     assert retrieve.main(["retrieve", *arguments]) == 0
     assert "4 queries, 10 documents each" in capsys.readouterr().out
+    (marco / "qa.csv").write_text("what is the banana\t['banana']\t1\nabout\t['nothing']\t2\n")
+    by_answer = [a for a in arguments if "queries=" not in a]
+    by_answer += [f"--config.retrieve.answers={marco / 'qa.csv'}"]
+    assert retrieve.main(["retrieve", *by_answer]) == 0
+    assert "| success@10 | 0.5 |" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="documents are expanded; name the file"):
         retrieve.main(["retrieve", *[a for a in arguments if "pseudo" not in a]])
 

@@ -197,11 +197,18 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Split by module; rows numbered over all splits."}
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(
+            name="-".join(PACKAGES), version=VERSION, description="All five packages."
+        )
+    ]
 
     def __init__(self, *, packages: Sequence[str] = PACKAGES, **arguments):
         self._packages = tuple(packages)
-        config = tfds.core.BuilderConfig(name="-".join(packages), version=self.VERSION)
-        super().__init__(config=config, **arguments)
+        name = "-".join(packages)
+        known = {config.name for config in self.BUILDER_CONFIGS}
+        custom = tfds.core.BuilderConfig(name=name, version=self.VERSION)
+        super().__init__(config=name if name in known else custom, **arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

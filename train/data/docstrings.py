@@ -223,6 +223,8 @@ def source(split: str, options: Mapping[str, Any]) -> _Queries:
         kept = np.array([r for r in rows if len(hard[r])])
         if not len(kept):
             raise ValueError("no query has hard negatives")
+        if len(kept) < len(rows):
+            print(f"docstrings: {len(rows) - len(kept)} of {len(rows)} queries have no negatives")
         rows = kept
     return _Queries(rows)
 

@@ -285,6 +285,7 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
         query_rows=[query_row(texts[q], options) for q in asked],
         judgments=judgments,
         query_texts=[texts[q] for q in asked],
+        document_text=lambda row: " ".join(c.corpus.document(row)),
     )
 
 
