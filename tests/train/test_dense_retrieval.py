@@ -198,7 +198,7 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
     assert retrieve.main(["retrieve", *arguments]) == 0
     assert "4 queries, 10 documents each" in capsys.readouterr().out
     (marco / "qa.csv").write_text("what is the banana\t['banana']\t1\nabout\t['nothing']\t2\n")
-    by_answer = [a for a in arguments if "queries=" not in a]
+    by_answer = [a for a in arguments if "retrieve.queries=" not in a]
     by_answer += [f"--config.retrieve.answers={marco / 'qa.csv'}"]
     assert retrieve.main(["retrieve", *by_answer]) == 0
     assert "| success@10 | 0.5 |" in capsys.readouterr().out

@@ -99,7 +99,8 @@ def parse(docstring: str) -> tuple[str, str, tuple[str, ...]] | None:
             links = see_also(text)
         if title.lower() not in _LEFT_OUT_SECTIONS:
             body.append(f"{title}\n{text}")
-    document = " ".join(" ".join(body).split())
+    # A body that repeats its synopsis would give it away.
+    document = " ".join(" ".join(" ".join(body).split()).replace(query, " ").split())
     low, high = _QUERY_WORDS
     if not low <= len(query.split()) <= high or len(document.split()) < _DOCUMENT_WORDS:
         return None

@@ -18,7 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.retrieval.capstone import MOST_PSEUDO_QUERIES, candidates_of, rank_pseudo_queries
+from jaxmodels.retrieval.capstone import (
+    MOST_PSEUDO_QUERIES,
+    candidates_of,
+    part_range,
+    rank_pseudo_queries,
+)
 from train.data import expansion
 from train.data.expansion import Layout, RetrievalExamples
 from train.data.retrieval_files import (
@@ -287,6 +292,23 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
         query_texts=[texts[q] for q in asked],
         document_text=lambda row: " ".join(c.corpus.document(row)),
     )
+
+
+def relevance_spread(
+    options: Mapping[str, Any], sample: int = 200
+) -> list[tuple[float, float, float]]:
+    """(mean, least, largest) ROUGE-L of each part, over the positives of some training queries."""
+    c, n_parts = collection(options), options["n_parts"]
+    parts: list[list[np.ndarray]] = [[] for _ in range(n_parts)]
+    for query in c.training[:sample]:
+        row = c.rows(query.positives[:1], query.id)[0]
+        ranked = rank_pseudo_queries(query.text, c.pseudo_texts(row), document=c.corpus.ids[row])
+        ordered = ranked.scores[ranked.order]
+        for part in range(n_parts):
+            first, last = part_range(len(ordered), n_parts, part + 1)
+            parts[part].append(ordered[first - 1 : last])
+    joined = [np.concatenate(p) for p in parts]
+    return [(float(p.mean()), float(p.min()), float(p.max())) for p in joined]
 
 
 def query_row(text: str, options: Mapping[str, Any]) -> list[int]:
