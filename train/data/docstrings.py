@@ -15,7 +15,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmodels.retrieval import rouge
@@ -42,22 +41,13 @@ _HARD_NEGATIVES = 30
 _SELF, _SEE_ALSO = 2, 1
 
 
-def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`query_ids` int32 [Lq] and `doc_ids` int32 [1 + negatives, Ld]."""
-    expansion.check_options(options)
-    documents = 1 + options["negatives"]
-    return {
-        "query_ids": jax.ShapeDtypeStruct((options["query_length"],), np.int32),
-        "doc_ids": jax.ShapeDtypeStruct((documents, options["document_length"]), np.int32),
-    }
-
-
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Queries of each split, with the pinned packages."""
     del options
     return dict(SIZES)
 
 
+element_spec = expansion.element_spec
 stages = expansion.stages
 
 

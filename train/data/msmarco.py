@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmodels.retrieval.capstone import (
@@ -60,22 +59,13 @@ _KEPT_RANKS = 1 << 18
 _TRIPLES = 30
 
 
-def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`query_ids` int32 [Lq] and `doc_ids` int32 [1 + negatives, Ld]."""
-    expansion.check_options(options)
-    documents = 1 + options["negatives"]
-    return {
-        "query_ids": jax.ShapeDtypeStruct((options["query_length"],), np.int32),
-        "doc_ids": jax.ShapeDtypeStruct((documents, options["document_length"]), np.int32),
-    }
-
-
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Published numbers of queries."""
     del options
     return dict(SIZES)
 
 
+element_spec = expansion.element_spec
 stages = expansion.stages
 
 
