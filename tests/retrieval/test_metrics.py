@@ -114,7 +114,7 @@ def test_published_layouts_are_read(tmp_path):
     swapped = files.Corpus(put("b.tsv", "x\tText\tTitle\ny\tOnly text\n"), "capstone")
     assert swapped.document(0) == ("Title", "Text") and swapped.document(1) == ("", "Only text")
     shifted = files.Corpus(put("c.tsv", "id\ttext\ttitle\n1\tText\tTitle\n2\tB\tA\n"), "psgs")
-    assert shifted.ids == ["0", "1"] and shifted.document(1) == ("A", "B")
+    assert list(shifted.ids) == ["0", "1"] and shifted.document(1) == ("A", "B")
     pseudo = files.PseudoQueries(put("p.tsv", "y\tq3\nx\tq1\tq2\n"), swapped.index)
     assert pseudo[0] == ["q1", "q2"] and pseudo[1] == ["q3"]
     triples = files.read_triples(put("t.tsv", "7\t1\t2\n7\t1\t3\n7\t1\t2\n"), 2)

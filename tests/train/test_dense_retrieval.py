@@ -1,6 +1,7 @@
 """The published recipe on files in the published format: train, resume, encode, search, mine."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_mined_negatives_train_the_second_stage(paper_run, marco, tmp_path):
     assert len(mined) == 8 and all(len(n) == 5 for n in mined.values())
     assert all(str(int(q) - 100) not in names for q, names in mined.items())
     shutil.copy(tmp_path / "negatives.json", marco / "negatives.json")
-    from train.data import pipeline
+    from train.data import msmarco, pipeline
 
     config, _ = read_flags(
         [
@@ -180,6 +181,15 @@ def test_mined_negatives_train_the_second_stage(paper_run, marco, tmp_path):
         need_workdir=True,
     )
     batch = next(pipeline.train_batches(config.data, batch_size=4, seed=0))
+    # The same in another process, whose files were never parsed there.
+    options = pipeline.resolve(config.data)[1]
+    again = pickle.loads(pickle.dumps(msmarco.train_transform(options)))
+    one = again({"query": 3}, np.random.default_rng(0))["doc_ids"]
+    same = msmarco.train_transform(options)({"query": 3}, np.random.default_rng(0))["doc_ids"]
+    np.testing.assert_array_equal(one, same)
+    msmarco.collection(options).write_training(marco / "training.json")
+    given = msmarco.collection({**options, "training_json": "training.json"}).training
+    assert given.texts == msmarco.collection(options).training.texts
     assert batch["doc_ids"].shape == (4, 4, 20) and (batch["doc_ids"][:, :, 0] == 2).all()
 
 
