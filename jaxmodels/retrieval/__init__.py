@@ -1,0 +1,1 @@
+"""Retrieval: encoders, distillation and what is done with their scores."""

@@ -1,0 +1,81 @@
+"""LEAD's cases: official teacher names and coefficients to ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.retrieval import lead
+
+# Official short name -> (our kind, name of the teacher's own loss).
+TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
+
+
+def run(case) -> dict[str, Any]:
+    """Every wanted output of one case."""
+    return _loss(case)
+
+
+def _objective(config: dict[str, Any]) -> lead.LayerDistillation:
+    short = config.get("teacher", "de")
+    official = {
+        "student_weight": "distill_para_db",
+        "teacher_weight": f"distill_para_{short}",
+        "response_weight": f"distill_para_{short}_db_dis",
+        "layer_weight": f"distill_para_{short}_db_layer_score",
+        "attention_weight": f"distill_para_{short}_db_attention",
+        "temperature": "temperature",
+        "layer_temperature": "layer_temperature",
+        "reweight": "layer_score_reweight",
+        "train_teacher": "train_teacher",
+    }
+    given = {ours: config[theirs] for ours, theirs in official.items() if theirs in config}
+    return lead.LayerDistillation(own_group=short == "ce", **given)
+
+
+def _terms(terms: lead.Terms, short: str, train_teacher: bool) -> dict[str, Any]:
+    outputs = {
+        "loss": terms.total,
+        "term.loss_db": terms.student,
+        f"term.loss_{short}_db_dis": terms.response,
+        f"term.loss_db_{short}_dis": terms.reverse,
+        f"term.loss_{short}_db_layer_dis": terms.layers,
+        f"term.loss_db_{short}_layer_dis": jnp.zeros(()),  # there is no reverse layer term
+        "teacher_layer_nll": terms.teacher_layer_nll,
+        "layer_weight": terms.layer_weights,
+    }
+    if train_teacher:
+        outputs[f"term.{TEACHERS[short]}"] = terms.teacher
+    for i, value in enumerate(terms.layer_divergences):
+        outputs[f"term.loss_score_layer_dis_{i}"] = value
+    return outputs
+
+
+def _loss(case) -> dict[str, Any]:
+    config, short = case.config, case.config["teacher"]
+    objective = _objective(config)
+    chosen = [jnp.asarray(config[f"selected_{who}_layers"]) for who in ("student", "teacher")]
+    features = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "tea_doc_mask"}
+
+    @jax.jit
+    def loss_of(features):
+        student = lead.dual_scores(features["stu_q_hidden"], features["stu_d_hidden"], chosen[0])
+        if short == "ce":
+            teacher = lead.cross_scores(features["tea_layer_scores"], chosen[1])
+        elif short == "col":
+            mask = jnp.asarray(case.inputs["tea_doc_mask"])
+            teacher = lead.late_scores(
+                features["tea_q_hidden"], features["tea_d_hidden"], mask, chosen[1]
+            )
+        else:
+            teacher = lead.dual_scores(
+                features["tea_q_hidden"], features["tea_d_hidden"], chosen[1]
+            )
+        terms = objective(student, teacher)
+        return terms.total, terms
+
+    (_, terms), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(features)
+    outputs = _terms(terms, short, objective.train_teacher)
+    return outputs | {f"grad.{name}": value for name, value in gradients.items()}

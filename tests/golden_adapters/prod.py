@@ -1,0 +1,91 @@
+"""PROD's cases: official argument names to ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.retrieval import prod
+
+ARGUMENTS = {
+    "KD_type": "kd_type",
+    "TEMPERATURE": "temperature",
+    "CE_WEIGHT": "ce_weight",
+    "KD_WEIGHT": "kd_weight",
+    "LwF_WEIGHT": "lwf_weight",
+    "DKD_alpha": "dkd_alpha",
+    "DKD_beta": "dkd_beta",
+}
+
+
+def run(case) -> dict[str, Any]:
+    """Every wanted output of one case."""
+    model = case.model
+    if model in ("BiEncoderKDLoss", "CrossBERTKDLoss"):
+        return _loss(case)
+    if model == "divide_data":
+        return _selection(case)
+    if model == "hard negative list builder":
+        return _negatives(case)
+    raise NotImplementedError(model)
+
+
+def _objective(config: dict[str, Any]) -> prod.ProgressiveLoss:
+    return prod.ProgressiveLoss(**{ARGUMENTS[k]: v for k, v in config.items() if k in ARGUMENTS})
+
+
+def _loss(case) -> dict[str, Any]:
+    objective = _objective(case.config)
+    x = {k: jnp.asarray(v) for k, v in case.inputs.items()}
+
+    def loss_of(q, d):
+        if case.model == "BiEncoderKDLoss":
+            parts = objective.in_batch(q, d, x["teacher_q"], x["teacher_d"])
+        else:
+            frozen = None
+            if "frozen_student_q" in x:
+                frozen = (x["frozen_student_q"], x["frozen_student_d"])
+            parts = objective.own_group(q, d, x["teacher_logits"], frozen)
+        return parts.loss, parts
+
+    step = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True))
+    (loss, parts), (grad_q, grad_d) = step(x["q"], x["d"])
+    return {
+        "loss": loss,
+        "n_correct": parts.correct,
+        "scores": parts.scores,
+        "hard_loss": parts.hard,
+        "soft_loss": parts.soft,
+        "lwf_loss": parts.regularizer,
+        "grad_q": grad_q,
+        "grad_d": grad_d,
+    }
+
+
+def _selection(case) -> dict[str, Any]:
+    relevant, judged = case.inputs["relevant"], case.inputs["has_qrel"]
+    hits = {
+        who: prod.first_hits(case.inputs[f"{who}_rank"], relevant) for who in ("student", "teacher")
+    }
+    outputs: dict[str, Any] = {f"{who}_first_hit": h for who, h in hits.items()}
+    for who, h in hits.items():
+        masks = prod.bucket_masks(h, judged)
+        outputs |= {f"{who}_bucket.{name}": mask for name, mask in masks.items()}
+    pair = (hits["student"], hits["teacher"])
+    outputs["selected_marco"] = prod.confusing_queries(*pair, judged)
+    for name in case.wanted:
+        if name.startswith("selected_nq_top"):
+            window = int(name.removeprefix("selected_nq_top"))
+            outputs[name] = prod.confusing_queries(*pair, rule="nq", window=window)
+    return outputs
+
+
+def _negatives(case) -> dict[str, Any]:
+    inputs = case.inputs
+    negatives, kept = prod.hard_negatives(
+        inputs["rank"], inputs["relevant"], inputs["has_qrel"], case.config["neg_num"]
+    )
+    return {"negatives": np.asarray(negatives), "kept": kept}
