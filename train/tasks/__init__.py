@@ -9,6 +9,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   `batch["mask"]` [b] is 0 on padding rows;
 - optional `update(state, batch, rng) -> (state, loss, metrics)` in place of `loss`, for alternating
   or constrained updates;
+- optional `start(params, extra) -> (params, extra)`: what a fresh run begins with in place of its
+  initialization, as models that other runs trained; not called on resuming;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
   to beat;
 - optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes.
