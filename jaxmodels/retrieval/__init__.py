@@ -1,1 +1,1 @@
-"""Retrieval: encoders, distillation and what is done with their scores."""
+"""Dense retrieval: encoders of queries and documents, their losses, exact search and metrics."""
