@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmodels.retrieval.late_interaction import maxsim, unit
+from jaxmodels.retrieval.losses import check_temperature, check_weights, scores_of
 from jaxmodels.spelling import did_you_mean
 
 SELECTIONS = ("random", "last", "skip")
-_MASKED = -9e9  # the official score of a document token that is padding
 
 
 class LayerScores(NamedTuple):
@@ -66,44 +67,35 @@ class Terms(NamedTuple):
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def dual_scores(query: jax.Array, document: jax.Array, selected: jax.Array) -> LayerScores:
+def dual_scores(
+    query: jax.Array, document: jax.Array, selected: jax.Array, scale: float = 1.0
+) -> LayerScores:
     """Inner products of [CLS] features, raw: no head, no normalization.
 
     Args:
       query: hidden states [B, L, T, H], or of [CLS] alone [B, L, H].
       document: hidden states [D, L, S, H], or of [CLS] alone [D, L, H].
       selected: [K] layer indices, int; any values of the same K share one compiled program.
+      scale: factor of every feature (untrained ones can be so large that softmaxes saturate).
 
     Raises ValueError when the two do not have the same layers and width.
     """
-    query, document = (x[:, :, 0] if x.ndim == 4 else x for x in (query, document))
+    query, document = (scale * (x[:, :, 0] if x.ndim == 4 else x) for x in (query, document))
     _same_layers(query, document)
     _in_range(selected, query.shape[1])
     rows, columns = (jnp.take(x, jnp.asarray(selected), axis=1) for x in (query, document))
     return LayerScores(
-        final=query[:, -1] @ document[:, -1].T,
-        layers=jnp.einsum("bkh,dkh->kbd", rows, columns),
+        final=scores_of(query[:, -1], document[:, -1]),
+        layers=jax.vmap(scores_of, in_axes=1)(rows, columns),
     )
 
 
-def late_interaction(query: jax.Array, document: jax.Array, mask: jax.Array) -> jax.Array:
-    """`sum_t max_s <q_t, d_s>` over real document tokens; every query position counts.
-
-    Args:
-      query: [B, T, H]; padding of queries is [MASK] tokens, which take part.
-      document: [D, S, H]. mask: [D, S], nonzero at real tokens.
-
-    Returns: [B, D]. The gradient of a maximum goes to its first place alone, as in PyTorch.
-    """
-    products = jnp.einsum("bth,dsh->btds", query, document)
-    products = jnp.where(mask[None, None] != 0, products, _MASKED)
-    # Taken by index: under jit on a CPU the gradient of `max` compares rounded recomputations.
-    best = lax.stop_gradient(products).argmax(-1)
-    return jnp.take_along_axis(products, best[..., None], axis=-1)[..., 0].sum(1)
-
-
 def late_scores(
-    query: jax.Array, document: jax.Array, mask: jax.Array | None, selected: jax.Array
+    query: jax.Array,
+    document: jax.Array,
+    mask: jax.Array | None,
+    selected: jax.Array,
+    scale: float = 1.0,
 ) -> LayerScores:
     """Late interaction: L2-normalized tokens for the final scores, unnormalized ones for layers.
 
@@ -111,7 +103,7 @@ def late_scores(
       query: [B, L, T, H]. document: [D, L, S, H].
       mask: [D, S], nonzero at real document tokens; it must travel with its documents wherever
         they are gathered (the official code left it behind).
-      selected: [K] layer indices.
+      selected: [K] layer indices. scale: factor of the layers' features.
 
     Raises ValueError without a mask, for a mask of another shape, or (with concrete values) for a
     document without a real token.
@@ -128,21 +120,14 @@ def late_scores(
         if empty.size:
             raise ValueError(f"documents {empty[:5].tolist()} have no real token in their mask")
     _in_range(selected, query.shape[1])
-    rows = jnp.moveaxis(jnp.take(query, jnp.asarray(selected), axis=1), 1, 0)
-    columns = jnp.moveaxis(jnp.take(document, jnp.asarray(selected), axis=1), 1, 0)
+    rows = scale * jnp.moveaxis(jnp.take(query, jnp.asarray(selected), axis=1), 1, 0)
+    columns = scale * jnp.moveaxis(jnp.take(document, jnp.asarray(selected), axis=1), 1, 0)
     # One layer at a time: B * T * D * S products are large, and are made again for the gradient.
-    one = jax.checkpoint(lambda pair: late_interaction(*pair, mask))
+    one = jax.checkpoint(lambda pair: maxsim(*pair, mask))
     return LayerScores(
-        final=one((normalize_tokens(query[:, -1]), normalize_tokens(document[:, -1]))),
+        final=one((unit(query[:, -1]), unit(document[:, -1]))),
         layers=lax.map(one, (rows, columns)),
     )
-
-
-def normalize_tokens(x: jax.Array) -> jax.Array:
-    """`x / max(|x|, 1e-12)` along the last axis, as PyTorch's `normalize`; zero stays zero."""
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-    return x / jnp.maximum(jnp.where(square > 0, norm, 0.0), 1e-12)
 
 
 def cross_scores(layer_scores: jax.Array, selected: jax.Array) -> LayerScores:
@@ -214,12 +199,10 @@ class LayerDistillation:
     attention_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "layer_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for field in dataclasses.fields(self):
-            if field.name.endswith("_weight") and getattr(self, field.name) < 0:
-                raise ValueError(f"{field.name} must not be negative: {getattr(self, field.name)}")
+        check_temperature(self.temperature)
+        check_temperature(self.layer_temperature, "layer_temperature")
+        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
+        check_weights(**{name: getattr(self, name) for name in names})
 
     def __call__(
         self, student: LayerScores, teacher: LayerScores, attention: jax.Array | float = 0.0

@@ -18,6 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmodels.retrieval.losses import (
+    check_temperature,
+    check_weights,
+    distillation,
+    group_scores,
+    logit_distance,
+    nll,
+    scores_of,
+)
 from jaxmodels.spelling import did_you_mean
 
 _PROBABILITY_EPS = 1e-7
@@ -26,18 +35,6 @@ ABSENT = -1  # first hit of a list without a relevant document
 
 
 # -- losses ----------------------------------------------------------------------------------------
-
-
-def soft_cross_entropy(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
-    """`T^2 mean_b KL(softmax(teacher / T) || softmax(student / T))` of logits [B, D]."""
-    log_q = jax.nn.log_softmax(student / temperature)
-    log_p = jax.nn.log_softmax(teacher / temperature)
-    return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
-
-
-def half_squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Half the mean squared difference of logits [B, D], over all entries."""
-    return 0.5 * jnp.square(student - teacher).mean()
 
 
 def decoupled(
@@ -79,8 +76,8 @@ def probability_loss(student: jax.Array, teacher: jax.Array, temperature: float)
 
 
 KD_TYPES: dict[str, Callable[..., jax.Array]] = {
-    "KD_softmax": lambda s, t, positive, loss: soft_cross_entropy(s, t, loss.temperature),
-    "KD_logit": lambda s, t, positive, loss: half_squared_error(s, t),
+    "KD_softmax": lambda s, t, positive, loss: distillation(s, t, loss.temperature),
+    "KD_logit": lambda s, t, positive, loss: logit_distance(s, t),
     "DKD": lambda s, t, positive, loss: decoupled(
         s, t, positive, loss.temperature, loss.dkd_alpha, loss.dkd_beta
     ),
@@ -116,6 +113,7 @@ class ProgressiveLoss:
       temperature: T. ce_weight, kd_weight, lwf_weight: a, b, c; `lwf_weight` is needed only where
         there is a frozen student.
       dkd_alpha, dkd_beta: of DKD.
+      embedding_scale: factor of every vector before products.
       in_batch_groups: the in-batch loss sees only the documents of this many equal parts of the
         batch, each on its own (the official `off_inbatch`, with a part a device).
 
@@ -130,6 +128,7 @@ class ProgressiveLoss:
     lwf_weight: float | None = 1.0
     dkd_alpha: float | None = None
     dkd_beta: float | None = None
+    embedding_scale: float = 1.0
     in_batch_groups: int = 1
 
     def __post_init__(self) -> None:
@@ -140,12 +139,10 @@ class ProgressiveLoss:
             )
         if self.kd_type == "DKD" and (self.dkd_alpha is None or self.dkd_beta is None):
             raise ValueError("kd_type 'DKD' needs dkd_alpha and dkd_beta")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}")
-        for name in ("ce_weight", "kd_weight", "lwf_weight", "dkd_alpha", "dkd_beta"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative: {value}")
+        check_temperature(self.temperature)
+        names = ("ce_weight", "kd_weight", "lwf_weight", "dkd_alpha", "dkd_beta")
+        given = {name: getattr(self, name) for name in names}
+        check_weights(**{name: value for name, value in given.items() if value is not None})
         if self.in_batch_groups < 1:
             raise ValueError(f"in_batch_groups must be at least 1, not {self.in_batch_groups}")
 
@@ -174,9 +171,8 @@ class ProgressiveLoss:
             raise ValueError(f"{queries} queries do not divide by {self.in_batch_groups} groups")
 
         def scores(q, d):
-            q, d = (x.reshape(self.in_batch_groups, -1, x.shape[-1]) for x in (q, d))
-            products = jnp.einsum("gbh,gdh->gbd", q, d)
-            return products.reshape(queries, documents // self.in_batch_groups)
+            q, d = (self._groups(x) for x in (q, d))
+            return jax.vmap(scores_of)(q, d).reshape(queries, documents // self.in_batch_groups)
 
         own = jnp.arange(queries) % (queries // self.in_batch_groups)
         return self._parts(
@@ -220,7 +216,7 @@ class ProgressiveLoss:
             raise ValueError("learning without forgetting is on, but lwf_weight is not set")
 
         def scores(q, d):
-            return jnp.einsum("bh,bnh->bn", q, d.reshape(queries, group, d.shape[-1]))
+            return group_scores(self.embedding_scale * q, self.embedding_scale * d)
 
         return self._parts(
             scores(query, document),
@@ -229,20 +225,20 @@ class ProgressiveLoss:
             jnp.zeros(queries, jnp.int32),
         )
 
+    def _groups(self, x: jax.Array) -> jax.Array:
+        return self.embedding_scale * x.reshape(self.in_batch_groups, -1, x.shape[-1])
+
     def _parts(self, scores, teacher, frozen, positive) -> Parts:
-        wide = jnp.promote_types(scores.dtype, jnp.float32)
-        scores, teacher = scores.astype(wide), lax.stop_gradient(teacher.astype(wide))
-        log_p = jax.nn.log_softmax(scores)
-        hard = -jnp.take_along_axis(log_p, positive[:, None], axis=-1).mean()
+        teacher = lax.stop_gradient(teacher.astype(scores.dtype))
+        hard, correct = nll(scores, positive)
         distance = KD_TYPES[self.kd_type]
         soft = distance(scores, teacher, positive, self)
-        regularizer = jnp.zeros((), wide)
+        regularizer = jnp.zeros((), scores.dtype)
         loss = self.ce_weight * hard + self.kd_weight * soft
         if frozen is not None:
-            frozen = lax.stop_gradient(frozen.astype(wide))
+            frozen = lax.stop_gradient(frozen)
             regularizer = distance(scores, frozen, positive, self)
             loss = loss + self.lwf_weight * regularizer
-        correct = (log_p.argmax(-1) == positive).sum()
         return Parts(loss, hard, soft, regularizer, correct, scores)
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import jaxmodels
+from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import lead
+from tests.golden_adapters.dense_retrieval_common import encoder_arguments
 
 # Official short name -> (our kind, name of the teacher's own loss).
 TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
@@ -15,11 +18,18 @@ TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
 
 def run(case) -> dict[str, Any]:
     """Every wanted output of one case."""
-    return _loss(case)
+    if case.model == "distill_loss":
+        return _loss(case)
+    return _end_to_end(case)
+
+
+def _teacher(config: dict[str, Any]) -> str:
+    """The official short name of the teacher's kind; end-to-end cases have a dual encoder."""
+    return config["teacher"] if isinstance(config.get("teacher"), str) else "de"
 
 
 def _objective(config: dict[str, Any]) -> lead.LayerDistillation:
-    short = config.get("teacher", "de")
+    short = _teacher(config)
     official = {
         "student_weight": "distill_para_db",
         "teacher_weight": f"distill_para_{short}",
@@ -79,3 +89,37 @@ def _loss(case) -> dict[str, Any]:
     (_, terms), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(features)
     outputs = _terms(terms, short, objective.train_teacher)
     return outputs | {f"grad.{name}": value for name, value in gradients.items()}
+
+
+def _states(module, variables, ids, mask, side: str) -> jax.Array:
+    """Hidden states of every block, [rows, layers, tokens, width]."""
+    states = module.apply(variables, ids, mask, method=f"{side}_states")
+    return jnp.stack(states[1:], axis=1)  # the first entry is the embeddings' output
+
+
+def _end_to_end(case) -> dict[str, Any]:
+    config, x = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    tensors = checkpoint.read(case.weights).tensors
+    outputs: dict[str, Any] = {}
+    scores = {}
+    for who, name in (("student", "stu"), ("teacher", "tea")):
+        prefix = f"{who}."
+        distilled = any(k.startswith(f"{prefix}question_model.transformer.") for k in tensors)
+        module, variables = jaxmodels.load(
+            "retrieval.dual_encoder",
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+            share_weight=config["share_weight"],
+            architecture="distilbert" if distilled else "bert",
+            **encoder_arguments(config[who]),
+        )
+        query = _states(module, variables, x["query_ids"], x["query_mask"], "query")
+        document = _states(module, variables, x["doc_ids"], x["doc_mask"], "document")
+        outputs[f"{name}_q_hidden"], outputs[f"{name}_d_hidden"] = query, document
+        outputs[f"{name}_q_emb"], outputs[f"{name}_d_emb"] = module.apply(
+            variables, x["query_ids"], x["query_mask"], x["doc_ids"], x["doc_mask"]
+        )
+        chosen = jnp.asarray(config[f"selected_{who}_layers"])
+        scores[who] = lead.dual_scores(query, document, chosen, config.get("embedding_scale", 1.0))
+    objective = _objective(config)
+    terms = objective(scores["student"], scores["teacher"])
+    return outputs | _terms(terms, _teacher(config), objective.train_teacher)

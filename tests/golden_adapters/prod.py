@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxmodels
+from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import prod
+from tests.golden_adapters.dense_retrieval_common import encoder_arguments
 
 ARGUMENTS = {
     "KD_type": "kd_type",
@@ -18,6 +21,7 @@ ARGUMENTS = {
     "LwF_WEIGHT": "lwf_weight",
     "DKD_alpha": "dkd_alpha",
     "DKD_beta": "dkd_beta",
+    "embedding_scale": "embedding_scale",
 }
 
 
@@ -30,7 +34,7 @@ def run(case) -> dict[str, Any]:
         return _selection(case)
     if model == "hard negative list builder":
         return _negatives(case)
-    raise NotImplementedError(model)
+    return _end_to_end(case)
 
 
 def _objective(config: dict[str, Any]) -> prod.ProgressiveLoss:
@@ -63,6 +67,49 @@ def _loss(case) -> dict[str, Any]:
         "grad_q": grad_q,
         "grad_d": grad_d,
     }
+
+
+def _weights(case, part: str) -> dict[str, np.ndarray]:
+    """The tensors of one of the case's models, under their official names."""
+    tensors = checkpoint.read(case.weights).tensors
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _end_to_end(case) -> dict[str, Any]:
+    config, x = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    arguments = {who: encoder_arguments(config[who]) for who in ("student", "teacher")}
+    shared = config.get("share_weight", False)
+    vectors = {}
+    for who in ("student", "frozen_student"):
+        if not any(k.startswith("frozen_student.") for k in checkpoint.read(case.weights).tensors):
+            vectors["frozen_student"] = None
+            if who == "frozen_student":
+                continue
+        module, variables = jaxmodels.load(
+            "retrieval.dual_encoder",
+            _weights(case, who),
+            share_weight=shared,
+            **arguments["student"],
+        )
+        vectors[who] = module.apply(
+            variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
+        )
+    teacher, variables = jaxmodels.load(
+        "retrieval.cross_encoder", _weights(case, "teacher"), **arguments["teacher"]
+    )
+    relevance = teacher.apply(variables, x["ce_ids"], x.get("ce_mask"))
+    parts = _objective(config).own_group(*vectors["student"], relevance, vectors["frozen_student"])
+    outputs = {
+        "q_emb": vectors["student"][0],
+        "d_emb": vectors["student"][1],
+        "teacher_logits": relevance,
+        "loss": parts.loss,
+        "n_correct": parts.correct,
+    }
+    if vectors["frozen_student"] is not None:
+        outputs["frozen_q_emb"], outputs["frozen_d_emb"] = vectors["frozen_student"]
+    return outputs
 
 
 def _selection(case) -> dict[str, Any]:

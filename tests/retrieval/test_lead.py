@@ -236,7 +236,7 @@ MISTAKES = {
     r"documents \[1\] have no real token": _document_without_tokens,
     "temperature must be positive, not 0": lambda: LayerDistillation(temperature=0),
     "layer_temperature must be positive": lambda: LayerDistillation(layer_temperature=-1.0),
-    "response_weight must not be negative": lambda: LayerDistillation(response_weight=-1.0),
+    "response_weight must be a number >= 0": lambda: LayerDistillation(response_weight=-1.0),
     "at least 2 documents": lambda: lead.cross_scores(jnp.zeros((4, 3, 1)), jnp.array([0])),
     "did you mean 'last'": lambda: lead.fixed_layers("lst", 6, 12, 5),
     "needs 11 teacher layers": lambda: lead.fixed_layers("skip", 6, 8, 6),
