@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -194,7 +195,9 @@ def load(
     Args:
       name: `family.module[:variant or class]`, or a variant's name alone while it is unique.
       weights: a `.safetensors`, `.npz`, `.pth`, `.pt` or `.bin` file (or a sharded checkpoint's
-        index), a PyTorch-named state dict of arrays, or None for fresh weights.
+        index), a folder with one such file (whose `config.json`, where the model's module reads
+        it, then gives the constructor arguments), a PyTorch-named state dict of arrays, or None
+        for fresh weights.
       seed: of the fresh weights.
       skip: regular expressions of names neither read nor required, as `"classifier"`.
       prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`.
@@ -208,7 +211,7 @@ def load(
       unexpected and mis-shaped entry; `CheckpointError` for a file that cannot be read.
     """
     found = find(name)
-    module = found.build(**overrides)
+    module = found.build(**{**_config_beside(found, weights), **overrides})
     if weights is None:
         return module, initialize(module, seed, inputs)
     if isinstance(weights, Mapping):
@@ -225,6 +228,18 @@ def load(
             for collection, tree in variables.items()
         }
     return module, variables
+
+
+def _config_beside(found: Found, weights: Any) -> dict[str, Any]:
+    """Constructor arguments from the `config.json` of a checkpoint's folder, where both are there.
+
+    The model's module says what a file means: `arguments_of_config(dict) -> arguments`.
+    """
+    reader = getattr(found.python_module, "arguments_of_config", None)
+    if reader is None or weights is None or isinstance(weights, Mapping):
+        return {}
+    path = Path(weights) / "config.json"
+    return reader(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:

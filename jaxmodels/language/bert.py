@@ -312,7 +312,7 @@ def check_inputs(fields: EncoderFields, ids, mask=None, types=None) -> None:
     if np.shape(mask) != np.shape(ids):
         raise ValueError(f"attention_mask {np.shape(mask)} for input_ids {np.shape(ids)}")
     kind = mask.dtype if hasattr(mask, "dtype") else np.asarray(mask).dtype
-    if not (jnp.issubdtype(kind, jnp.integer) or kind == bool):
+    if not (jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.bool_)):
         raise ValueError(f"attention_mask is {kind}: wanted bool or integers, 1 on real tokens")
     if not _known(mask):
         return
