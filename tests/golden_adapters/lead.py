@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxmodels
 from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import lead
 from tests.golden_adapters.dense_retrieval_common import encoder_arguments
+from train.data.candidates import CandidateRows, choose_candidates
+from train.data.wordpiece import WordPiece
 
 # Official short name -> (our kind, name of the teacher's own loss).
 TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
@@ -20,7 +23,40 @@ def run(case) -> dict[str, Any]:
     """Every wanted output of one case."""
     if case.model == "distill_loss":
         return _loss(case)
+    if "Dataset" in case.model:
+        return _batch(case)
     return _end_to_end(case)
+
+
+def _batch(case) -> dict[str, Any]:
+    config, inputs = case.config, case.inputs
+    words = WordPiece([str(w) for w in inputs["vocab"]])
+    rows = CandidateRows(words, "lead", config["max_query_length"], config["max_doc_length"])
+    queries, groups = [], []
+    for question, candidates in zip(inputs["questions"], inputs["candidate_docs"].tolist()):
+        first, *negatives = [c for c in candidates if c >= 0]
+        chosen = choose_candidates(
+            [first], negatives, config["num_hard_negatives"], rng=None, sampling="descend"
+        )
+        queries.append(rows.query(str(question)))
+        groups.append(
+            [rows.document(str(inputs["titles"][c]), str(inputs["texts"][c])) for c in chosen]
+        )
+    documents = [document for group in groups for document in group]
+    # The official rows are padded to the longest of the batch, ours to one length for all batches.
+    longest = case.outputs["ce_ids"].shape[-1]
+    ids = {
+        "query": rows.queries(queries),
+        "doc": rows.documents(documents),
+        "col_query": rows.late_queries(queries),
+        "col_doc": rows.late_documents(documents),
+        "ce": np.stack([rows.cross(q, own, longest) for q, own in zip(queries, groups)]),
+    }
+    return {
+        **{f"{name}_ids": x for name, x in ids.items()},
+        **{f"{name}_mask": (x != 0).astype(np.int64) for name, x in ids.items()},
+        "positive_index": np.arange(len(queries)) * (1 + config["num_hard_negatives"]),
+    }
 
 
 def _teacher(config: dict[str, Any]) -> str:

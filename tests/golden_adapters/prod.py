@@ -12,6 +12,8 @@ import jaxmodels
 from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import prod
 from tests.golden_adapters.dense_retrieval_common import encoder_arguments
+from train.data.candidates import CandidateRows, choose_candidates
+from train.data.wordpiece import WordPiece
 
 ARGUMENTS = {
     "KD_type": "kd_type",
@@ -34,7 +36,31 @@ def run(case) -> dict[str, Any]:
         return _selection(case)
     if model == "hard negative list builder":
         return _negatives(case)
+    if "Dataset" in model:
+        return _batch(case)
     return _end_to_end(case)
+
+
+def _batch(case) -> dict[str, Any]:
+    config, inputs = case.config, case.inputs
+    words = WordPiece([str(w) for w in inputs["vocab"]])
+    rows = CandidateRows(words, "prod", config["max_q_length"], config["max_seq_length"])
+    queries, documents, cross = [], [], []
+    for question, candidates in zip(inputs["questions"], inputs["candidate_docs"].tolist()):
+        first, *negatives = [c for c in candidates if c >= 0]
+        chosen = choose_candidates(
+            [first], negatives, config["number_neg"], rng=None, sampling="descend"
+        )
+        queries.append(rows.query(str(question)))
+        own = [rows.document(str(inputs["titles"][c]), str(inputs["texts"][c])) for c in chosen]
+        documents += own
+        cross.append(rows.cross(queries[-1], own))
+    ids = {"query": rows.queries(queries), "doc": rows.documents(documents), "ce": np.stack(cross)}
+    return {
+        **{f"{name}_ids": x for name, x in ids.items()},
+        **{f"{name}_mask": (x != 0).astype(np.int64) for name, x in ids.items()},
+        "positive_index": np.arange(len(queries)) * (1 + config["number_neg"]),
+    }
 
 
 def _objective(config: dict[str, Any]) -> prod.ProgressiveLoss:
