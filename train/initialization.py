@@ -42,7 +42,17 @@ def starting_variables(config, shapes, task, fresh):
 
 
 def variables_from(
-    source, name: str, module, wanted, *, skip: str = "", fresh=None, key: str, skip_key: str = ""
+    source,
+    name: str,
+    module,
+    wanted,
+    *,
+    skip: str = "",
+    fresh=None,
+    key: str,
+    skip_key: str = "",
+    prepare=None,
+    skip_of=None,
 ):
     """The variables `wanted` (`{collection: tree of shapes}`) of a run directory or a PyTorch file.
 
@@ -50,18 +60,24 @@ def variables_from(
       source: the path. name, module: the model, for a PyTorch file.
       skip: regular expression of names taken from `fresh()` (`{collection: tree}`) instead.
       key, skip_key: config keys for the error messages.
+      prepare: `state dict -> state dict`, of a PyTorch file before it is converted.
+      skip_of: `state dict -> skip`, where the file decides.
     """
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"{key}: no file or directory {str(source)!r}")
-    skips = (skip,) if skip else ()
-    if path.is_dir():
-        loaded = load_params(path, ema=True)
-    else:
+    tensors = None
+    if not path.is_dir():
         from jaxmodels.interop import catalog, checkpoint
 
-        found = catalog.find(name)
         tensors = checkpoint.read(path).tensors
+        skip = skip_of(tensors) if skip_of else skip
+    skips = (skip,) if skip else ()
+    if tensors is None:
+        loaded = load_params(path, ema=True)
+    else:
+        found = catalog.find(name)
+        tensors = prepare(tensors) if prepare else tensors
         loaded, _ = catalog.import_state(found, module, tensors, skips, source=str(path))
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
     problems, needed = [], []

@@ -6,7 +6,7 @@ A config with a non-empty `order` is a progression. `config.stages.NAME` says of
 - `changes`: for `train` what differs from the config itself, nested as the config is (`model_args`
   and `task_args` replace the config's, everything else is merged into it); else the arguments of
   the function;
-- `uses`: dotted config key or argument -> the name of an earlier stage whose result it gets;
+- `uses`: config key (nested likewise) or argument -> the earlier stage whose result it gets;
 - `given`: a result from elsewhere (a run directory, a checkpoint, a data file) instead of a run.
 
 `workdir/NAME` holds the stage's result, and `stage.json` when it is finished: its settings, its
@@ -203,7 +203,7 @@ def stages_of(config) -> list[Stage]:
             raise ConfigError(
                 f"config.stages.{name}.kind: {spec.kind!r}; {nearest(spec.kind, kinds)}"
             )
-        uses = _plain(spec.get("uses", {}))
+        uses = dict(_leaves(spec.get("uses", {})))
         if spec.kind == "train":
             stage = _train_stage(config, name, spec, uses)
         else:
@@ -281,6 +281,15 @@ def _flat(changes, prefix: str = ""):
             yield from _flat(value, f"{path}.")
         else:
             yield path, value
+
+
+def _leaves(tree, prefix: str = ""):
+    """(dotted key, value) of nested mappings."""
+    for key in tree:
+        if hasattr(tree[key], "items"):
+            yield from _leaves(tree[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", tree[key]
 
 
 def _plain(config) -> dict[str, Any]:

@@ -113,7 +113,9 @@ class ProgressiveLoss:
       temperature: T. ce_weight, kd_weight, lwf_weight: a, b, c; `lwf_weight` is needed only where
         there is a frozen student.
       dkd_alpha, dkd_beta: of DKD.
-      embedding_scale: factor of every vector before products.
+      embedding_scale: factor of the student's and the frozen student's vectors before products;
+        teacher_scale: of a dual-encoder teacher's. From scratch, width^-0.25 keeps the first
+        softmax from saturating; the published recipes have 1.
       in_batch_groups: the in-batch loss sees only the documents of this many equal parts of the
         batch, each on its own (the official `off_inbatch`, with a part a device).
 
@@ -129,6 +131,7 @@ class ProgressiveLoss:
     dkd_alpha: float | None = None
     dkd_beta: float | None = None
     embedding_scale: float = 1.0
+    teacher_scale: float = 1.0
     in_batch_groups: int = 1
 
     def __post_init__(self) -> None:
@@ -170,14 +173,14 @@ class ProgressiveLoss:
         if queries % self.in_batch_groups:
             raise ValueError(f"{queries} queries do not divide by {self.in_batch_groups} groups")
 
-        def scores(q, d):
-            q, d = (self._groups(x) for x in (q, d))
+        def scores(q, d, scale):
+            q, d = (scale * x.reshape(self.in_batch_groups, -1, x.shape[-1]) for x in (q, d))
             return jax.vmap(scores_of)(q, d).reshape(queries, documents // self.in_batch_groups)
 
         own = jnp.arange(queries) % (queries // self.in_batch_groups)
         return self._parts(
-            scores(query, document),
-            scores(teacher_query, teacher_document),
+            scores(query, document, self.embedding_scale),
+            scores(teacher_query, teacher_document, self.teacher_scale),
             None,
             own * (documents // queries),
         )
@@ -224,9 +227,6 @@ class ProgressiveLoss:
             None if frozen is None else scores(*frozen),
             jnp.zeros(queries, jnp.int32),
         )
-
-    def _groups(self, x: jax.Array) -> jax.Array:
-        return self.embedding_scale * x.reshape(self.in_batch_groups, -1, x.shape[-1])
 
     def _parts(self, scores, teacher, frozen, positive) -> Parts:
         teacher = lax.stop_gradient(teacher.astype(scores.dtype))

@@ -64,7 +64,8 @@ def _batch(case) -> dict[str, Any]:
 
 
 def _objective(config: dict[str, Any]) -> prod.ProgressiveLoss:
-    return prod.ProgressiveLoss(**{ARGUMENTS[k]: v for k, v in config.items() if k in ARGUMENTS})
+    given = {ARGUMENTS[k]: v for k, v in config.items() if k in ARGUMENTS}
+    return prod.ProgressiveLoss(**given, teacher_scale=config.get("embedding_scale", 1.0))
 
 
 def _loss(case) -> dict[str, Any]:
