@@ -173,6 +173,14 @@ class Lead:
         student = {k: v for k, v in variables["params"].items() if k != TEACHER}
         return dual_group_sums(self.model, student, batch)
 
+    def report(self, variables, sums, config):
+        """The student's measures on the test queries, with BM25's."""
+        from train.ranker_search import report_of
+
+        return report_of(
+            self.model, {k: v for k, v in variables["params"].items() if k != TEACHER}, config
+        )
+
 
 def _first_places(scores: jax.Array, batch) -> jax.Array:
     """Share of queries whose best document of the batch is their positive."""

@@ -105,6 +105,12 @@ class Progressive:
         """Sums of the student's NLL and first places among the query's own documents."""
         return dual_group_sums(self.model, variables["params"], batch)
 
+    def report(self, variables, sums, config):
+        """The student's measures on the test queries, with BM25's."""
+        from train.ranker_search import report_of
+
+        return report_of(self.model, variables["params"], config)
+
 
 def from_config(config) -> Progressive:
     """`task_args`: `teacher` (a model's name), `teacher_args`, `lwf`, `student_from`,

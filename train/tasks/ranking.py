@@ -142,6 +142,12 @@ class Ranking:
         scores, _ = self._scores(params, batch, False)
         return own_columns(scores, batch)
 
+    def report(self, variables, sums, config):
+        """A dual encoder's measures on the test queries, with BM25's."""
+        from train.ranker_search import report_of
+
+        return report_of(self.model, variables["params"], config)
+
 
 def own_columns(scores: jax.Array, batch) -> jax.Array:
     """[B, N] of scores [B, B * N] or [B, N]."""
