@@ -115,6 +115,8 @@ class Plan:
 
     def evaluate(self):
         """`variables -> metrics` over the whole evaluation split."""
+        if hasattr(self.task, "measure"):
+            return lambda variables: self.task.measure(variables, self.config, self.mesh)
         config, rows = self.config, batch_sharding(self.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = -(-(config.eval.batch_size or config.batch_size) // parts) * parts

@@ -7,6 +7,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   scalar metrics to log;
 - `evaluate(variables, batch) -> sums`: a flat dict of sums with `count`, the number of examples;
   `batch["mask"]` [b] is 0 on padding rows;
+- optional `measure(variables, config, mesh) -> {name: number}` in place of `evaluate`, where
+  metrics do not add up over batches (ranking a collection); every process calls it;
 - optional `update(state, batch, rng) -> (state, loss, metrics)` in place of `loss`, for alternating
   or constrained updates;
 - optional `start(params, extra) -> (params, extra)`: what a fresh run begins with in place of its
