@@ -79,7 +79,9 @@ def _small(config):
         "max_position_embeddings": 96,
         "pooler": False,
         # Small and untrained: BERT's 0.02 would leave attention without effect for long.
-        "initializer_range": 0.1,
+        "initializer_range": 0.125,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
     }
     config.model_args = _tower(64, 2, 4, **shared)
     config.data.options = {
@@ -113,7 +115,8 @@ def _paper(config):
     config.precision = "bfloat16"
     config.data.name = "ranked_lists:marco"
     config.data.options = {
-        "vocabulary": "vocab.txt",
+        "lists": "marco_train.json",
+        "vocabulary": "vocab.txt",  # both in the folder `path`, unless they are paths
         "query_length": 32,
         "document_length": 144,
         "number_neg": 15,
@@ -263,20 +266,26 @@ def _stages(config, sizes):
     mine("M3", "T2")
     reranker("C2", warmup["C2"], rates["cross_2"], sizes["cross_2"], "M3")
     distil("T3", steps["T"], warmup["T"], rates["distil"], "C2", "T2", "M3")
-    mine("M4", "T3")
-    config.stages.D1 = {
-        "kind": "select",
-        "given": "",
-        "uses": {"lists": "M4", "reranker": "C2"},
-        "changes": {"rule": "marco", "window": 15, **sizes["select"]},
-    }
-    distil(
-        "D2",
-        steps["D2"],
-        warmup["D2"],
-        rates["last"],
-        "C2",
-        "T3",
-        "D1",
-        data={"sampling": "descend"},
-    )
+    # The framework figure has three rounds of data progression, the official commands one: `order`
+    # may go on with M4_2, D1_2, D2_2 and M4_3, D1_3, D2_3, each with the newest student.
+    newest = "T3"
+    for suffix in ("", "_2", "_3"):
+        lists, selected, name = f"M4{suffix}", f"D1{suffix}", f"D2{suffix}"
+        mine(lists, newest)
+        config.stages[selected] = {
+            "kind": "select",
+            "given": "",
+            "uses": {"lists": lists, "reranker": "C2"},
+            "changes": {"rule": "marco", "window": 15, **sizes["select"]},
+        }
+        distil(
+            name,
+            steps["D2"],
+            warmup["D2"],
+            rates["last"],
+            "C2",
+            newest,
+            selected,
+            data={"sampling": "descend"},
+        )
+        newest = name

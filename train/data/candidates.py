@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.data.expansion import hard_negatives, shuffled_negatives
+from train.data.expansion import hard_negatives
 from train.data.wordpiece import WordPiece, cross_row, padded
 
 LAYOUTS = ("prod", "lead")
@@ -39,7 +39,7 @@ def choose_candidates(
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
     if sampling == "random" and rng is not None:
-        return [positives[0], *shuffled_negatives(rng, negatives, count)]
+        negatives = rng.permutation(np.asarray(negatives, np.int64)).tolist()
     return [positives[0], *hard_negatives(negatives, count)]
 
 

@@ -21,13 +21,14 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.spelling import did_you_mean
+from train.data.retrieval_files import Corpus, read_judgments, read_queries
 
 _LONGEST_DOCUMENT = 10_000
 
@@ -88,59 +89,65 @@ def docstrings(path: str | None) -> JudgedTexts:
 def marco(path: str | None) -> JudgedTexts:
     """MS MARCO passages in PROD's files."""
     folder = _folder(path)
-    titles = dict(_pairs(folder / "para.title.txt"))
-    ids, texts = _columns(_pairs(folder / "para.txt"))
-    return JudgedTexts(ids, [titles.get(i, "") for i in ids], texts, *_marco_queries(folder))
+    titles, texts = (read_queries(folder / f"para{kind}.txt") for kind in (".title", ""))
+    return JudgedTexts(
+        list(texts),
+        [titles.get(i, "") for i in texts],
+        list(texts.values()),
+        *_marco_queries(folder),
+    )
 
 
 def marcodoc(path: str | None) -> JudgedTexts:
     """MS MARCO documents in PROD's files: url, title and body in one text."""
     folder = _folder(path)
-    ids, texts = [], []
-    for row in _rows(folder / "msmarco-docs.tsv"):
-        ids.append(row[0])
-        texts.append("<sep>".join(part.rstrip() for part in row[1:])[:_LONGEST_DOCUMENT])
-    _distinct(ids, folder / "msmarco-docs.tsv")
-    return JudgedTexts(ids, [""] * len(ids), texts, *_marco_queries(folder))
+    whole = read_queries(folder / "msmarco-docs.tsv")
+    texts = [
+        "<sep>".join(part.rstrip() for part in text.split("\t"))[:_LONGEST_DOCUMENT]
+        for text in whole.values()
+    ]
+    return JudgedTexts(list(whole), [""] * len(whole), texts, *_marco_queries(folder))
 
 
 def _marco_queries(folder: Path):
-    queries, judgments = {}, {}
-    for split, name in (("train", "train"), ("validation", "dev")):
-        queries[split] = dict(_pairs(folder / f"{name}.query.txt"))
-        judgments[split] = {}
-        for row in _rows(folder / f"qrels.{name}.tsv"):
-            query, document = (row[0], row[2]) if len(row) >= 4 else (row[0], row[1])
-            grade = int(row[3]) if len(row) >= 4 else 1
-            judgments[split].setdefault(query, {})[document] = grade
-    return queries, judgments
+    named = {"train": "train", "validation": "dev"}
+    return (
+        {split: read_queries(folder / f"{name}.query.txt") for split, name in named.items()},
+        {split: read_judgments(folder / f"qrels.{name}.tsv") for split, name in named.items()},
+    )
 
 
 def psgs(path: str | None) -> JudgedTexts:
     """LEAD's `psgs_w100.tsv`, whose ids are one too high, and `test.csv`."""
     folder = _folder(path)
-    ids, titles, texts = [], [], []
-    for number, row in enumerate(_rows(folder / "psgs_w100.tsv", quoted=True), 1):
-        if row[0] == "id":
-            continue
-        if len(row) < 3 or not row[0].isdigit():
-            raise ValueError(f"{folder / 'psgs_w100.tsv'} line {number}: wanted id+1, text, title")
-        ids.append(str(int(row[0]) - 1))
-        texts.append(row[1])
-        titles.append(row[2])
-    _distinct(ids, folder / "psgs_w100.tsv")
+    corpus = Corpus(folder / "psgs_w100.tsv", "psgs")
     queries: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
     judgments: dict[str, dict[str, dict[str, int]]] = {"train": {}, "validation": {}}
     tests = folder / "test.csv"
-    for number, row in enumerate(_rows(tests, quoted=True) if tests.is_file() else (), 1):
-        try:
-            answers = ast.literal_eval(row[1])
-        except (ValueError, SyntaxError, IndexError):
-            raise ValueError(f"{tests} line {number}: wanted question, [document ids]") from None
-        query = row[2] if len(row) > 2 else str(number - 1)
-        queries["validation"][query] = row[0]
-        judgments["validation"][query] = {str(a): 1 for a in answers}
-    return JudgedTexts(ids, titles, texts, queries, judgments)
+    if tests.is_file():
+        with open(tests, encoding="utf-8", newline="") as opened:
+            for number, row in enumerate(csv.reader(opened, delimiter="\t"), 1):
+                try:
+                    answers = ast.literal_eval(row[1])
+                except (ValueError, SyntaxError, IndexError):
+                    raise ValueError(f"{tests} line {number}: wanted question, [ids]") from None
+                query = row[2] if len(row) > 2 else str(number - 1)
+                queries["validation"][query] = row[0]
+                judgments["validation"][query] = {str(a): 1 for a in answers}
+    return JudgedTexts(corpus.ids, _Field(corpus, 0), _Field(corpus, 1), queries, judgments)
+
+
+class _Field(Sequence):
+    """Titles (0) or texts (1) of a corpus file, read when asked for."""
+
+    def __init__(self, corpus: Corpus, field: int):
+        self._corpus, self._number = corpus, field
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def __getitem__(self, row):
+        return self._corpus.document(row)[self._number]
 
 
 COLLECTIONS: dict[str, Callable[[str | None], JudgedTexts]] = {
@@ -265,49 +272,7 @@ def positives_of(
     return table
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
 def _folder(path: str | None) -> Path:
     if not path or not Path(path).is_dir():
         raise FileNotFoundError(f"data.options.path: no folder {path!r}")
     return Path(path)
-
-
-def _rows(file: Path, quoted: bool = False) -> Iterator[list[str]]:
-    """Rows of a tab-separated file; `quoted` as the official code reads it with `csv`."""
-    if not file.is_file():
-        raise FileNotFoundError(f"data.options.path: no file {file}")
-    csv.field_size_limit(1 << 30)
-    with open(file, encoding="utf-8", newline="") as opened:
-        lines = csv.reader(opened, delimiter="\t") if quoted else _split(opened)
-        yield from (row for row in lines if row)
-
-
-def _split(lines: Iterable[str]) -> Iterator[list[str]]:
-    for line in lines:
-        line = line.rstrip("\r\n")
-        yield line.split("\t") if line else []
-
-
-def _pairs(file: Path) -> Iterator[tuple[str, str]]:
-    for number, row in enumerate(_rows(file), 1):
-        if len(row) < 2:
-            raise ValueError(f"{file} line {number}: wanted an id, a tab and a text")
-        yield row[0], row[1]
-
-
-def _columns(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    ids, texts = [], []
-    for key, text in pairs:
-        ids.append(key)
-        texts.append(text)
-    _distinct(ids, "para.txt")
-    return ids, texts
-
-
-def _distinct(ids: Sequence[str], where: Any) -> None:
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
-        raise ValueError(f"{where}: document id {twice!r} twice")

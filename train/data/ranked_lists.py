@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 
 def source(split: str, options: Mapping[str, Any]) -> Sequence[RankedList]:
     """Ranked lists of a split."""
-    key = (str(options["lists"]), options["collection"], options["path"])
+    key = (_beside(options["lists"], options["path"]), options["collection"], options["path"])
     if options["collection"] == "docstrings":
         if split == "train" and options["lists"]:
             found = _lists(*key)
@@ -105,6 +105,13 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[RankedList]:
         found = whole[: len(whole) - held] if split == "train" else whole[len(whole) - held :]
     count = int(options["train_queries"])
     return found[:count] if split == "train" and count else found
+
+
+def _beside(file: str, path: str | None) -> str:
+    """A file by its own path, or by its name in the collection's folder."""
+    if file and path and not os.path.exists(file) and os.path.exists(os.path.join(path, file)):
+        return os.path.join(path, file)
+    return str(file)
 
 
 @functools.lru_cache(maxsize=4)
@@ -156,7 +163,7 @@ def candidate_rows(options: Mapping[str, Any]) -> CandidateRows:
 @functools.lru_cache(maxsize=4)
 def _words(vocabulary: str, collection: str, path: str | None) -> WordPiece:
     if not vocabulary.isdigit():
-        return WordPiece.read(vocabulary)
+        return WordPiece.read(_beside(vocabulary, path))
     size = int(vocabulary)
     file = preparation.data_directory(path) / f"{collection}_vocabulary_{size}.txt"
     if not file.is_file():
@@ -233,9 +240,3 @@ def train_transform(options: Mapping[str, Any]) -> Transform:
 
 
 eval_transform = train_transform
-
-
-def vocabulary_size(options: Mapping[str, Any]) -> int:
-    """Number of word pieces."""
-    vocabulary = str(options["vocabulary"])
-    return int(vocabulary) if vocabulary.isdigit() else len(WordPiece.read(Path(vocabulary)))
