@@ -9,6 +9,9 @@ paper     python -m train --config configs/lead.py:paper --workdir DIR
           12-layer dual encoder to 6-layer DistilBERT; paper_late and paper_cross for 12CB and 12CE,
           paper_large for 24CB to 12 layers (published MRR@10: 12CB to 6 37.8, 24CB to 12 40.4).
 
+student     the DistilBERT dual encoder alone, for a checkpoint of it:
+          python -m train.retrieve --config configs/lead.py:student --checkpoint FILE --output DIR
+
 One command runs every stage, skips what is finished and goes on in the middle of a stage. The
 config itself is the last stage (`order=()` trains that alone, from `task_args.student_from` and
 `teacher_from`; `dry_run` compiles it):
@@ -19,8 +22,9 @@ L            LEAD
 """
 
 from train.defaults import default_config
+from train.encoding import retrieve_keys
 
-PRESETS = ("small", "late", "cross", "paper", "paper_late", "paper_cross", "paper_large")
+PRESETS = ("small", "late", "cross", "paper", "paper_late", "paper_cross", "paper_large", "student")
 TEACHERS = {
     "dual": "retrieval.dual_encoder",
     "late": "retrieval.late_interaction",
@@ -43,6 +47,7 @@ def get_config(preset: str = "small"):
     config.schedule.update(name="polynomial", end=0.0, power=1.0, warmup_inside=False)
     config.seed = 888
     config.eval.split = "validation"
+    config.retrieve = retrieve_keys()
     kind = {"late": "late", "cross": "cross", "paper_late": "late", "paper_cross": "cross"}
     kind = kind.get(preset, "late" if preset == "paper_large" else "dual")
     config.task_args = {
@@ -62,7 +67,10 @@ def get_config(preset: str = "small"):
     }
     rows = () if kind == "dual" else (kind,)
     config.data.options = {"layout": "lead", "rows": rows}
-    (_paper if preset.startswith("paper") else _small)(config, preset, kind)
+    paper = preset.startswith("paper") or preset == "student"
+    (_paper if paper else _small)(config, preset, kind)
+    if preset == "student":
+        config.task, config.task_args, config.order = "ranking", {"start_from": ""}, ()
     return config
 
 
@@ -104,7 +112,7 @@ def _small(config, preset, kind):
 
 def _paper(config, preset, kind):
     large = preset == "paper_large"
-    bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True}
+    bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True, "scan_layers": True}
     if large:
         config.model_args = _tower(768, 12, 12, **bert, share_weight=True)
         teacher = _tower(1024, 24, 16, **bert, type_vocab_size=4)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,8 @@ class Ranker:
         return Encoder(_encode(self.model, side), {"params": self.params}, longest, _BATCH)
 
     def retrieval_set(self, split: str) -> RetrievalSet:
-        """The whole collection with a split's queries.
-
-        Only best grades count as relevant for the binary measures: of a docstring, its own text.
-        Raises ConfigError for a split that the collection has not.
-        """
-        texts = self.texts
-        if split not in texts.queries:
-            raise ConfigError(f"split {split!r}; the collection has {', '.join(texts.queries)}")
-        graded = {q: texts.judgments[split].get(q, {}) for q in texts.queries[split]}
-        judged = [q for q, grades in graded.items() if grades]
-        return RetrievalSet(
-            document_ids=texts.document_ids,
-            document_row=lambda row, view: self.rows.document(row),
-            views=1,
-            query_ids=judged,
-            query_rows=[self.rows.rows.query(texts.queries[split][q]) for q in judged],
-            judgments={q: _best(graded[q]) for q in judged},
-            graded={q: graded[q] for q in judged},
-            query_texts=[texts.queries[split][q] for q in judged],
-            bm25=functools.partial(_bm25, self.options["collection"], self.options["path"]),
-        )
-
-
-def _best(grades):
-    top = max(grades.values())
-    return {document: grade for document, grade in grades.items() if grade == top}
+        """The whole collection with a split's queries."""
+        return ranked_lists.retrieval_set(self.options, split)
 
 
 @functools.lru_cache(maxsize=32)
@@ -91,14 +67,6 @@ def _encode(model, side: str):
         return lambda variables, ids: model.apply(variables, ids[:, None])
     method = f"encode_{side}"
     return lambda variables, ids: model.apply(variables, ids, method=method)
-
-
-@functools.lru_cache(maxsize=2)
-def _bm25(collection: str, path: str | None):
-    from train.data.bm25 import Bm25
-
-    texts = judged_texts.read_collection(collection, path)
-    return Bm25([f"{a} {b}".strip() for a, b in zip(texts.titles, texts.texts)])
 
 
 def ranker_of_run(run: str | os.PathLike) -> Ranker:
@@ -111,7 +79,7 @@ def ranker_of_run(run: str | os.PathLike) -> Ranker:
     return Ranker(build_model(config), params, config.data.to_dict())
 
 
-def search(ranker: Ranker, queries: Iterable[Sequence[int]], depth: int) -> np.ndarray:
+def search(ranker: Ranker, queries: Sequence[Sequence[int]], depth: int) -> np.ndarray:
     """Rows of the `depth` best documents of the whole collection: int64 [Q, depth].
 
     Args:
@@ -119,11 +87,15 @@ def search(ranker: Ranker, queries: Iterable[Sequence[int]], depth: int) -> np.n
 
     Raises ConfigError for a model that is no dual encoder.
     """
+    return _search(ranker, queries, depth)[1]
+
+
+def _search(ranker: Ranker, queries: Sequence[Sequence[int]], depth: int):
     if kind_of(ranker.model) != "dual":
         raise ConfigError("search wants a dual encoder: a vector for a text")
     index, count = ExactIndex(), len(ranker.texts.document_ids)
     index.add(ranker.encoder("documents")([ranker.rows.document(d) for d in range(count)]))
-    return index.search(ranker.encoder("queries")(list(queries)), min(depth, count))[1]
+    return index.search(ranker.encoder("queries")(list(queries)), min(depth, count))
 
 
 def relevance(ranker: Ranker, queries: Sequence[Sequence[int]], ranking: np.ndarray) -> np.ndarray:
@@ -163,3 +135,21 @@ def report_of(model, params, config) -> dict[str, float]:
     if ranker.options["collection"] == "docstrings":
         numbers |= ranker.retrieval_set(split).baseline()
     return numbers
+
+
+def predict_rows(model, params, path, config, depth: int = 10):
+    """The best documents for every line of a file of queries: rows (query, rank, document, score).
+
+    Raises ConfigError for a model that is no dual encoder.
+    """
+    ranker = Ranker(model, params, config.data.to_dict())
+    with open(path, encoding="utf-8") as file:
+        texts = [line.strip() for line in file if line.strip()]
+    scores, rows = _search(ranker, [ranker.rows.rows.query(t) for t in texts], depth)
+    table = [("query", "rank", "document", "score")]
+    for text, values, best in zip(texts, scores, rows):
+        table += [
+            (text, rank, ranker.texts.document_ids[row], float(value))
+            for rank, (value, row) in enumerate(zip(values, best), 1)
+        ]
+    return table

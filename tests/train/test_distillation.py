@@ -97,6 +97,52 @@ def test_a_stage_that_goes_on_from_its_middle_ends_bit_for_bit_the_same(stage_ru
     assert_bit_identical(state_of(workdir, 20), state_of(again, 20))
 
 
+def test_a_stages_run_serves_as_a_plain_dual_encoder(stage_run, marco, tmp_path):
+    from train.ranker_search import ranker_of_run, search
+
+    workdir, numbers = stage_run
+    ranker = ranker_of_run(workdir)
+    found = ranker.retrieval_set("validation")
+    ranking = search(ranker, found.query_rows, 24)
+    assert found.measure(ranking)["mrr@10"] == pytest.approx(numbers["validation_mrr@10"])
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(found.query_texts) + "\n")
+    config = prod_stage(marco)
+    task = Plan(config).task
+    header, *rows_ = task.predict({"params": ranker.params}, questions, config)
+    assert header == ("query", "rank", "document", "score") and len(rows_) == 4 * 10
+    assert [r[2] for r in rows_[:10]] == [found.document_ids[d] for d in ranking[0, :10]]
+    encoder = task.encoder({"params": ranker.params}, "encode_queries", 8, 4, None)
+    np.testing.assert_allclose(
+        encoder(found.query_rows), ranker.encoder("queries")(found.query_rows), atol=1e-5
+    )
+
+
+def test_a_pretrained_encoder_starts_student_and_cross_encoder(marco, tmp_path):
+    import jaxmodels
+    from jaxmodels.interop import catalog, checkpoint
+
+    tower = {**retrieval_files.TOWER, "num_hidden_layers": 3}
+    module, variables = jaxmodels.load("language.bert", **tower)
+    file = tmp_path / "encoder.safetensors"
+    checkpoint.write_safetensors(file, catalog.export("language.bert", module, variables))
+    config = prod_stage(marco, **{"task_args.student_from": str(file)})
+    config.task_args.teacher_from = str(file)
+    state = Plan(config).fresh()
+    words = variables["params"]["embeddings"]["word_embeddings"]["embedding"]
+    for tree in (
+        state.params["question_model"],
+        state.params["ctx_model"],
+        state.extra["frozen"]["ctx_model"],
+        state.extra["teacher"]["encoder"],
+    ):
+        found = tree["embeddings"]["word_embeddings"]["embedding"]
+        np.testing.assert_array_equal(found, words)
+    config.task_args.student_from = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="student_from: no file or directory"):
+        Plan(config).fresh()
+
+
 def test_random_negatives_differ_between_epochs_and_descending_ones_never(marco):
     def of(sampling, seed):
         config = prod_stage(marco)

@@ -24,10 +24,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.retrieval.prod import hard_negatives
 from jaxmodels.spelling import did_you_mean
 from train.data import judged_texts, preparation
+from train.data.bm25 import Bm25
 from train.data.candidates import SAMPLINGS, CandidateRows, choose_candidates
 from train.data.judged_texts import JudgedTexts, RankedList
+from train.data.retrieval_set import RetrievalSet
 from train.data.wordpiece import WordPiece
 
 OPTIONS: dict[str, Any] = {
@@ -122,14 +125,11 @@ def _lists(file: str, collection: str, path: str | None) -> list[RankedList]:
 @functools.lru_cache(maxsize=4)
 def _bm25_lists(split: str, path: str | None) -> list[RankedList]:
     """What BM25 ranks first, relevant documents left out: the lists before any model."""
-    from jaxmodels.retrieval.prod import hard_negatives
-    from train.data.bm25 import Bm25
-
     texts = judged_texts.read_collection("docstrings", path)
     ids = list(texts.queries[split])
     queries = [texts.queries[split][i] for i in ids]
     relevant = judged_texts.positives_of(texts, split, ids)
-    _, ranking = Bm25(texts.texts).search(queries, _BM25_DEPTH + relevant.shape[1])
+    _, ranking = bm25("docstrings", path).search(queries, _BM25_DEPTH + relevant.shape[1])
     negatives, kept = hard_negatives(ranking, relevant, np.ones(len(ids), bool), _BM25_DEPTH)
     return ranked_lists(ids, queries, relevant, negatives, kept)
 
@@ -223,7 +223,7 @@ class Transform:
 
     def __call__(self, entry: RankedList, rng: np.random.Generator | None = None):
         options = dict(self.options)
-        rows = _shared_rows(options["collection"], options["path"], candidate_rows(options))
+        rows = collection_rows(options)
         chosen = choose_candidates(
             entry.positives,
             entry.negatives,
@@ -240,3 +240,54 @@ def train_transform(options: Mapping[str, Any]) -> Transform:
 
 
 eval_transform = train_transform
+
+
+# -- the whole collection --------------------------------------------------------------------------
+
+
+def collection_rows(options: Mapping[str, Any]) -> Rows:
+    """Texts and token rows of the collection, shared by all who ask."""
+    return _shared_rows(options["collection"], options["path"], candidate_rows(options))
+
+
+def query_row(text: str, options: Mapping[str, Any]) -> list[int]:
+    """Token ids of any query."""
+    return candidate_rows(options).query(text)
+
+
+def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
+    """All documents, and a split's judged queries.
+
+    Only best grades count as relevant for the binary measures: of a docstring, its own text.
+
+    Raises ValueError for a split that the collection has not.
+    """
+    rows = collection_rows(options)
+    texts = rows.texts
+    if split not in texts.queries:
+        raise ValueError(f"split {split!r}; the collection has {', '.join(texts.queries)}")
+    graded = {q: texts.judgments[split].get(q, {}) for q in texts.queries[split]}
+    graded = {q: grades for q, grades in graded.items() if grades}
+    return RetrievalSet(
+        document_ids=texts.document_ids,
+        document_row=lambda row, view: rows.document(row),
+        views=1,
+        query_ids=list(graded),
+        query_rows=[rows.rows.query(texts.queries[split][q]) for q in graded],
+        judgments={q: _best(grades) for q, grades in graded.items()},
+        graded=graded,
+        query_texts=[texts.queries[split][q] for q in graded],
+        bm25=functools.partial(bm25, options["collection"], options["path"]),
+    )
+
+
+def _best(grades: Mapping[str, int]) -> dict[str, int]:
+    top = max(grades.values())
+    return {document: grade for document, grade in grades.items() if grade == top}
+
+
+@functools.lru_cache(maxsize=2)
+def bm25(collection: str, path: str | None) -> Bm25:
+    """BM25 over titles and texts."""
+    texts = judged_texts.read_collection(collection, path)
+    return Bm25([f"{a} {b}".strip() for a, b in zip(texts.titles, texts.texts)])

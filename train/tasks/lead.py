@@ -20,6 +20,7 @@ from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
     dual_group_sums,
+    encoder_of,
     forbid_pmap,
     init_ranker,
     kind_of,
@@ -75,7 +76,7 @@ class Lead:
     def _models(self, params, extra):
         """(student's parameters, teacher's)."""
         if self.objective.train_teacher:
-            return {k: v for k, v in params.items() if k != TEACHER}, params[TEACHER]
+            return _student(params), params[TEACHER]
         return params, jax.lax.stop_gradient(extra[TEACHER])
 
     def start(self, params, extra):
@@ -170,16 +171,28 @@ class Lead:
 
     def evaluate(self, variables, batch):
         """Sums of the student's NLL and first places among the query's own documents."""
-        student = {k: v for k, v in variables["params"].items() if k != TEACHER}
-        return dual_group_sums(self.model, student, batch)
+        return dual_group_sums(self.model, _student(variables["params"]), batch)
 
     def report(self, variables, sums, config):
         """The student's measures on the test queries, with BM25's."""
         from train.ranker_search import report_of
 
-        return report_of(
-            self.model, {k: v for k, v in variables["params"].items() if k != TEACHER}, config
-        )
+        return report_of(self.model, _student(variables["params"]), config)
+
+    def predict(self, variables, path, config):
+        """The student's best ten documents for every line of a file of queries."""
+        from train.ranker_search import predict_rows
+
+        return predict_rows(self.model, _student(variables["params"]), path, config)
+
+    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
+        """Vectors of token rows, by one of the student's towers."""
+        params = _student(variables["params"])
+        return encoder_of(self.model, params, method, longest, batch_size, mesh)
+
+
+def _student(params):
+    return {k: v for k, v in params.items() if k != TEACHER}
 
 
 def _first_places(scores: jax.Array, batch) -> jax.Array:

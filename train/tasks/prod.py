@@ -21,6 +21,7 @@ from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
     dual_group_sums,
+    encoder_of,
     forbid_pmap,
     init_ranker,
     kind_of,
@@ -110,6 +111,16 @@ class Progressive:
         from train.ranker_search import report_of
 
         return report_of(self.model, variables["params"], config)
+
+    def predict(self, variables, path, config):
+        """The best ten documents for every line of a file of queries."""
+        from train.ranker_search import predict_rows
+
+        return predict_rows(self.model, variables["params"], path, config)
+
+    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
+        """Vectors of token rows, by one of the student's towers."""
+        return encoder_of(self.model, variables["params"], method, longest, batch_size, mesh)
 
 
 def from_config(config) -> Progressive:

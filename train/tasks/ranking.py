@@ -21,6 +21,7 @@ from jaxmodels.retrieval.late_interaction import LateInteraction, maxsim
 from jaxmodels.retrieval.losses import group_scores, nll, scores_of
 from jaxmodels.retrieval.pretrained import is_single_encoder, prepare_state
 from train.building import build_model
+from train.encoding import Encoder
 from train.initialization import variables_from
 from train.naming import ConfigError
 
@@ -148,6 +149,16 @@ class Ranking:
 
         return report_of(self.model, variables["params"], config)
 
+    def predict(self, variables, path, config):
+        """The best ten documents for every line of a file of queries."""
+        from train.ranker_search import predict_rows
+
+        return predict_rows(self.model, variables["params"], path, config)
+
+    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
+        """Vectors of token rows, by one of the towers."""
+        return encoder_of(self.model, variables["params"], method, longest, batch_size, mesh)
+
 
 def own_columns(scores: jax.Array, batch) -> jax.Array:
     """[B, N] of scores [B, B * N] or [B, N]."""
@@ -167,6 +178,15 @@ def group_sums(scores: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         "accuracy": ((scores.argmax(-1) == 0) * mask).sum(),
         "count": mask.sum(),
     }
+
+
+def encoder_of(model: DualEncoder, params, method: str, longest: int, batch_size: int, mesh):
+    """Vectors of token rows by one of the towers, for `train.retrieve`."""
+
+    def encode(params, ids):
+        return model.apply({"params": params}, ids, method=method)
+
+    return Encoder(encode, params, longest, batch_size, mesh)
 
 
 def vectors_of(model: DualEncoder, params, batch) -> tuple[jax.Array, jax.Array]:
