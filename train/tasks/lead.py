@@ -19,8 +19,8 @@ from jaxmodels.retrieval import lead
 from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
+    AnswersQueries,
     dual_group_sums,
-    encoder_of,
     forbid_pmap,
     init_ranker,
     kind_of,
@@ -32,7 +32,7 @@ TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lead:
+class Lead(AnswersQueries):
     """Joint training.
 
     Attributes:
@@ -73,10 +73,14 @@ class Lead:
             return {**student, TEACHER: teacher}, extra
         return student, {**extra, TEACHER: teacher}
 
+    def own_params(self, params):
+        """The student's parameters."""
+        return {k: v for k, v in params.items() if k != TEACHER}
+
     def _models(self, params, extra):
         """(student's parameters, teacher's)."""
         if self.objective.train_teacher:
-            return _student(params), params[TEACHER]
+            return self.own_params(params), params[TEACHER]
         return params, jax.lax.stop_gradient(extra[TEACHER])
 
     def start(self, params, extra):
@@ -171,28 +175,7 @@ class Lead:
 
     def evaluate(self, variables, batch):
         """Sums of the student's NLL and first places among the query's own documents."""
-        return dual_group_sums(self.model, _student(variables["params"]), batch)
-
-    def report(self, variables, sums, config):
-        """The student's measures on the test queries, with BM25's."""
-        from train.ranker_search import report_of
-
-        return report_of(self.model, _student(variables["params"]), config)
-
-    def predict(self, variables, path, config):
-        """The student's best ten documents for every line of a file of queries."""
-        from train.ranker_search import predict_rows
-
-        return predict_rows(self.model, _student(variables["params"]), path, config)
-
-    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
-        """Vectors of token rows, by one of the student's towers."""
-        params = _student(variables["params"])
-        return encoder_of(self.model, params, method, longest, batch_size, mesh)
-
-
-def _student(params):
-    return {k: v for k, v in params.items() if k != TEACHER}
+        return dual_group_sums(self.model, self.own_params(variables["params"]), batch)
 
 
 def _first_places(scores: jax.Array, batch) -> jax.Array:

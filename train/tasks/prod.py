@@ -20,8 +20,8 @@ from jaxmodels.retrieval.prod import ProgressiveLoss
 from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
+    AnswersQueries,
     dual_group_sums,
-    encoder_of,
     forbid_pmap,
     init_ranker,
     kind_of,
@@ -31,7 +31,7 @@ from train.tasks.ranking import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Progressive:
+class Progressive(AnswersQueries):
     """A stage.
 
     Attributes:
@@ -105,22 +105,6 @@ class Progressive:
     def evaluate(self, variables, batch):
         """Sums of the student's NLL and first places among the query's own documents."""
         return dual_group_sums(self.model, variables["params"], batch)
-
-    def report(self, variables, sums, config):
-        """The student's measures on the test queries, with BM25's."""
-        from train.ranker_search import report_of
-
-        return report_of(self.model, variables["params"], config)
-
-    def predict(self, variables, path, config):
-        """The best ten documents for every line of a file of queries."""
-        from train.ranker_search import predict_rows
-
-        return predict_rows(self.model, variables["params"], path, config)
-
-    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
-        """Vectors of token rows, by one of the student's towers."""
-        return encoder_of(self.model, variables["params"], method, longest, batch_size, mesh)
 
 
 def from_config(config) -> Progressive:

@@ -88,8 +88,40 @@ def forbid_pmap(config) -> None:
         )
 
 
+class AnswersQueries:
+    """What every run that trains a dual encoder can do with it: final numbers, search, vectors.
+
+    Who inherits it has `model`, the dual encoder, whose parameters are `own_params(params)`.
+    """
+
+    def own_params(self, params):
+        """The parameters of `model` among those of the run."""
+        return params
+
+    def report(self, variables, sums, config):
+        """Measures on the test queries, with BM25's; nothing where `model` is another ranker."""
+        from train.ranker_search import report_of
+
+        return report_of(self.model, self.own_params(variables["params"]), config)
+
+    def predict(self, variables, path, config):
+        """The best ten documents for every line of a file of queries."""
+        from train.ranker_search import predict_rows
+
+        return predict_rows(self.model, self.own_params(variables["params"]), path, config)
+
+    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh) -> Encoder:
+        """Vectors of token rows by one of the towers (`encode_queries` | `encode_documents`)."""
+
+        def encode(params, ids):
+            return self.model.apply({"params": params}, ids, method=method)
+
+        params = self.own_params(variables["params"])
+        return Encoder(encode, params, longest, batch_size, mesh)
+
+
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class Ranking(AnswersQueries):
     """One model and its contrastive loss.
 
     Attributes:
@@ -143,22 +175,6 @@ class Ranking:
         scores, _ = self._scores(params, batch, False)
         return own_columns(scores, batch)
 
-    def report(self, variables, sums, config):
-        """A dual encoder's measures on the test queries, with BM25's."""
-        from train.ranker_search import report_of
-
-        return report_of(self.model, variables["params"], config)
-
-    def predict(self, variables, path, config):
-        """The best ten documents for every line of a file of queries."""
-        from train.ranker_search import predict_rows
-
-        return predict_rows(self.model, variables["params"], path, config)
-
-    def encoder(self, variables, method: str, longest: int, batch_size: int, mesh):
-        """Vectors of token rows, by one of the towers."""
-        return encoder_of(self.model, variables["params"], method, longest, batch_size, mesh)
-
 
 def own_columns(scores: jax.Array, batch) -> jax.Array:
     """[B, N] of scores [B, B * N] or [B, N]."""
@@ -178,15 +194,6 @@ def group_sums(scores: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         "accuracy": ((scores.argmax(-1) == 0) * mask).sum(),
         "count": mask.sum(),
     }
-
-
-def encoder_of(model: DualEncoder, params, method: str, longest: int, batch_size: int, mesh):
-    """Vectors of token rows by one of the towers, for `train.retrieve`."""
-
-    def encode(params, ids):
-        return model.apply({"params": params}, ids, method=method)
-
-    return Encoder(encode, params, longest, batch_size, mesh)
 
 
 def vectors_of(model: DualEncoder, params, batch) -> tuple[jax.Array, jax.Array]:
