@@ -96,9 +96,13 @@ class Plan:
 
     def fresh(self):
         """A fresh state in place; `init_from` replaces what the checkpoint holds."""
-        if not self.config.init_from:
+        if not self.config.init_from and not hasattr(self.task, "start"):
             return self.make(self.sharding)
-        params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        if self.config.init_from:
+            params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        else:
+            state = self.make()
+            params, extra = self.task.start(state.params, state.extra)
         ema = self.config.ema.decay > 0
         state = create_state(params, extra, self.optimizer, self.run_rng(), ema=ema)
         return jax.device_put(state, self.sharding)

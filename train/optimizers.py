@@ -88,7 +88,7 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         raise ConfigError(f"config.optimizer.args: {error}") from None
     parts = []
     if config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
+        parts.append(clip_by_group_norms(config.clip_norm, tuple(config.clip_groups)))
     if config.weight_decay and not config.decoupled:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_mask)))
     parts.append(inner)
@@ -109,6 +109,27 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             {"trained": optimizer, "frozen": optax.set_to_zero()}, label
         )
     return optimizer
+
+
+def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """Clipping by the global norm, of each group of parameters on its own.
+
+    `groups` are regular expressions over dotted paths; the first that matches decides, and what
+    none matches is a group as well. Without any it is `optax.clip_by_global_norm`.
+    """
+    if not groups:
+        return optax.clip_by_global_norm(limit)
+
+    def label(params):
+        def choose(path, _):
+            name = path_string(path)
+            return next((g for g in groups if re.search(g, name)), "")
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+
+    return optax.multi_transform(
+        {g: optax.clip_by_global_norm(limit) for g in (*groups, "")}, label
+    )
 
 
 def _decoupled_decay(weight_decay, schedule, mask):

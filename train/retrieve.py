@@ -118,6 +118,11 @@ def _set(config, family, options) -> RetrievalSet:
     split = keys.split or config.eval.split or pipeline.eval_split(config.data)
     if not keys.documents:
         found = family.retrieval_set(options, split)
+    elif not hasattr(family, "collection"):
+        raise ConfigError(
+            f"config.retrieve.documents: data {config.data.name!r} has documents of its own, in "
+            "config.data.options.path"
+        )
     else:
         c = family.collection(options)
         corpus = retrieval_files.Corpus(keys.documents, keys.layout)
