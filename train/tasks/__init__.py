@@ -7,6 +7,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   scalar metrics to log;
 - `evaluate(variables, batch) -> sums`: a flat dict of sums with `count`, the number of examples;
   `batch["mask"]` [b] is 0 on padding rows;
+- optional `score(sums) -> sums`: what only the host can count (text metrics), from the global
+  arrays that `evaluate` returned; runs on every process alike;
 - optional `update(state, batch, rng) -> (state, loss, metrics)` in place of `loss`, for alternating
   or constrained updates;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
