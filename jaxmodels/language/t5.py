@@ -439,6 +439,25 @@ def _mask(attention_mask: jax.Array | None) -> jax.Array | None:
     return None if attention_mask is None else padding_mask(attention_mask)
 
 
+def check_ids(ids: np.ndarray, vocabulary: int, what: str = "input") -> None:
+    """Refuse ids `[B, T]` outside 0..vocabulary - 1 and rows of padding (0) alone.
+
+    Indexing under `jit` would clip them without a word; call this on the host.
+
+    Raises ValueError with the position.
+    """
+    ids = np.asarray(ids)
+    wrong = np.argwhere((ids < 0) | (ids >= vocabulary))
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{what} {list(place)}: token id {int(ids[place])} is not in 0..{vocabulary - 1}"
+        )
+    empty = np.flatnonzero(~(ids != 0).any(axis=-1)) if ids.shape[-1] else np.arange(len(ids))
+    if len(empty):
+        raise ValueError(f"{what} [{int(empty[0])}] is empty")
+
+
 def shift_right(labels: jax.Array, start: int = 0, pad: int = 0) -> jax.Array:
     """Decoder inputs of labels `[B, T]`: `start`, then the labels but the last, -100 as `pad`."""
     shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)

@@ -8,7 +8,9 @@ Layout of the ids, as in Salesforce/codet5-base and the CoditT5 checkpoints made
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,8 @@ from jaxmodels.language.edit_plans import EDIT_TOKENS
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 PAD, BOS, EOS, UNK, MASK = range(5)
 SENTINELS = 100
+_log = logging.getLogger(__name__)
+_cut = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +180,8 @@ def padded(
 ) -> np.ndarray:
     """Ids int32 `[length]`, right-padded with 0; cut on the right where `truncate` allows it.
 
+    The log counts what was cut, at 1, 10, 100, ...
+
     Raises ValueError with the length for a longer one, and for an empty one.
     """
     if len(ids) == 0:
@@ -185,6 +191,10 @@ def padded(
             f"{what} of {len(ids)} tokens is above the maximum of {length}; allow it with "
             "data.options.truncate=True"
         )
+    if len(ids) > length:
+        n = next(_cut)
+        if 10 ** (len(str(n)) - 1) == n:
+            _log.warning("%d sequences cut to their maximum so far, this %s to %d", n, what, length)
     row = np.zeros(length, np.int32)
     row[: min(len(ids), length)] = ids[:length]
     return row

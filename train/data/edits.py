@@ -51,6 +51,8 @@ SPLITS = edit_sources.SPLITS
 PUBLISHED_SIZES = {"bf-small": (46680, 5835, 5835), "bf-medium": (52364, 6545, 6545)}
 # Test examples draw their bug or corruption from this, so that they are the same in every run.
 _FIXED_SEED = 7
+# Statements of this many words train the vocabulary.
+_VOCABULARY_WORDS = (4, 9)
 
 
 @dataclasses.dataclass
@@ -225,9 +227,10 @@ def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
     if options["tokenizer"]:
         return _loaded(str(options["tokenizer"]))
     key = _frozen(options)
-    # Pre-training and fine-tuning share one vocabulary, so that weights can go from one to other.
-    if key[0] in ("repairs", "pretraining"):
-        key = ("repairs", *key[1:])
+    if key[0] != "published":
+        # One vocabulary for all of them, so that weights go from pre-training to any fine-tuning.
+        fixed = {**options, "task": "repairs", "repository": None, "words": _VOCABULARY_WORDS}
+        key = _frozen(fixed)
     return _trained(int(options["vocabulary"]), key)
 
 

@@ -160,6 +160,7 @@ class Editing:
             ids = np.zeros((rows, options["max_source"]), np.int32)
             ids[: len(part)] = part
             ids[len(part) :, 0] = code_tokenizer.EOS
+            t5.check_ids(ids, self.model.vocab_size)
             tokens = np.asarray(self._compiled[0](variables, ids, beams, returned).tokens)
             found += [[bpe.decode(row[1:]) for row in tokens[i]] for i in range(len(part))]
         return found
@@ -217,10 +218,20 @@ class Editing:
 def from_config(config) -> Editing:
     """The task of a config: its T5, the data's options, and `task_args`."""
     model = build_model(config)
+    options = pipeline.resolve(config.data)[1]
     if not isinstance(model, t5.T5):
         raise ConfigError(f"config.model: editing wants a language.t5, not {config.model}")
-    _, options = pipeline.resolve(config.data)
-    return Editing(model=model, data=_frozen(options), **config.task_args)
+    # Ids beyond the embedding would be clipped without a word.
+    if options["tokenizer"]:
+        edits.tokenizer(options).check_rows(model.vocab_size)
+    elif options["vocabulary"] > model.vocab_size:
+        raise ConfigError(
+            f"config.model_args.vocab_size: {model.vocab_size} rows for data.options.vocabulary of "
+            f"{options['vocabulary']} tokens (edit tokens included)"
+        )
+    comments = options["task"] == "published" and options["dataset"] == "comment-update"
+    arguments = {"comments": comments, **config.task_args}
+    return Editing(model=model, data=_frozen(options), **arguments)
 
 
 def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
