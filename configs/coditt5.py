@@ -99,6 +99,8 @@ def _paper(config, preset):
     config.schedule.hold_for = epoch
     config.task_args = {"eval_beams": 5, "test_beams": 20}
     config.model_args = {"remat": True}
+    if pretraining:
+        config.optimizer.accumulate = 8  # the logits of 1024 x 512 tokens fill a chip
     config.precision = "bfloat16"
     config.log_every = 100
     config.eval.every = epoch // 2 if pretraining else epoch
