@@ -22,11 +22,13 @@ from jaxmodels.language import decoding
 from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.attention import (
     attend,
+    attend_cached,
     causal_mask,
+    head_major,
     merge_heads,
     padding_mask,
     split_heads,
-    update_cache,
+    write_cache,
 )
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import keep_masks, keep_where
@@ -119,26 +121,27 @@ class Attention(_Sublayer):
         query = split_heads(query, heads)
         key_projection = self.linear(width, self.d_model**-0.5, "k")
         value_projection = self.linear(width, self.d_model**-0.5, "v")
-        rows = query.shape
-        if source is not None:
+        if source is None:
+            memory = [self.get_variable("memory", name) for name in ("key", "value")]
+            beams = query.reshape(memory[0].shape[0], -1, *query.shape[2:])
+            y = attend_cached(beams, *memory, bias=bias, mask=mask, scale=1).reshape(query.shape)
+        else:
             key = split_heads(key_projection(source), heads)
             value = split_heads(value_projection(source), heads)
             if length:
-                key, value = update_cache(self, key, value, position, length)
-        else:
-            key = self.get_variable("memory", "key")
-            value = self.get_variable("memory", "value")
-            query = query.reshape(key.shape[0], -1, *query.shape[2:])
-        y = attend(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            scale=1,
-            dropout_rate=self.dropout_rate,
-            keep=keep,
-        ).reshape(rows)
+                kept = write_cache(self, key, value, position, length)
+                y = attend_cached(query, *kept, bias=bias, mask=mask, scale=1)
+            else:
+                y = attend(
+                    query,
+                    key,
+                    value,
+                    bias=bias,
+                    mask=mask,
+                    scale=1,
+                    dropout_rate=self.dropout_rate,
+                    keep=keep,
+                )
         return self.linear(self.d_model, width**-0.5, "o")(merge_heads(y))
 
 
@@ -495,9 +498,11 @@ def cached_decoder(
     memories = []
     for layer in layers:
         cross = layer["layer.1.EncDecAttention"]
-        key, value = (
-            split_heads(encoded @ cross[name]["kernel"].astype(encoded.dtype), module.num_heads)
-            for name in ("k", "v")
+        key, value = head_major(
+            *(
+                split_heads(encoded @ cross[name]["kernel"].astype(encoded.dtype), module.num_heads)
+                for name in ("k", "v")
+            )
         )
         memories.append({"layer.1.EncDecAttention": {"key": key, "value": value}})
     keep = _mask(attention_mask)
@@ -517,11 +522,12 @@ def cached_decoder(
         x = stack.norm(None).apply({"params": decoder["final_layer_norm"]}, x)
         return module.apply({"params": params}, x[:, 0], method="logits"), new
 
-    shape = (rows, length, module.num_heads, module.d_kv)
-    empty = {"cache": {"layer.0.SelfAttention": {}}}
-    for name in ("key", "value"):
-        empty["cache"]["layer.0.SelfAttention"][name] = jnp.zeros(shape, module.dtype)
-    return step, [empty] * stack.num_layers
+    heads = (rows, module.num_heads)
+    empty = {
+        "key": jnp.zeros((*heads, module.d_kv, length), module.dtype),
+        "value": jnp.zeros((*heads, length, module.d_kv), module.dtype),
+    }
+    return step, [{"cache": {"layer.0.SelfAttention": empty}}] * stack.num_layers
 
 
 def _layer(stacked: Any, i: int) -> Any:

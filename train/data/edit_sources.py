@@ -157,12 +157,12 @@ def git_edits(
     seen, count = set(), 0
     for commit in log.split("\x01")[1:]:
         subject, _, diff = commit.partition("\n")
-        for part in diff.split("\ndiff --git ")[0:]:
+        for part in diff.split("\ndiff --git "):
             name = re.search(r"^\+\+\+ b/(.*)$", part, re.MULTILINE)
             for hunk in re.split(r"^@@.*$", part, flags=re.MULTILINE)[1:]:
                 old, new = ([] for _ in range(2))
-                for line in hunk.splitlines():
-                    if line[:1] in "-+":
+                for line in hunk.split("\n"):
+                    if line.startswith(("-", "+")):
                         (old if line[0] == "-" else new).append(line[1:])
                 if not (name and 1 <= len(old) <= 3 and 1 <= len(new) <= 3):
                     continue

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "max_source": 64,
     "max_target": 72,
     "truncate": False,  # cut longer sequences instead of refusing them
+    "context": True,  # give the model what stands beside the old text
     "words": (5, 16),  # least and most words of a text
     "limit": 0,  # at most so many texts; 0: all
     "evaluated": 0,  # at most so many examples of valid and test; 0: all
@@ -266,6 +267,7 @@ def example_of(
         old, contexts, new = " ".join(corrupted(words, raw["modality"], rng)), [], raw["text"]
     else:
         old = raw["text"]
+    contexts = contexts if options["context"] else []
     output = edit_plans.model_output(old, new) if options["target"] == "plan" else new
     return Example(edit_plans.model_input(old, contexts), output, old, new)
 
