@@ -17,7 +17,7 @@ paper_pretrain  the published pre-training, from codet5-base resized by 24 rows.
 from train.defaults import default_config
 
 PRESETS = ("small", "generator", "pretrain", "git", "paper", "paper_pretrain")
-VOCABULARY = 2048
+VOCABULARY = 1024
 
 
 def get_config(preset: str = "small"):
@@ -49,9 +49,9 @@ def _small(config, preset):
         preset, "edits:repairs"
     )
     sizes = {
-        "edits:repairs": {"words": (4, 9), "max_source": 40, "max_target": 40},
-        "edits:pretraining": {"words": (5, 20), "max_source": 56, "max_target": 72},
-        "edits:git": {"words": (3, 12), "max_source": 48, "max_target": 48},
+        "edits:repairs": {"words": (4, 9), "max_source": 40, "max_target": 48, "context": False},
+        "edits:pretraining": {"words": (5, 16), "max_source": 56, "max_target": 80},
+        "edits:git": {"words": (3, 12), "max_source": 72, "max_target": 80},
     }
     config.data.options = {
         **sizes[config.data.name],
@@ -65,10 +65,10 @@ def _small(config, preset):
     config.optimizer.args = {"b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01}
     config.optimizer.clip_norm = 1.0
     config.schedule.update(name="cosine", peak=2e-3, end=0.0, warmup_steps=100)
-    config.steps, config.batch_size = 2000, 32
-    config.log_every = 50
-    config.eval.update(every=500, batch_size=64)
-    config.checkpoint.every = 500
+    config.steps, config.batch_size = 6000, 16
+    config.log_every = 200
+    config.eval.update(every=2000, batch_size=64)
+    config.checkpoint.every = 1000
 
 
 def _paper(config, preset):

@@ -69,13 +69,11 @@ def rerank(
     old = [line[0] for line in lines]
     sources = [edit_plans.model_input(*line) for line in lines]
     written = base.hypotheses(variables, sources, beams=beams, returned=beams)
-    forms = [
-        [
-            [scored_form(task, o, h, own=task is base) for h in group]
-            for o, group in zip(old, written)
-        ]
-        for task in (base, reranker)
-    ]
+
+    def forms(task, own):
+        pairs = zip(old, written)
+        return [[scored_form(task, o, h, own=own) for h in group] for o, group in pairs]
+
     best = reranking.best_indices(
         base.likelihoods(variables, sources, forms(base, own=True)),
         reranker.likelihoods(reranker_variables, sources, forms(reranker, own=False)),

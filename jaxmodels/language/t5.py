@@ -84,7 +84,7 @@ class _Sublayer(nn.Module):
             name=name,
         )
 
-    def norm(self, name: str | None) -> RMSNorm:
+    def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.layer_norm_epsilon, self.dtype, self.param_dtype, name=name)
 
     def masks(self, train: bool, *shapes: tuple[int, ...]) -> list[jax.Array | None]:
@@ -265,6 +265,20 @@ class Stack(_Sublayer):
         return jnp.transpose(table[buckets], (2, 0, 1))[None]
 
 
+def stack_of(module: T5, *, is_decoder: bool) -> Stack:
+    """The encoder's or the decoder's stack of blocks, as a module of its own."""
+    layers = (module.num_decoder_layers or module.num_layers) if is_decoder else module.num_layers
+    return Stack(
+        **{name: getattr(module, name) for name in _SHARED},
+        num_layers=layers,
+        is_decoder=is_decoder,
+        relative_attention_num_buckets=module.relative_attention_num_buckets,
+        relative_attention_max_distance=module.relative_attention_max_distance,
+        remat=module.remat,
+        scan_unroll=module.scan_unroll,
+    )
+
+
 class T5(nn.Module):
     """T5 or CodeT5; arguments are those of a checkpoint's `config.json`.
 
@@ -308,19 +322,6 @@ class T5(nn.Module):
             return self.tie_word_embeddings
         return self.scale_decoder_outputs
 
-    def stack(self, *, is_decoder: bool) -> Stack:
-        """The encoder's or the decoder's stack of blocks."""
-        layers = (self.num_decoder_layers or self.num_layers) if is_decoder else self.num_layers
-        return Stack(
-            **{name: getattr(self, name) for name in _SHARED},
-            num_layers=layers,
-            is_decoder=is_decoder,
-            relative_attention_num_buckets=self.relative_attention_num_buckets,
-            relative_attention_max_distance=self.relative_attention_max_distance,
-            remat=self.remat,
-            scan_unroll=self.scan_unroll,
-        )
-
     def setup(self):
         activation_of(self.feed_forward_proj)
         self.shared = nn.Embed(
@@ -330,8 +331,8 @@ class T5(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        self.encoder = self.stack(is_decoder=False)
-        self.decoder = self.stack(is_decoder=True)
+        self.encoder = stack_of(self, is_decoder=False)
+        self.decoder = stack_of(self, is_decoder=True)
         if not self.tie_word_embeddings:
             self.lm_head = Linear(
                 self.vocab_size,
@@ -490,7 +491,8 @@ def cached_decoder(
     """
     params = variables["params"]
     encoded = module.apply({"params": params}, input_ids, attention_mask, method="encode")
-    stack = module.stack(is_decoder=True)
+    stack = stack_of(module, is_decoder=True)
+    norm = RMSNorm(module.layer_norm_epsilon, module.dtype, module.param_dtype)
     block = Block(**stack.shared(), is_decoder=True)
     decoder = params["decoder"]
     # Cut once, before the loop: layers scanned inside it would copy their weights at every token.
@@ -519,7 +521,7 @@ def cached_decoder(
                 state, x, bias, mask, None, keep, position, False, length, mutable=["cache"]
             )
             new.append(own)
-        x = stack.norm(None).apply({"params": decoder["final_layer_norm"]}, x)
+        x = norm.apply({"params": decoder["final_layer_norm"]}, x)
         return module.apply({"params": params}, x[:, 0], method="logits"), new
 
     heads = (rows, module.num_heads)

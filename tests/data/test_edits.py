@@ -1,5 +1,6 @@
 """Edits as data: the vocabulary's layout, and each of the four sources."""
 
+import itertools
 import json
 import logging
 import subprocess
@@ -11,7 +12,7 @@ from jaxmodels.language import edit_plans
 from train.data import bug_injection, code_tokenizer, edit_sources, edits, pipeline
 from train.data.code_tokenizer import CodeTokenizer
 
-SMALL = {"packages": ("json", "email"), "vocabulary": 512, "max_source": 60, "max_target": 80}
+SMALL = {"packages": ("json", "email"), "vocabulary": 512, "max_source": 120, "max_target": 160}
 
 
 def options_of(path, variant="repairs", **options):
@@ -41,7 +42,7 @@ def test_texts_come_back_without_separator_and_with_blanks_around_edit_tokens(bp
     assert bpe.decode([*bpe.encode("a b"), 7, 8]) == "a b"
     assert bpe.decode(bpe.encode("old </s> context")) == "old"
     lone = bpe.tokenizer.token_to_id("Ġ")
-    assert bpe.pieces("x <DELETE> y")[-3] == lone  # a blank before a marker stands alone
+    assert bpe.pieces("x <DELETE> y")[1] == lone  # a blank before a marker stands alone
 
 
 def test_published_vocabulary_files_give_the_same_ids(bpe, tmp_path):
@@ -74,12 +75,12 @@ def test_too_few_rows_and_a_vocabulary_without_room_are_refused_with_both_number
     assert small.size == 400
 
 
-def test_long_sequences_are_refused_or_cut_and_counted(caplog):
+def test_long_sequences_are_refused_or_cut_and_counted(caplog, monkeypatch):
     with pytest.raises(ValueError, match="input of 5 tokens is above the maximum of 3"):
         code_tokenizer.padded(range(1, 6), 3, truncate=False, what="input")
     with pytest.raises(ValueError, match="empty input"):
         code_tokenizer.padded([], 3, truncate=False, what="input")
-    code_tokenizer._cut = iter([10])
+    monkeypatch.setattr(code_tokenizer, "_cut", itertools.count(10))
     with caplog.at_level(logging.WARNING):
         assert code_tokenizer.padded(range(1, 6), 3, truncate=True).tolist() == [1, 2, 3]
     assert "10 sequences cut" in caplog.text
@@ -100,7 +101,7 @@ def test_repairs_mend_statements_and_test_examples_stay_while_training_ones_chan
     batch = next(
         pipeline.eval_batches({"name": "edits", "options": options}, "valid", batch_size=4)
     )
-    assert batch["input_ids"].shape == (4, 60) and batch["labels"].shape == (4, 80)
+    assert batch["input_ids"].shape == (4, 120) and batch["labels"].shape == (4, 160)
     plain = edits.eval_examples("valid", {**options, "target": "sequence"})
     assert [e.output for e in plain] == [e.new for e in examples]
 
@@ -158,6 +159,9 @@ def test_a_history_gives_its_small_edits_with_the_commits_subject(tmp_path, prep
     (example,) = edits.eval_examples(split, options)
     assert example.source == f"return a + b </s> {context}"
     assert example.output == ("<REPLACE_OLD> + <REPLACE_NEW> - <REPLACE_END> <s> return a - b")
+    other = next(s for s in edits.SPLITS if s != split)
+    with pytest.raises(ValueError, match=f"nothing in split '{other}'"):
+        edits.source(other, options)
     with pytest.raises(ValueError, match="is no readable git repository"):
         edit_sources.git_head(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"data\.options\.repository"):

@@ -101,7 +101,8 @@ class EditTexts(tfds.core.GeneratorBasedBuilder):
         by_split: dict[str, list[edit_sources.Text]] = {split: [] for split in SPLITS}
         for text in texts:
             by_split[edit_sources.split_of(text.file)].append(text)
-        return {split: self._generate_examples(found) for split, found in by_split.items()}
+        # TFDS has no empty splits; a small repository may lack one.
+        return {s: self._generate_examples(found) for s, found in by_split.items() if found}
 
     def _generate_examples(self, texts):
         for i, text in enumerate(texts):
@@ -167,12 +168,7 @@ def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
     """Texts of a split, by `index`: `edit_sources.Text` fields, or published lines."""
     _check(options)
     key = _frozen(options)
-    return _limited(
-        split, _published(split, *key) if key[0] == "published" else _texts(split, *key), options
-    )
-
-
-def _limited(split, found, options):
+    found = (_published if key[0] == "published" else _texts)(split, *key)
     most = int(options["evaluated"])
     if split == SPLITS[0] or not most:
         return found
@@ -204,9 +200,10 @@ def _texts(split, task, packages, repository, words, limit, directory, dataset):
             "limit": limit,
         }
     )
-    arrays = array_source.read_split(
-        preparation.prepare(EditTexts, directory, config=config), split
-    )
+    builder = preparation.prepare(EditTexts, directory, config=config)
+    if split not in builder.info.splits:
+        raise ValueError(f"edits:{task} has nothing in split {split!r}: too few source files")
+    arrays = array_source.read_split(builder, split)
     texts = {k: np.array([t.decode() for t in v], object) for k, v in arrays.items()}
     return array_source.ArraySource({**texts, "index": np.arange(len(texts["text"]))})
 
