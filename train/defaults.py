@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
             ),
             "schedule": ConfigDict(
                 {
-                    "name": "cosine",  # constant | cosine | step | polynomial
+                    "name": "cosine",  # constant | cosine | step | polynomial | one_cycle
                     "peak": 0.1,
                     "end": 0.0,
                     "warmup_steps": 0,
@@ -45,6 +45,7 @@ def default_config() -> ConfigDict:
                     "boundaries": (),  # step: steps at which the rate is multiplied
                     "factor": 0.1,
                     "power": 1.0,  # polynomial
+                    "pct_start": 0.1,  # one_cycle: the share of it before the rate falls
                 }
             ),
             "ema": ConfigDict({"decay": 0.0}),  # 0: none

@@ -131,7 +131,10 @@ class Plan:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             ):
-                total = sums_.merge(total, step(variables, global_batch(batch, rows)))
+                sums = step(variables, global_batch(batch, rows))
+                if hasattr(self.task, "score"):
+                    sums = self.task.score(self.host_copy(sums))
+                total = sums_.merge(total, sums)
             return sums_.compute(total)
 
         return run

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial")
+SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle")
+# Optimizers that Optax does not have.
+OWN = {"hf_adamw": hf_adamw}
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
@@ -39,6 +42,13 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         body = optax.piecewise_constant_schedule(
             peak, {int(b) - offset: config.factor for b in config.boundaries}
         )
+    elif config.name == "one_cycle":
+        # PyTorch's with div_factor 1: flat, then linear; a cycle's step is `hold_for` updates.
+        cycles = -(-steps // config.hold_for)
+
+        def body(t):
+            step = t // config.hold_for
+            return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
     else:
         body = optax.polynomial_schedule(peak, end, config.power, span)
 
@@ -75,9 +85,10 @@ def decay_mask(rule: str) -> Callable:
 
 def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping, weight decay, the named Optax optimizer, frozen parameters: in this order."""
-    factory = getattr(optax, config.name, None)
+    factory = OWN.get(config.name) or getattr(optax, config.name, None)
     if factory is None or config.name.startswith("_"):
         known = ("sgd", "adam", "adamw", "adagrad", "adafactor", "lamb", "lars", "lion", "rmsprop")
+        known = (*known, *OWN)
         raise ConfigError(
             f"config.optimizer.name: no optimizer {config.name!r}; {nearest(config.name, known)}"
         )

@@ -9,6 +9,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   `batch["mask"]` [b] is 0 on padding rows;
 - optional `measure(variables, config, mesh) -> {name: number}` in place of `evaluate`, where
   metrics do not add up over batches (ranking a collection); every process calls it;
+- optional `score(sums) -> sums`: what only the host can count (text metrics), from the global
+  arrays that `evaluate` returned; runs on every process alike;
 - optional `update(state, batch, rng) -> (state, loss, metrics)` in place of `loss`, for alternating
   or constrained updates;
 - optional `finished(extra) -> bool`: asked at log lines; True ends the run before `config.steps`;
