@@ -33,7 +33,7 @@ def default_config() -> ConfigDict:
             ),
             "schedule": ConfigDict(
                 {
-                    "name": "cosine",  # constant | cosine | step | polynomial
+                    "name": "cosine",  # constant | cosine | step | polynomial | inverse_sqrt
                     "peak": 0.1,
                     "end": 0.0,
                     "warmup_steps": 0,

@@ -11,7 +11,7 @@ import optax
 
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial")
+SCHEDULES = ("constant", "cosine", "step", "polynomial", "inverse_sqrt")
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
@@ -20,6 +20,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -39,6 +40,12 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         body = optax.piecewise_constant_schedule(
             peak, {int(b) - offset: config.factor for b in config.boundaries}
         )
+    elif config.name == "inverse_sqrt":
+        if not warmup:
+            raise ConfigError("config.schedule.warmup_steps: inverse_sqrt needs at least 1")
+
+        def body(t):
+            return peak * jnp.sqrt(warmup / jnp.maximum(t + offset, warmup))
     else:
         body = optax.polynomial_schedule(peak, end, config.power, span)
 
