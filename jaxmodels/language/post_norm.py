@@ -20,7 +20,7 @@ from jax.nn import initializers
 from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.attention import attend, causal_mask, merge_heads, split_heads
 from jaxmodels.layers.convolution import Linear
-from jaxmodels.layers.dropout import dropout
+from jaxmodels.layers.dropout import keep_masks, keep_where
 from jaxmodels.layers.initializers import Initializer
 from jaxmodels.layers.normalization import LayerNorm
 
@@ -84,17 +84,20 @@ class MultiHeadAttention(nn.Module):
         value: jax.Array,
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
-        rng: jax.Array | None = None,
+        keep: jax.Array | None = None,
     ) -> jax.Array:
-        """Queries from x [B, T, D] over keys and values [B, S, N, H] -> [B, T, D]."""
+        """Queries from x [B, T, D] over keys and values [B, S, N, H] -> [B, T, D].
+
+        `keep` [B, N, T, S]: the weights that dropout leaves, None for all.
+        """
         query = split_heads(self.q_proj(x), self.heads)
-        y = attend(query, key, value, bias=bias, mask=mask, dropout_rate=self.dropout, rng=rng)
+        y = attend(query, key, value, bias=bias, mask=mask, dropout_rate=self.dropout, keep=keep)
         return self.out_proj(merge_heads(y))
 
-    def __call__(self, x, memory=None, bias=None, mask=None, rng=None) -> jax.Array:
+    def __call__(self, x, memory=None, bias=None, mask=None, keep=None) -> jax.Array:
         """x [B, T, D] over memory [B, S, D], itself when there is none."""
         key, value = self.keys_and_values(x if memory is None else memory)
-        return self.read(x, key, value, bias, mask, rng)
+        return self.read(x, key, value, bias, mask, keep)
 
 
 class PostNormLayer(nn.Module):
@@ -121,9 +124,22 @@ class PostNormLayer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.nowrap
-    def _drop(self, x, rng, site, rate=None):
-        rate = self.dropout if rate is None else rate
-        return x if rng is None or rate == 0 else dropout(x, rate, jax.random.fold_in(rng, site))
+    def _masks(self, rng, x, memory) -> dict[str, jax.Array | None]:
+        """What dropout keeps at each of the layer's sites, all rates' masks from one draw each."""
+        shape, keys = x.shape, x.shape[1]
+        weights, rest = self.attention_dropout, self.dropout
+        sites = {"self_weights": (weights, (shape[0], self.heads, keys, keys))}
+        sites["self"] = sites["output"] = (rest, shape)
+        if self.cross:
+            sites["cross_weights"] = (weights, (shape[0], self.heads, keys, memory.shape[1]))
+            sites["cross"] = (rest, shape)
+        sites["hidden"] = (self.activation_dropout, (*shape[:-1], self.hidden))
+        masks = {}
+        for i, rate in enumerate(sorted({rate for rate, _ in sites.values()})):
+            names = [name for name, (own, _) in sites.items() if own == rate]
+            drawn = jax.random.fold_in(rng, i)
+            masks |= zip(names, keep_masks(drawn, rate, [sites[name][1] for name in names]))
+        return masks
 
     @nn.compact
     def __call__(
@@ -179,10 +195,14 @@ class PostNormLayer(nn.Module):
             if only_memory:
                 return encoder_attn.keys_and_values(memory)
 
+        masks = {} if rng is None else self._masks(rng, x, memory)
+
+        def drop(y, site, rate=self.dropout):
+            return keep_where(y, masks.get(site), rate)
+
         self_attn = attention("self_attn")
-        weights_rng = None if rng is None else jax.random.fold_in(rng, 0)
         if cache is None:
-            y = self_attn(x, None, bias, mask, weights_rng)
+            y = self_attn(x, None, bias, mask, masks.get("self_weights"))
         else:
             new = self_attn.keys_and_values(x)
             cache = tuple(
@@ -191,22 +211,21 @@ class PostNormLayer(nn.Module):
             )
             mask = causal_mask(x.shape[1], cache[0].shape[1], position)
             y = self_attn.read(x, *cache, bias, mask)
-        x = norm("self_attn_layer_norm")(x + self._drop(y, rng, 1))
+        x = norm("self_attn_layer_norm")(x + drop(y, "self"))
 
         if self.cross:
-            weights_rng = None if rng is None else jax.random.fold_in(rng, 2)
             if isinstance(memory, tuple):
                 # Rows of one sentence are further queries into its one memory.
                 rows = memory[0].shape[0]
                 grouped = x.reshape(rows, -1, self.features)
-                y = encoder_attn.read(grouped, *memory, None, memory_mask, weights_rng)
+                y = encoder_attn.read(grouped, *memory, None, memory_mask)
                 y = y.reshape(x.shape)
             else:
-                y = encoder_attn(x, memory, None, memory_mask, weights_rng)
-            x = norm("encoder_attn_layer_norm")(x + self._drop(y, rng, 3))
+                y = encoder_attn(x, memory, None, memory_mask, masks.get("cross_weights"))
+            x = norm("encoder_attn_layer_norm")(x + drop(y, "cross"))
 
         y = Linear(self.hidden, name="fc1", **up, **types)(x)
-        y = self._drop(ACTIVATIONS[self.activation](y), rng, 4, self.activation_dropout)
+        y = drop(ACTIVATIONS[self.activation](y), "hidden", self.activation_dropout)
         y = Linear(self.features, name="fc2", **down, **types)(y)
-        x = norm("final_layer_norm")(x + self._drop(y, rng, 5))
+        x = norm("final_layer_norm")(x + drop(y, "output"))
         return x if cache is None else (x, cache)

@@ -72,13 +72,7 @@ def run(case) -> dict[str, Any]:
     """Every wanted output of one case."""
     if "span corruption" in case.model:
         return _span_corruption(case)
-    config = case.config
-    arguments = {name: config[name] for name in SAME_NAMES if name in config}
-    arguments["embed_dim"] = config["encoder_embed_dim"]
-    arguments["activation"] = config.get("activation", "gelu").split()[0]
-    arguments["no_scale_embedding"] = config.get("embed_scale") == 1.0
-    arguments["pad_id"], arguments["eos_id"] = config["pad"], config["eos"]
-    arguments["rel_pos_buckets"] = config.get("build", config).get("rel_pos_buckets", 32)
+    config, arguments = case.config, arguments_of(case.config)
     module, variables = jaxmodels.load("language.ganlm", case.weights, **arguments)
     inputs = {k: jnp.asarray(v, jnp.int32) for k, v in case.inputs.items()}
     if "class_logits" in case.outputs:
@@ -90,6 +84,17 @@ def run(case) -> dict[str, Any]:
         outputs |= _generation(case, module, variables, inputs)
     states = jax.jit(lambda v, x: _states(module, v, x))(variables, inputs)
     return {**outputs, **_numbered(states)}
+
+
+def arguments_of(config) -> dict[str, Any]:
+    """Constructor arguments of a case's model."""
+    arguments = {name: config[name] for name in SAME_NAMES if name in config}
+    arguments["embed_dim"] = config["encoder_embed_dim"]
+    arguments["activation"] = config.get("activation", "gelu").split()[0]
+    arguments["no_scale_embedding"] = config.get("embed_scale") == 1.0
+    arguments["pad_id"], arguments["eos_id"] = config["pad"], config["eos"]
+    arguments["rel_pos_buckets"] = config.get("build", config).get("rel_pos_buckets", 32)
+    return arguments
 
 
 def _passes(case, module, variables, inputs) -> dict[str, Any]:
