@@ -67,7 +67,7 @@ def _jax_model(layers: tuple[int, int, int], unroll: int, dropout: float):
         discriminator_decoder_layers=layers[2],
         dropout=dropout,
         attention_dropout=dropout,
-        unroll=unroll,
+        scan_unroll=unroll,
     )
     tokens = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]

@@ -75,7 +75,7 @@ def _small(config, preset):
         # Smaller than its data: nothing to drop out.
         "dropout": 0.0,
         "attention_dropout": 0.0,
-        "unroll": 2,
+        "scan_unroll": 2,
     }
     config.data.options = {"pieces": PIECES, "vocab_size": size}
     config.batch_size, config.eval.batch_size = 32, 64

@@ -106,7 +106,7 @@ class Stack(nn.Module):
     relative_buckets: int = 0
     detection_head: bool = False
     remat: bool = False
-    unroll: int = 1
+    scan_unroll: int = 1
 
     def setup(self) -> None:
         layer = self.layer
@@ -203,7 +203,7 @@ class Stack(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=layers,
-                unroll=min(self.unroll, layers),
+                unroll=min(self.scan_unroll, layers),
             )(layer, carry, inputs)
 
         if layers == self.layers:
@@ -227,8 +227,8 @@ class GanLM(nn.Module):
     `num_classes` > 0 adds a classification head named `head_name`.
     The discriminator drops nothing out where it stands beside a generator, unless it shares its
     layers (the official behavior). `rescale_init` divides the residual outputs of decoder layer l
-    by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass; `unroll` layers
-    are computed by one turn of the scan (compile time grows with it). `resize_checkpoint` lets
+    by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass; `scan_unroll`
+    layers are computed by one turn of the scan (compile time grows with it). `resize_checkpoint` lets
     files with another dictionary or other lengths be loaded.
 
     Raises ValueError for sizes that do not fit together and an unknown strategy.
@@ -262,7 +262,7 @@ class GanLM(nn.Module):
     pad_id: int = 1
     eos_id: int = 2
     remat: bool = False
-    unroll: int = 1
+    scan_unroll: int = 1
     resize_checkpoint: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -317,7 +317,7 @@ class GanLM(nn.Module):
             embed_scale=1.0 if self.no_scale_embedding else math.sqrt(self.embed_dim),
             layernorm_embedding=self.layernorm_embedding,
             remat=self.remat,
-            unroll=self.unroll,
+            scan_unroll=self.scan_unroll,
         )
         layer = dict(
             features=self.embed_dim,

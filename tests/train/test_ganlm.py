@@ -202,7 +202,7 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     report = (tmp_path / "report.md").read_text()
     assert "rougeL" in report and "greedy_exact_match" in report
     (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
-    (tmp_path / "lines.txt").write_text("the tree\nevery node holds a leaf\n", "utf-8")
+    (tmp_path / "lines.txt").write_text("ba di\nku mo\n", "utf-8")
     words = [w for w in words if "init_from" not in w]
     out = [f"--checkpoint={tmp_path}", f"--input={tmp_path / 'lines.txt'}",
            f"--output={tmp_path / 'out.csv'}"]  # fmt: skip
@@ -229,7 +229,7 @@ def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
     assert main([*words, f"--workdir={tmp_path}"]) == 0
     assert "majority_accuracy" in (tmp_path / "report.md").read_text()
     (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
-    (tmp_path / "lines.txt").write_text("the tree\tone leaf\n", "utf-8")
+    (tmp_path / "lines.txt").write_text("ba di\tku\n", "utf-8")
     words = [w for w in words if "init_" not in w]
     out = [f"--checkpoint={tmp_path}", f"--input={tmp_path / 'lines.txt'}",
            f"--output={tmp_path / 'out.csv'}"]  # fmt: skip

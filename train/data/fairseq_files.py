@@ -143,20 +143,25 @@ def train_tokenizer(sentences: Iterable[str], pieces: int, folder: str | os.Path
     """Write `spm.model`, a unigram model of the sentences, and its `dict.txt` of `pieces` lines.
 
     A function of the sentences alone: training is deterministic in one thread.
+    Raises ValueError where the text does not hold so many pieces.
     """
     import sentencepiece
 
     folder, model = pathlib.Path(folder), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        # SentencePiece's own <unk>, <s> and </s> are not pieces.
-        vocab_size=pieces + 3,
-        model_type="unigram",
-        character_coverage=0.9995,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            # SentencePiece's own <unk>, <s> and </s> are not pieces.
+            vocab_size=pieces + 3,
+            model_type="unigram",
+            character_coverage=0.9995,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise ValueError(f"no tokenizer of {pieces} pieces from this text: {reason}") from None
     (folder / "spm.model").write_bytes(model.getvalue())
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     lines = [f"{trained.id_to_piece(i)} {pieces + 3 - i}" for i in range(3, len(trained))]
