@@ -228,8 +228,8 @@ class GanLM(nn.Module):
     The discriminator drops nothing out where it stands beside a generator, unless it shares its
     layers (the official behavior). `rescale_init` divides the residual outputs of decoder layer l
     by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass; `scan_unroll`
-    layers are computed by one turn of the scan (compile time grows with it). `resize_checkpoint` lets
-    files with another dictionary or other lengths be loaded.
+    layers are computed by one turn of the scan (compile time grows with it).
+    `resize_checkpoint` lets files with another dictionary or other lengths be loaded.
 
     Raises ValueError for sizes that do not fit together and an unknown strategy.
     """
