@@ -34,7 +34,8 @@ def default_config() -> ConfigDict:
             ),
             "schedule": ConfigDict(
                 {
-                    "name": "cosine",  # constant | cosine | step | polynomial | one_cycle
+                    # constant | cosine | step | polynomial | one_cycle | inverse_sqrt
+                    "name": "cosine",
                     "peak": 0.1,
                     "end": 0.0,
                     "warmup_steps": 0,

@@ -12,7 +12,7 @@ import optax
 from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle")
+SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle", "inverse_sqrt")
 # Optimizers that Optax does not have.
 OWN = {"hf_adamw": hf_adamw}
 
@@ -23,6 +23,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -49,6 +50,12 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         def body(t):
             step = t // config.hold_for
             return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
+    elif config.name == "inverse_sqrt":
+        if not warmup:
+            raise ConfigError("config.schedule.warmup_steps: inverse_sqrt needs at least 1")
+
+        def body(t):
+            return peak * jnp.sqrt(warmup / jnp.maximum(t + offset, warmup))
     else:
         body = optax.polynomial_schedule(peak, end, config.power, span)
 

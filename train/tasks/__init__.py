@@ -6,7 +6,9 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
 - `loss(params, extra, batch, rng) -> (loss, (extra, metrics))`: scalar loss, updated collections,
   scalar metrics to log;
 - `evaluate(variables, batch) -> sums`: a flat dict of sums with `count`, the number of examples;
-  `batch["mask"]` [b] is 0 on padding rows;
+  `batch["mask"]` [b] is 0 on padding rows; a sum named `name|other` is divided by the sum `other`;
+- optional `uses_step`: `loss` takes the step's number as a fifth argument, `step`; optional
+  `weighted_by`: the metric in proportion to which micro-batches and `pmap` devices are averaged;
 - optional `measure(variables, config, mesh) -> {name: number}` in place of `evaluate`, where
   metrics do not add up over batches (ranking a collection); every process calls it;
 - optional `score(sums) -> sums`: what only the host can count (text metrics), from the global
