@@ -82,15 +82,12 @@ def main() -> None:
             from train.loop import fit
 
             config = configure(arm, seed, args.steps, args.path)
-            numbers = fit(
-                config, args.work / f"{arm.split('(')[0].strip().replace(' ', '_')}-{seed}"
-            )
-            report = (
-                json.loads((args.work / "baseline.json").read_text())
-                if (args.work / "baseline.json").exists()
-                else _baseline(config, args.work / "baseline.json")
-            )
-            rows.append({"arm": arm, "seed": seed, "steps": config.steps, **numbers, **report})
+            folder = arm.split("(")[0].strip().replace(" ", "_")
+            numbers = fit(config, args.work / f"{folder}-{seed}")
+            if not numbers:
+                return  # asked to stop; the same command goes on
+            row = {"arm": arm, "seed": seed, "steps": config.steps, **numbers}
+            rows.append({**row, **_baseline(config, args.work / "baseline.json")})
             with open(file, "a") as out:
                 out.write(json.dumps(rows[-1]) + "\n")
     text = table(rows)
@@ -99,11 +96,13 @@ def main() -> None:
 
 
 def _baseline(config, file: Path) -> dict[str, float]:
+    """BM25's measures, computed once."""
     from train.data import docstrings, pipeline
 
-    numbers = docstrings.retrieval_set(pipeline.resolve(config.data)[1], "test").baseline()
-    file.write_text(json.dumps(numbers))
-    return numbers
+    if not file.exists():
+        found = docstrings.retrieval_set(pipeline.resolve(config.data)[1], "test")
+        file.write_text(json.dumps(found.baseline()))
+    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """CAPSTONE: document expansion with a curriculum of pseudo queries.
 
 small     python -m train --config configs/capstone.py --workdir runs/capstone
-          synopses of API documentation find their bodies.
+          synopses of API documentation find their bodies: test MRR@10 0.08, success@10 0.15 (seed
+          0; BM25 0.466 and 0.649), about 4 minutes on two shared cores.
 stage2    python -m train.retrieve --config configs/capstone.py --checkpoint runs/capstone
               --output runs/mined --config.retrieve.split=train --config.retrieve.depth=200
               --config.retrieve.negatives=100
@@ -66,12 +67,12 @@ def _small(config, preset):
         "n_parts": 4 if preset == "stage2" else 3,
         "views": 4,
     }
-    config.steps, config.batch_size = 240, 64
-    config.schedule.update(peak=2e-3, warmup_steps=24)
+    config.steps, config.batch_size = 150, 64
+    config.schedule.update(peak=2e-3, warmup_steps=15)
     config.eval.split = "test"
     config.eval.batch_size = 256
-    config.log_every = 20
-    config.checkpoint.every = 120
+    config.log_every = 25
+    config.checkpoint.every = 75
     config.retrieve.shard_size = 2048
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.data.wordpiece import padded
 from train.naming import ConfigError
@@ -38,16 +39,28 @@ class Encoder:
       encode: `(variables, ids [B, L]) -> vectors [B, H]`; padding rows are all 0.
       longest: tokens of the longest row. batch_size: rows at a time, a multiple of the devices.
 
-    One program is compiled for each bucket of lengths; the result of a row depends neither on the
+    Of several processes each encodes what it is given, on its own devices. One program is compiled
+    for each bucket of lengths; the result of a row depends neither on the
     rows beside it nor on its bucket (to float rounding).
     """
 
     def __init__(self, encode: Callable, variables: Any, longest: int, batch_size: int, mesh=None):
         self._lengths = buckets(longest)
-        self._sharding = None if mesh is None else batch_sharding(mesh)
-        rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._variables, self._step, self._sharding = variables, jax.jit(encode), None
+        self._batch = batch_size
+        if mesh is None:
+            return
+        if jax.process_count() > 1:
+            # Every process works on its own: what it encodes is its own affair.
+            whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._variables = jax.tree.map(
+                lambda x: np.asarray(x.addressable_data(0)), whole(variables)
+            )
+            devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+            mesh = Mesh(devices, mesh.axis_names)
+        self._sharding = batch_sharding(mesh)
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch = -(-batch_size // rows) * rows
-        self._variables, self._step = variables, jax.jit(encode)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors float32 [len(rows), H], in the order of the rows."""
@@ -184,6 +197,7 @@ def retrieve_keys():
             "pseudo_queries": "",  # its pseudo queries
             "queries": "",  # a file of queries
             "judgments": "",  # a file of judgments
+            "answers": "",  # `question<tab>[answers]<tab>qid`: queries whose hits contain an answer
             "depth": 1000,
             "shard_size": 50_000,  # documents a shard
             "index": "exact",  # exact | faiss:DESCRIPTION

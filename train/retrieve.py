@@ -7,6 +7,8 @@ set, or the files that `config.retrieve` names:
     --config.retrieve.documents=corpus.tsv   id, title, text (train/data/retrieval_files.py)
     --config.retrieve.queries=queries.tsv    --config.retrieve.judgments=qrels.txt
     --config.retrieve.pseudo_queries=file    expansion of these documents
+    --config.retrieve.answers=qa.csv         questions with answers: success@k by passages that
+                                             contain one (Natural Questions)
     --config.retrieve.index=faiss:HNSW32     another index than the exact one (extra `retrieval`)
     --config.retrieve.negatives=100          write negatives.json: documents that are found but not
                                              relevant, by query, to train the next stage on
@@ -26,8 +28,10 @@ choose_platform()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from jaxmodels.retrieval import capstone, metrics  # noqa: E402
+from jaxmodels.retrieval.answers import first_hit  # noqa: E402
 from jaxmodels.retrieval.index import ExactIndex, FaissIndex  # noqa: E402
 from train.command_line import read_flags, stop_with_one_line  # noqa: E402
 from train.data import expansion, pipeline, retrieval_files  # noqa: E402
@@ -48,7 +52,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError("config.retrieve is missing: this config is not one of a retriever")
     from train.initialization import starting_variables
     from train.loop import Plan, compilation_cache
+    from train.parallel import start_processes
 
+    start_processes(config.parallel)
     compilation_cache()
     if not Path(paths["checkpoint"]).exists():
         raise ConfigError(f"--checkpoint {paths['checkpoint']}: no such file or directory")
@@ -61,7 +67,8 @@ def main(argv: list[str]) -> int:
     plan = Plan(config)
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     size = config.eval.batch_size or config.batch_size
-    variables = jax.device_put({"params": params, **extra})
+    everywhere = NamedSharding(plan.mesh, PartitionSpec())
+    variables = jax.device_put({"params": params, **extra}, everywhere)
 
     def encoder(method: str, longest: int) -> Encoder:
         return plan.task.encoder(variables, method, longest, size, plan.mesh)
@@ -81,8 +88,12 @@ def main(argv: list[str]) -> int:
         identity,
         encoder("encode_documents", options["document_length"]),
     )
-    if jax.process_index():
-        return 0
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("vectors are written")
+        if jax.process_index():
+            return 0
     asked = encoder("encode_queries", options["query_length"])(found.query_rows)
     depth = min(keys.depth, len(found.document_ids))
     scores, rows = _search(stores, asked, depth, keys.index)
@@ -94,7 +105,9 @@ def main(argv: list[str]) -> int:
     if keys.negatives:
         count = _write_negatives(output / "negatives.json", found, rows, keys.negatives)
         print(f"negatives of {count} queries in {output / 'negatives.json'}")
-    if found.judgments:
+    if keys.answers:
+        _evaluate_answers(output, rows, found, keys)
+    elif found.judgments:
         _evaluate(output, run, found, keys)
     return 0
 
@@ -126,11 +139,16 @@ def _set(config, family, options) -> RetrievalSet:
             query_ids=[],
             query_rows=[],
             judgments={},
+            document_text=lambda row: " ".join(corpus.document(row)),
         )
-        if not keys.queries:
+        if not (keys.queries or keys.answers):
             raise ConfigError("config.retrieve.queries: queries for these documents are wanted")
-    if keys.queries:
-        given = retrieval_files.read_queries(keys.queries)
+    if keys.queries or keys.answers:
+        if keys.answers:
+            rows = retrieval_files.read_questions_csv(keys.answers)
+            given = {name: question for question, _, name in rows}
+        else:
+            given = retrieval_files.read_queries(keys.queries)
         found = dataclasses.replace(
             found,
             query_ids=list(given),
@@ -260,6 +278,22 @@ def _evaluate(output: Path, run, found: RetrievalSet, keys) -> None:
     if absent:
         rule = "counted as 0" if keys.missing == "zero" else "left out"
         print(f"{absent} judged queries are not in the run; {rule}")
+
+
+def _evaluate_answers(output: Path, rows: np.ndarray, found: RetrievalSet, keys) -> None:
+    """Share of questions with an answer among the first k passages."""
+    if found.document_text is None:
+        raise ConfigError("config.retrieve.answers: this collection keeps no texts to look into")
+    answers = [a for _, a, _ in retrieval_files.read_questions_csv(keys.answers)]
+    hits = [
+        first_hit((found.document_text(r) for r in best if r >= 0), own)
+        for best, own in zip(rows.tolist(), answers)
+    ]
+    cuts = [k for k in (1, 5, 10, 20, 50, 100, 1000) if k <= rows.shape[1]]
+    numbers = {f"success@{k}": sum(h is not None and h < k for h in hits) / len(hits) for k in cuts}
+    (output / "metrics.json").write_text(json.dumps({"measures": numbers}, indent=1) + "\n")
+    print("\n".join(["| measure | value |", "|---|---|"]))
+    print("\n".join(f"| {k} | {v:.6g} |" for k, v in numbers.items()))
 
 
 if __name__ == "__main__":

@@ -163,8 +163,9 @@ class Embeddings(EncoderFields):
         positions = jnp.arange(ids.shape[1])
         x = x + table("position_embeddings", self.max_position_embeddings)(positions)
         if self.architecture == "bert":
-            types = jnp.zeros_like(ids) if types is None else types
-            x = x + table("token_type_embeddings", self.type_vocab_size)(types)
+            kinds = table("token_type_embeddings", self.type_vocab_size)
+            # One row for all: its gradient is a sum, not a scatter over every token.
+            x = x + (kinds.embedding[0].astype(x.dtype) if types is None else kinds(types))
         x = self.normalization("LayerNorm")(x)
         return dropout(x, self.hidden_dropout_prob, rng)
 

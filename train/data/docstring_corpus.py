@@ -99,7 +99,8 @@ def parse(docstring: str) -> tuple[str, str, tuple[str, ...]] | None:
             links = see_also(text)
         if title.lower() not in _LEFT_OUT_SECTIONS:
             body.append(f"{title}\n{text}")
-    document = " ".join(" ".join(body).split())
+    # A body that repeats its synopsis would give it away.
+    document = " ".join(" ".join(" ".join(body).split()).replace(query, " ").split())
     low, high = _QUERY_WORDS
     if not low <= len(query.split()) <= high or len(document.split()) < _DOCUMENT_WORDS:
         return None
@@ -197,6 +198,18 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Split by module; rows numbered over all splits."}
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(
+            name="-".join(PACKAGES), version=VERSION, description="All five packages."
+        )
+    ]
+
+    def __init__(self, *, packages: Sequence[str] = PACKAGES, **arguments):
+        self._packages = tuple(packages)
+        name = "-".join(packages)
+        known = {config.name for config in self.BUILDER_CONFIGS}
+        custom = tfds.core.BuilderConfig(name=name, version=self.VERSION)
+        super().__init__(config=name if name in known else custom, **arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -215,7 +228,7 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        found = entries()
+        found = entries(self._packages)
         links = resolve_links(found)
         return {split: self._generate_examples(found, links, split) for split in SPLITS}
 
@@ -234,9 +247,11 @@ class ApiDocstrings(tfds.core.GeneratorBasedBuilder):
                 )
 
 
-def read(path: str | None) -> tuple[list[Entry], list[list[int]], list[str]]:
+def read(
+    path: str | None, packages: Sequence[str] = PACKAGES
+) -> tuple[list[Entry], list[list[int]], list[str]]:
     """(entries, `See Also` rows of each, split of each) of the prepared data, in row order."""
-    builder = preparation.prepare(ApiDocstrings, path)
+    builder = preparation.prepare(ApiDocstrings, path, packages=tuple(packages))
     rows = {}
     for split in SPLITS:
         for example in builder.as_data_source(split):

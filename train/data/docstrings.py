@@ -15,7 +15,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmodels.retrieval import rouge
@@ -27,6 +26,7 @@ from train.data.wordpiece import TokenTable, WordPiece
 
 OPTIONS: dict[str, Any] = {
     **expansion.OPTIONS,
+    "packages": docstring_corpus.PACKAGES,
     "vocabulary": 8192,
     "title": False,  # the words of the function's name before its text
     "strip_name": False,  # leave the function's own name out of its text (harder)
@@ -41,36 +41,29 @@ _HARD_NEGATIVES = 30
 _SELF, _SEE_ALSO = 2, 1
 
 
-def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`query_ids` int32 [Lq] and `doc_ids` int32 [1 + negatives, Ld]."""
-    expansion.check_options(options)
-    documents = 1 + options["negatives"]
-    return {
-        "query_ids": jax.ShapeDtypeStruct((options["query_length"],), np.int32),
-        "doc_ids": jax.ShapeDtypeStruct((documents, options["document_length"]), np.int32),
-    }
-
-
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Queries of each split, with the pinned packages."""
     del options
     return dict(SIZES)
 
 
+element_spec = expansion.element_spec
 stages = expansion.stages
 
 
 class Collection:
     """Everything read and tokenized once: texts, splits, pieces, BM25 and its negatives."""
 
-    def __init__(self, path: str | None, vocabulary: int, title: bool, strip_name: bool):
-        self.entries, self.links, self.splits = docstring_corpus.read(path)
+    def __init__(self, path: str, packages: tuple, vocabulary: int, title: bool, strip_name: bool):
+        self.entries, self.links, self.splits = docstring_corpus.read(path, packages)
         self.ids = [e.name for e in self.entries]
         self.titles = [
             " ".join(pseudo_queries.name_words(e.name)) if title else "" for e in self.entries
         ]
         self.texts = [_stripped(e) if strip_name else e.text for e in self.entries]
-        self.tokenizer = WordPiece(_words(path, vocabulary, [e.text for e in self.entries]))
+        self.tokenizer = WordPiece(
+            _words(path, packages, vocabulary, [e.text for e in self.entries])
+        )
         self.bodies = TokenTable(self.tokenizer.pieces_of(self.texts))
         self.title_pieces = TokenTable(self.tokenizer.pieces_of(self.titles)) if title else None
         self.queries = [e.query for e in self.entries]
@@ -151,8 +144,9 @@ def _stripped(entry: docstring_corpus.Entry) -> str:
     return " ".join(re.sub(rf"(?<!\w){last}(?!\w)", " ", entry.text).split()) or entry.text
 
 
-def _words(path: str | None, size: int, texts: Sequence[str]) -> list[str]:
-    file = preparation.data_directory(path) / "api_docstrings" / f"vocabulary_{size}.txt"
+def _words(path: str, packages: tuple, size: int, texts: Sequence[str]) -> list[str]:
+    folder = preparation.data_directory(path) / "api_docstrings"
+    file = folder / f"vocabulary_{'-'.join(packages)}_{size}.txt"
     if not file.is_file():
         words = WordPiece.learn(texts, size).words
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -161,38 +155,33 @@ def _words(path: str | None, size: int, texts: Sequence[str]) -> list[str]:
     return file.read_text("utf-8").splitlines()
 
 
-@functools.lru_cache(maxsize=2)
-def _collection(path: str, vocabulary: int, title: bool, strip_name: bool) -> Collection:
-    return Collection(path, vocabulary, title, strip_name)
-
-
-def collection(options: Mapping[str, Any]) -> Collection:
-    """The tokenized collection of these options, shared by all who ask."""
-    return _collection(
+def _key(options: Mapping[str, Any]) -> tuple:
+    return (
         str(preparation.data_directory(options["path"])),
+        tuple(options["packages"]),
         options["vocabulary"],
         bool(options["title"]),
         bool(options["strip_name"]),
     )
 
 
+_collection = functools.lru_cache(maxsize=2)(Collection)
+
+
+def collection(options: Mapping[str, Any]) -> Collection:
+    """The tokenized collection of these options, shared by all who ask."""
+    return _collection(*_key(options))
+
+
 @functools.lru_cache(maxsize=2)
-def _documents(
-    path: str, vocabulary: int, title: bool, strip_name: bool, count: int
-) -> PseudoDocuments:
-    return PseudoDocuments(_collection(path, vocabulary, title, strip_name), count)
+def _documents(key: tuple, count: int) -> PseudoDocuments:
+    return PseudoDocuments(_collection(*key), count)
 
 
 def documents(options: Mapping[str, Any]) -> PseudoDocuments:
     """The collection's documents with pseudo queries where the options expand."""
     expands = options["expansion"] or options["expand_doc_w_query"]
-    return _documents(
-        str(preparation.data_directory(options["path"])),
-        options["vocabulary"],
-        bool(options["title"]),
-        bool(options["strip_name"]),
-        options["pseudo_queries"] if expands else 0,
-    )
+    return _documents(_key(options), options["pseudo_queries"] if expands else 0)
 
 
 def negatives(options: Mapping[str, Any]) -> np.ndarray | list[list[int]]:
@@ -224,6 +213,8 @@ def source(split: str, options: Mapping[str, Any]) -> _Queries:
         kept = np.array([r for r in rows if len(hard[r])])
         if not len(kept):
             raise ValueError("no query has hard negatives")
+        if len(kept) < len(rows):
+            print(f"docstrings: {len(rows) - len(kept)} of {len(rows)} queries have no negatives")
         rows = kept
     return _Queries(rows)
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from jaxmodels.retrieval import capstone, rouge
@@ -100,6 +101,16 @@ def check_options(options: Mapping[str, Any]) -> capstone.Selection | None:
     except ValueError as error:
         raise ValueError(f"data.options.expansion: {error}") from None
     return selection.at_part(options["part"])
+
+
+def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`query_ids` int32 [Lq] and `doc_ids` int32 [1 + negatives, Ld]."""
+    check_options(options)
+    documents = 1 + options["negatives"]
+    return {
+        "query_ids": jax.ShapeDtypeStruct((options["query_length"],), np.int32),
+        "doc_ids": jax.ShapeDtypeStruct((documents, options["document_length"]), np.int32),
+    }
 
 
 def stages(options: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:

@@ -8,29 +8,36 @@ and the ranks of recent pairs are kept.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxmodels.retrieval.capstone import MOST_PSEUDO_QUERIES, candidates_of, rank_pseudo_queries
+from jaxmodels.retrieval.capstone import (
+    MOST_PSEUDO_QUERIES,
+    candidates_of,
+    part_range,
+    rank_pseudo_queries,
+)
 from train.data import expansion
 from train.data.expansion import Layout, RetrievalExamples
 from train.data.retrieval_files import (
     Corpus,
     PseudoQueries,
+    TrainingQuery,
     read_judgments,
     read_queries,
     read_training_json,
     read_triples,
+    write_training_json,
 )
 from train.data.retrieval_set import RetrievalSet
-from train.data.wordpiece import WordPiece
+from train.data.wordpiece import TokenTable, WordPiece
 
 OPTIONS: dict[str, Any] = {
     **expansion.OPTIONS,
@@ -55,27 +62,28 @@ _KEPT_RANKS = 1 << 18
 _TRIPLES = 30
 
 
-def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`query_ids` int32 [Lq] and `doc_ids` int32 [1 + negatives, Ld]."""
-    expansion.check_options(options)
-    documents = 1 + options["negatives"]
-    return {
-        "query_ids": jax.ShapeDtypeStruct((options["query_length"],), np.int32),
-        "doc_ids": jax.ShapeDtypeStruct((documents, options["document_length"]), np.int32),
-    }
-
-
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Published numbers of queries."""
     del options
     return dict(SIZES)
 
 
+element_spec = expansion.element_spec
 stages = expansion.stages
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Training queries: ids, texts, document rows of positives and negatives."""
+
+    ids: list[str]
+    texts: list[str]
+    positives: TokenTable
+    negatives: TokenTable
+
+
 class Collection:
-    """The opened files of one folder; picklable, every worker opens its own."""
+    """The opened files of one folder; picklable for reading workers."""
 
     def __init__(self, options: Mapping[str, Any]):
         self._options = dict(options)
@@ -92,8 +100,14 @@ class Collection:
         )
         self._order = functools.lru_cache(_KEPT_RANKS)(self._ranked)
 
-    def __reduce__(self):
-        return Collection, (self._options,)
+    def __getstate__(self):
+        # With offsets and training queries, so that reading workers need not parse files again.
+        self.training  # noqa: B018
+        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._order = functools.lru_cache(_KEPT_RANKS)(self._ranked)
 
     def file(self, option: str) -> Path:
         """The file an option names. Raises FileNotFoundError naming the option."""
@@ -128,7 +142,7 @@ class Collection:
     def _ranked(self, query: int, row: int) -> np.ndarray:
         texts = self.pseudo_texts(row)
         ranked = rank_pseudo_queries(
-            self.training[query].text,
+            self.training.texts[query],
             texts,
             filter_threshold=self._options["filter_threshold"],
             document=self.corpus.ids[row],
@@ -137,46 +151,51 @@ class Collection:
         return np.array([places[ranked.queries[j]] for j in ranked.order], np.int8)
 
     @functools.cached_property
-    def training(self) -> list:
+    def training(self) -> Training:
         """Training queries with positives and negatives; those without negatives are left out.
 
-        Raises ValueError when none is left, or for ids that are not in the corpus.
+        Raises ValueError when none is left, for ids that are not in the corpus, and for a positive
+        among its negatives.
         """
-        from train.data.retrieval_files import TrainingQuery
-
-        options = self._options
-        if options["training_json"]:
-            given = list(read_training_json(self.file("training_json")))
-        else:
-            queries = read_queries(self.file("train_queries"))
-            positives = read_judgments(self.file("train_judgments"))
-            negatives = read_triples(self.file("triples"), _TRIPLES)
-            given = [
-                TrainingQuery(
-                    q,
-                    queries[q],
-                    [d for d, grade in grades.items() if grade > 0],
-                    negatives.get(q, []),
-                )
-                for q, grades in positives.items()
-                if q in queries
-            ]
+        options, kept, count = self._options, [], 0
+        mined = None
         if options["negatives_file"]:
             mined = json.loads(self.file("negatives_file").read_text("utf-8"))
-            given = [
-                TrainingQuery(q.id, q.text, q.positives, [str(d) for d in mined.get(q.id, [])])
-                for q in given
-            ]
-        kept = [q for q in given if q.positives and (q.negatives or not options["negatives"])]
-        if len(kept) < len(given):
-            print(f"msmarco: {len(given) - len(kept)} of {len(given)} queries have no negatives")
+        for query in self._given():
+            count += 1
+            negatives = query.negatives if mined is None else mined.get(query.id, [])
+            if not query.positives or (options["negatives"] and not negatives):
+                continue
+            positives, negatives = (
+                self.rows([str(d) for d in ids], query.id) for ids in (query.positives, negatives)
+            )
+            both = set(positives) & set(negatives)
+            if both:
+                name = self.corpus.ids[both.pop()]
+                raise ValueError(f"query {query.id!r}: positive {name!r} among its negatives")
+            kept.append((query.id, query.text, positives, negatives))
+        if len(kept) < count:
+            print(f"msmarco: {count - len(kept)} of {count} queries have no negatives")
         if not kept:
             raise ValueError(f"{self.folder}: no training query has hard negatives")
-        for query in kept:
-            both = set(query.positives) & set(query.negatives)
-            if both:
-                raise ValueError(f"query {query.id!r}: positive {both.pop()!r} among its negatives")
-        return kept
+        ids, texts, positives, negatives = zip(*kept)
+        return Training(list(ids), list(texts), TokenTable(positives), TokenTable(negatives))
+
+    def _given(self) -> Iterator[TrainingQuery]:
+        if self._options["training_json"]:
+            yield from read_training_json(self.file("training_json"))
+            return
+        queries = read_queries(self.file("train_queries"))
+        positives = read_judgments(self.file("train_judgments"))
+        negatives = read_triples(self.file("triples"), _TRIPLES)
+        for name, grades in positives.items():
+            if name in queries:
+                relevant = [d for d, grade in grades.items() if grade > 0]
+                yield TrainingQuery(name, queries[name], relevant, negatives.get(name, []))
+
+    def write_training(self, path: str | os.PathLike) -> None:
+        """Training queries as one `training_json`: the triples' 400 million lines are read once."""
+        write_training_json(path, list(self._given()))
 
     def rows(self, ids: Sequence[str], query: str) -> list[int]:
         """Document rows of ids. Raises ValueError naming the query and the unknown id."""
@@ -188,29 +207,15 @@ class Collection:
         return rows
 
 
-class _Rows(Sequence):
-    """Document rows of a field of every training query, looked up when asked for."""
-
-    def __init__(self, collection: Collection, field: str):
-        self._collection, self._field = collection, field
-
-    def __len__(self) -> int:
-        return len(self._collection.training)
-
-    def __getitem__(self, number):
-        query = self._collection.training[number]
-        return self._collection.rows(getattr(query, self._field), query.id)
-
-
 class _Pieces(Sequence):
     def __init__(self, collection: Collection):
         self._collection = collection
 
     def __len__(self) -> int:
-        return len(self._collection.training)
+        return len(self._collection.training.ids)
 
     def __getitem__(self, number):
-        text = self._collection.training[number].text.replace("\u2019", "'")
+        text = self._collection.training.texts[number].replace("\u2019", "'")
         return self._collection.tokenizer.pieces(text)
 
 
@@ -239,7 +244,7 @@ def collection(options: Mapping[str, Any]) -> Collection:
 def source(split: str, options: Mapping[str, Any]) -> _Numbers:
     """Numbers of the queries of a split."""
     if split == SPLITS[0]:
-        return _Numbers(len(collection(options).training))
+        return _Numbers(len(collection(options).training.ids))
     return _Numbers(len(read_queries(collection(options).file("dev_queries"))))
 
 
@@ -249,8 +254,8 @@ def train_transform(options: Mapping[str, Any]) -> RetrievalExamples:
     return RetrievalExamples(
         documents=c,
         queries=_Pieces(c),
-        positives=_Rows(c, "positives"),
-        negatives=_Rows(c, "negatives"),
+        positives=c.training.positives,
+        negatives=c.training.negatives,
         layout=Layout.of(options, c.tokenizer),
         query_length=options["query_length"],
         count=options["negatives"],
@@ -271,8 +276,12 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
     c = collection(options)
     layout = Layout.of(options, c.tokenizer)
     if split == SPLITS[0]:
-        texts = {q.id: q.text for q in c.training}
-        judgments = {q.id: dict.fromkeys(q.positives, 1) for q in c.training}
+        own = c.training
+        texts = dict(zip(own.ids, own.texts))
+        judgments = {
+            q: {c.corpus.ids[r]: 1 for r in rows.tolist()}
+            for q, rows in zip(own.ids, own.positives)
+        }
     else:
         texts = read_queries(c.file("dev_queries"))
         judgments = read_judgments(c.file("dev_judgments"))
@@ -285,7 +294,25 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
         query_rows=[query_row(texts[q], options) for q in asked],
         judgments=judgments,
         query_texts=[texts[q] for q in asked],
+        document_text=lambda row: " ".join(c.corpus.document(row)),
     )
+
+
+def relevance_spread(
+    options: Mapping[str, Any], sample: int = 200
+) -> list[tuple[float, float, float]]:
+    """(mean, least, largest) ROUGE-L of each part, over the positives of some training queries."""
+    c, n_parts = collection(options), options["n_parts"]
+    parts: list[list[np.ndarray]] = [[] for _ in range(n_parts)]
+    for text, rows in zip(c.training.texts[:sample], c.training.positives):
+        row = int(rows[0])
+        ranked = rank_pseudo_queries(text, c.pseudo_texts(row), document=c.corpus.ids[row])
+        ordered = ranked.scores[ranked.order]
+        for part in range(n_parts):
+            first, last = part_range(len(ordered), n_parts, part + 1)
+            parts[part].append(ordered[first - 1 : last])
+    joined = [np.concatenate(p) for p in parts]
+    return [(float(p.mean()), float(p.min()), float(p.max())) for p in joined]
 
 
 def query_row(text: str, options: Mapping[str, Any]) -> list[int]:

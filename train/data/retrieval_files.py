@@ -18,7 +18,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,22 +61,46 @@ class Lines(Sequence):
         return bytes(self._data[start:end]).decode("utf-8").removesuffix("\r")
 
     def __getstate__(self):
-        return self.path
+        return self.path, self._starts
 
-    def __setstate__(self, path):
-        self.__init__(path)
+    def __setstate__(self, state):
+        # The offsets travel along, so that reading workers need not search the file again.
+        self.path, self._starts = state
+        empty = self.path.stat().st_size == 0
+        self._data = np.zeros(0, np.uint8) if empty else np.memmap(self.path, np.uint8, "r")
+
+
+class _Numbers(Sequence):
+    """The strings "0", "1", ... without holding them."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number):
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return str(number)
 
 
 class ById:
     """Row numbers of ids: arithmetic where ids are their row numbers, else a dictionary."""
 
-    def __init__(self, ids: Sequence[str], source: str):
-        self.ids = list(ids)
-        plain = all(name == str(i) for i, name in enumerate(self.ids))
-        self._rows = None if plain else {name: i for i, name in enumerate(self.ids)}
-        if self._rows is not None and len(self._rows) != len(self.ids):
+    def __init__(self, ids: Iterable[str], source: str):
+        kept: list[str] | None = None
+        count = 0
+        for count, name in enumerate(ids, 1):
+            if kept is None and name != str(count - 1):
+                kept = [str(i) for i in range(count - 1)]
+            if kept is not None:
+                kept.append(name)
+        self.ids: Sequence[str] = _Numbers(count) if kept is None else kept
+        self._rows = None if kept is None else {name: i for i, name in enumerate(kept)}
+        if kept is not None and len(self._rows) != len(kept):
             seen: set[str] = set()
-            twice = next(n for n in self.ids if n in seen or seen.add(n))
+            twice = next(n for n in kept if n in seen or seen.add(n))
             raise ValueError(f"{source}: id {twice!r} stands there twice")
 
     def __len__(self) -> int:
@@ -109,17 +133,19 @@ class Corpus:
             raise ValueError(f"corpus layout {layout!r}; known: {', '.join(CORPUS_LAYOUTS)}")
         self._columns, self._lines = CORPUS_LAYOUTS[layout], Lines(path)
         self._skipped = int(len(self._lines) > 0 and self._lines[0].startswith("id\t"))
-        shift = 1 if layout == "psgs" else 0
-        ids = []
+        self.index = ById(self._names(layout, 1 if layout == "psgs" else 0), str(path))
+
+    def _names(self, layout: str, shift: int) -> Iterator[str]:
         for number in range(self._skipped, len(self._lines)):
-            name, *fields = self._lines[number].split("\t")
-            if not fields:
-                raise ValueError(f"{path}, line {number + 1}: wanted {layout} fields with tabs")
-            ids.append(str(int(name) - shift) if shift else name)
-        self.index = ById(ids, str(path))
+            name, tab, _ = self._lines[number].partition("\t")
+            if not tab:
+                raise ValueError(
+                    f"{self._lines.path}, line {number + 1}: wanted {layout} fields with tabs"
+                )
+            yield str(int(name) - shift) if shift else name
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         """Document ids in row order."""
         return self.index.ids
 

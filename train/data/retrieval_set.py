@@ -24,6 +24,7 @@ class RetrievalSet:
       graded: the same with lesser grades, for nDCG; None: `judgments`.
       query_texts, bm25: the queries' texts and the sparse baseline (a function that makes it),
         where there is one.
+      document_text: row -> title and text, to look for answers in; None where that is not needed.
     """
 
     document_ids: Sequence[str]
@@ -35,6 +36,7 @@ class RetrievalSet:
     graded: Judgments | None = None
     query_texts: Sequence[str] | None = None
     bm25: Callable | None = None
+    document_text: Callable[[int], str] | None = None
 
     def measure(self, rows: np.ndarray, scores: np.ndarray | None = None) -> dict[str, float]:
         """Measures of a search's document rows [queries, depth] (by scores, or as ordered)."""

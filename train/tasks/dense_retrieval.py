@@ -115,7 +115,8 @@ class DenseRetrieval:
         family, options = pipeline.resolve(config.data)
         split = config.eval.split or pipeline.eval_split(config.data)
         numbers = family.retrieval_set(options, split).baseline()
-        if str(options.get("expansion", "")).startswith("gradual"):
+        gradual = str(options.get("expansion", "")).startswith("gradual")
+        if gradual and hasattr(family, "relevance_spread"):
             for part, (mean, low, high) in enumerate(family.relevance_spread(options), 1):
                 numbers[f"rouge_part_{part}"] = mean
                 numbers[f"rouge_part_{part}_range"] = f"{low:.3f} to {high:.3f}"
