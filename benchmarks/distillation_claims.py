@@ -24,18 +24,18 @@ from train.loop import compilation_cache
 from train.progression import run_progression
 
 SIZES = {"query_length": 16, "document_length": 32}
-LEAD_STEPS = {"W_miner": 400, "W_teacher": 100, "W_student": 250, "arm": 100}
+LEAD_STEPS = {"W_miner": 250, "W_teacher": 60, "W_student": 200, "arm": 60}
 PROD_STEPS = {
-    "W1_teacher": 300,
-    "W1_student": 250,
-    "W2_teacher": 40,
-    "W2_student": 40,
-    "T1": 70,
-    "C1": 250,
-    "T2": 70,
-    "C2": 250,
-    "T3": 70,
-    "D2": 20,
+    "W1_teacher": 200,
+    "W1_student": 200,
+    "W2_teacher": 30,
+    "W2_student": 30,
+    "T1": 40,
+    "C1": 150,
+    "T2": 40,
+    "C2": 150,
+    "T3": 40,
+    "D2": 12,
 }
 MEASURE = "test_mrr@10"
 

@@ -1,7 +1,8 @@
 """CAPSTONE: document expansion with a curriculum of pseudo queries.
 
 small     python -m train --config configs/capstone.py --workdir runs/capstone
-          synopses of API documentation find their bodies.
+          synopses of API documentation find their bodies: test MRR@10 0.08, success@10 0.15 (seed
+          0; BM25 0.466 and 0.649), about 4 minutes on two shared cores.
 stage2    python -m train.retrieve --config configs/capstone.py --checkpoint runs/capstone
               --output runs/mined --config.retrieve.split=train --config.retrieve.depth=200
               --config.retrieve.negatives=100

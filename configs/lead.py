@@ -2,7 +2,7 @@
 
 small     python -m train --config configs/lead.py --workdir runs/lead
           API documentation: warm-up of a 4x64 dual-encoder teacher, negatives mined by it, warm-up
-          of the 2x64 student on them, LEAD from both.
+          of the 2x64 student on them, LEAD from both. Not yet run to its end.
 late      the same with a late-interaction (ColBERT) teacher; cross with a cross encoder.
 paper     python -m train --config configs/lead.py:paper --workdir DIR
               --config.data.options.path=/path/to/msmarco

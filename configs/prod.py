@@ -2,7 +2,7 @@
 
 small     python -m train --config configs/prod.py --workdir runs/prod
           the whole progression on API documentation, reduced: student 2x64 (dual encoder), teachers
-          3x64 (dual encoder), 3x64 and 4x96 (cross encoders).
+          3x64 (dual encoder), 3x64 and 4x96 (cross encoders). Not yet run to its end.
 paper     python -m train --config configs/prod.py:paper --workdir DIR
               --config.data.options.path=/path/to/marco
               --config.stages.W1_teacher.changes.task_args.start_from=ernie-2.0-base-en.bin ...

@@ -90,6 +90,8 @@ def reduce(config, folder: Path, *, batch: int = 4, negatives: int = 2):
     config.optimizer.accumulate = 1
     parts = [config, *(s.changes for s in config.stages.values() if s.kind == "train")]
     for part in parts:
+        if part is not config and "steps" not in part:
+            continue  # a stage that is the config itself
         if "model_args" in part:
             part.model_args = _reduced(part.model_args)
         if "teacher_args" in part.get("task_args", {}):

@@ -10,7 +10,8 @@ without one, the docstring corpus takes what BM25 ranks first. Rows, int32, padd
   [MASK], which takes part) and `late_doc_ids` [N, L].
 
 The evaluation split holds queries of the validation judgments where the collection is `docstrings`
-(BM25's negatives), else the last `held_out` entries of the lists, which are then not trained on.
+(BM25's negatives), else the last `held_out` entries of the lists (a tenth at most), which are then
+not trained on; of fewer than ten entries all serve for both.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[RankedList]:
             )
         whole, held = _lists(*key), int(options["held_out"])
         held = min(held, len(whole) // 10)
-        found = whole[: len(whole) - held] if split == "train" else whole[len(whole) - held :]
+        found = whole[: len(whole) - held] if split == "train" else whole[-held:]
     count = int(options["train_queries"])
     return found[:count] if split == "train" and count else found
 
