@@ -55,7 +55,7 @@ def table(rows: list[dict]) -> str:
         cells = []
         for measure in MEASURES:
             mean, width = interval([r[measure] for r in own])
-            cells.append(f"{mean:.4f} ± {width:.4f}")
+            cells.append(f"{mean:.4f} ± {width:.4f}" if len(own) > 1 else f"{mean:.4f}")
         lines.append(f"| {arm} | {len(own)} | " + " | ".join(cells) + " |")
     bm25 = [f"{rows[0]['bm25_' + m]:.4f}" for m in MEASURES]
     return "\n".join([*lines, "| BM25 | | " + " | ".join(bm25) + " |"])
@@ -90,7 +90,12 @@ def main() -> None:
             rows.append({**row, **_baseline(config, args.work / "baseline.json")})
             with open(file, "a") as out:
                 out.write(json.dumps(rows[-1]) + "\n")
-    text = table(rows)
+    text = (
+        "# CAPSTONE: how the pseudo query is chosen\n\n"
+        f"`python -m benchmarks.capstone_claims`, {rows[0]['steps']} steps of "
+        "`configs/capstone.py`, test queries over all documents of the API documentation; mean and "
+        "95 % interval over seeds (no interval where there is one seed).\n\n" + table(rows)
+    )
     (RESULTS / "capstone_claims.md").write_text(text + "\n")
     print(text)
 
