@@ -6,7 +6,14 @@ import struct
 import numpy as np
 import pytest
 
-from train.data import docstrings, documents, fairseq_files, fairseq_pairs, pipeline, sentence_pairs
+from train.data import (
+    docstring_files,
+    documents,
+    fairseq_files,
+    fairseq_pairs,
+    pipeline,
+    sentence_pairs,
+)
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
@@ -235,9 +242,9 @@ def test_docstrings_fill_the_published_formats(tmp_path):
         assert sizes["train"] > 5 * sizes["valid"] > 0
         batch = next(pipeline.train_batches(data, batch_size=4, seed=0))
         assert batch["source"].max() < dictionary_size(500)
-    assert docstrings.sentences("One two three. Four five\nsix.\n\n>>> f(1)\n---\nshort.") == [
+    assert docstring_files.sentences("One two three. Four five\nsix.\n\n>>> f(1)\n---\nshort.") == [
         "One two three.",
         "Four five six.",
     ]
-    folder = docstrings.corpus(str(tmp_path), ("networkx",), 500)
+    folder = docstring_files.corpus(str(tmp_path), ("networkx",), 500)
     assert len(list(fairseq_files.lines_of(folder / "train.en.txt"))) > 1000

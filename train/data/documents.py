@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jaxmodels.language import span_corruption
-from train.data import docstrings, preparation
+from train.data import docstring_files, preparation
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
@@ -48,15 +48,15 @@ OPTIONS: dict[str, Any] = {
     "spm_model": "spm.model",
     "vocab_size": 0,
     "corpus": "",
-    "packages": docstrings.PACKAGES,
-    "pieces": docstrings.PIECES,
+    "packages": docstring_files.PACKAGES,
+    "pieces": docstring_files.PIECES,
     "prepared": None,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "docstrings": {
         "corpus": "docstrings",
         "max_tokens": 128,
-        "vocab_size": dictionary_size(docstrings.PIECES),
+        "vocab_size": dictionary_size(docstring_files.PIECES),
     },
 }
 SPLITS = ("train", "valid")
@@ -88,7 +88,9 @@ def _longest(max_tokens: int, mask_prob: float, span_length: float) -> tuple[int
 def folder(options: Mapping[str, Any]) -> pathlib.Path:
     """The corpus folder. Raises ValueError naming `data.options.path` where there is none."""
     if options["corpus"] == "docstrings":
-        return docstrings.corpus(options["path"], tuple(options["packages"]), options["pieces"])
+        return docstring_files.corpus(
+            options["path"], tuple(options["packages"]), options["pieces"]
+        )
     if options["corpus"]:
         raise ValueError(f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings'")
     root = pathlib.Path(options["path"] or "").expanduser()

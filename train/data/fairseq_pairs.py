@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxmodels.language.span_corruption import EOS_ID, PAD_ID, check_ids, padded
-from train.data import docstrings
+from train.data import docstring_files
 from train.data.fairseq_files import Dictionary, Tokenizer, TokenSequences, dictionary_size
 
 # source_lang, target_lang: "" infers them from the files. max_source, max_target: longer texts are
@@ -31,15 +31,15 @@ OPTIONS: dict[str, Any] = {
     "left_pad_source": True,
     "vocab_size": 0,
     "corpus": "",
-    "packages": docstrings.PACKAGES,
-    "pieces": docstrings.PIECES,
+    "packages": docstring_files.PACKAGES,
+    "pieces": docstring_files.PIECES,
     "reverse_target": False,
 }
 _DOCSTRINGS = {
     "corpus": "docstrings",
     "max_source": 120,
     "max_target": 32,
-    "vocab_size": dictionary_size(docstrings.PIECES),
+    "vocab_size": dictionary_size(docstring_files.PIECES),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "docstring_summaries": _DOCSTRINGS,
@@ -72,8 +72,10 @@ def folder(options: Mapping[str, Any]) -> tuple[pathlib.Path, str, str]:
     """
     source, target = options["source_lang"], options["target_lang"]
     if options["corpus"] == "docstrings":
-        made = docstrings.corpus(options["path"], tuple(options["packages"]), options["pieces"])
-        return made / "summaries", docstrings.SOURCE, docstrings.TARGET
+        made = docstring_files.corpus(
+            options["path"], tuple(options["packages"]), options["pieces"]
+        )
+        return made / "summaries", docstring_files.SOURCE, docstring_files.TARGET
     root = pathlib.Path(options["path"] or "").expanduser()
     found = sorted(root.glob("train.*-*.*.idx")) if options["path"] and root.is_dir() else []
     if not found:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxmodels.language.span_corruption import BOS_ID, EOS_ID, check_ids, padded
-from train.data import docstrings
+from train.data import docstring_files
 from train.data.fairseq_files import SPECIALS, Dictionary, Tokenizer, TokenSequences
 from train.data.fairseq_files import dictionary_size as size_of
 
@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = {
     "num_classes": 3,
     "vocab_size": 0,
     "corpus": "",
-    "packages": docstrings.PACKAGES,
-    "pieces": docstrings.PIECES,
+    "packages": docstring_files.PACKAGES,
+    "pieces": docstring_files.PIECES,
 }
 XNLI_LANGUAGES = tuple("en ar bg de el es fr hi ru sw th tr ur vi zh".split())
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "corpus": "docstrings",
         "max_tokens": 96,
         "num_classes": 2,
-        "vocab_size": size_of(docstrings.PIECES),
+        "vocab_size": size_of(docstring_files.PIECES),
     },
 }
 SPLITS = ("train", "valid")
@@ -56,7 +56,9 @@ def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def folder(options: Mapping[str, Any]) -> pathlib.Path:
     """The folder of languages. Raises ValueError naming `data.options.path` where there is none."""
     if options["corpus"] == "docstrings":
-        made = docstrings.corpus(options["path"], tuple(options["packages"]), options["pieces"])
+        made = docstring_files.corpus(
+            options["path"], tuple(options["packages"]), options["pieces"]
+        )
         return made / "pairs"
     first = options["languages"][0]
     root = pathlib.Path(options["path"] or "").expanduser()
