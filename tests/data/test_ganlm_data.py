@@ -58,9 +58,9 @@ def corpus(tmp_path_factory):
     return root
 
 
-def data(corpus, **options):
-    prepared = str(corpus / "prepared")
-    options = {"path": str(corpus), "max_tokens": 32, "vocab_size": SIZE, "prepared": prepared,
+def data(root, **options):
+    prepared = str(root / "prepared")
+    options = {"path": str(root), "max_tokens": 32, "vocab_size": SIZE, "prepared": prepared,
                **options}  # fmt: skip
     return {"name": "documents", "options": options}
 
