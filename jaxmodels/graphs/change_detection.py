@@ -125,13 +125,18 @@ class Detection(NamedTuple):
     predictions: np.ndarray | None
 
 
-def starting_factors(rng, target, window, options: Options, num_nodes: int, dtype) -> Factors:
+def starting_factors(rng, target, row, options: Options, num_nodes: int, dtype) -> Factors:
     """Fresh factors of a target: a function of (rng, target) and the window's mean alone."""
-    total = window.weights.sum() if isinstance(window, EdgeWindow) else window.sum(dtype=dtype)
-    mean = total.astype(dtype) / (options.window * float(num_nodes) ** 2)
+    if "senders" in row:
+        mean = row["weights"][:-1].sum() / (options.window * float(num_nodes) ** 2)
+    elif "observed" in row:
+        observed = row["observed"][:-1].astype(dtype)
+        mean = (row["window"] * observed).sum() / jnp.maximum(observed.sum(), 1.0)
+    else:
+        mean = row["window"].mean(dtype=dtype)
     return latent_evolution.initial_factors(
         jax.random.fold_in(rng, target),
-        mean,
+        mean.astype(dtype),
         window=options.window,
         num_nodes=num_nodes,
         rank=options.rank,
@@ -149,8 +154,8 @@ def score_row(row: dict[str, Any], factors: Factors, options: Options, directed:
     """Fit one window from `factors` on and score the snapshot after it.
 
     Args:
-      row: dense `window` [w, n, n], `snapshot` [n, n] and perhaps `observed` [w, n, n] and
-        `affinity` [n, n]; or sparse, see `sparse_rows`.
+      row: dense `window` [w, n, n], `snapshot` [n, n] and perhaps `affinity` [n, n] and `observed`
+        [w + 1, n, n] (the last: which entries of the snapshot count); or sparse, see `sparse_rows`.
     """
     dtype = factors.U.dtype
     sparse = "senders" in row
@@ -158,15 +163,19 @@ def score_row(row: dict[str, Any], factors: Factors, options: Options, directed:
         weights = row["weights"].astype(dtype)
         window = EdgeWindow(row["senders"][:-1], row["receivers"][:-1], weights[:-1])
         seen = weights[:-1].any()
+        observed = None
     else:
         window = row["window"].astype(dtype)
+        observed = row.get("observed")
+        if observed is not None:
+            window = window * observed[:-1].astype(dtype)
         seen = window.any()
     found = latent_evolution.fit(
         window,
         factors,
         iters=options.iters,
         tol=options.tol,
-        mask=row.get("observed"),
+        mask=None if observed is None else observed[:-1],
         affinity=row.get("affinity"),
         lam=options.lam,
         gamma=options.gamma,
@@ -182,7 +191,16 @@ def score_row(row: dict[str, Any], factors: Factors, options: Options, directed:
     # After nothing, nothing is expected.
     prediction = latent_evolution.predict(found.factors) * seen
     snapshot = row["snapshot"].astype(dtype)
-    distances = change_scores.frobenius_distances(window, snapshot, prediction, options.alpha)
+    if observed is None:
+        normal, compared = window.mean(0), prediction
+    else:
+        seen_times = observed[:-1].astype(dtype).sum(0)
+        here = observed[-1].astype(dtype)
+        # Entries never seen have no normal value.
+        normal = here * window.sum(0) / jnp.maximum(seen_times, 1.0)
+        snapshot, compared = snapshot * here, prediction * here * (seen_times > 0)
+        snapshot = snapshot * (seen_times > 0)
+    distances = change_scores.frobenius_distances(normal, snapshot, compared, options.alpha)
     return Scored(distances, found.objective, found.sweeps, found.factors, prediction)
 
 
@@ -252,12 +270,7 @@ def score_rows(
     """
 
     def cold(row, target):
-        window = (
-            EdgeWindow(row["senders"][:-1], row["receivers"][:-1], row["weights"][:-1])
-            if "senders" in row
-            else row["window"]
-        )
-        return starting_factors(rng, target, window, options, num_nodes, dtype)
+        return starting_factors(rng, target, row, options, num_nodes, dtype)
 
     if not options.warm_start:
         start = jax.vmap(cold)(rows, targets) if initial is None else initial
@@ -369,7 +382,8 @@ def detect(
       snapshots: [T, n, n] non-negative, or a sequence of scipy sparse matrices (n, n).
       seed: of the starting factors; each target draws its own.
       directed: False promises symmetric snapshots.
-      mask: [T, n, n] of 0 and 1, observed entries. affinity: W [n, n] for lam > 0.
+      mask: [T, n, n] of 0 and 1, the entries that are known; others are neither fitted nor
+        compared. affinity: W [n, n] for lam > 0.
       initial: (U [T - w, n, k] the same for all w snapshots of a target, B [k, k], A [k, k]).
       batch: targets per compiled call; bounds the memory.
       sparse: sums over edges instead of n x n products; default for n > 2,000.
@@ -419,7 +433,7 @@ def detect(
         else:
             rows = dense_rows(graphs, filled, options.window)
             if mask is not None:
-                rows["observed"] = np.stack([mask[t - options.window : t] for t in filled])
+                rows["observed"] = np.stack([mask[t - options.window : t + 1] for t in filled])
         if affinity is not None and options.lam > 0:
             rows["affinity"] = np.broadcast_to(affinity, (batch, *np.shape(affinity)))
         start = None
@@ -455,10 +469,29 @@ def detect(
     )
 
 
+def alpha_sweep(
+    snapshots: np.ndarray, predictions: np.ndarray, window: int, alphas: Sequence[float]
+) -> dict[float, np.ndarray]:
+    """Z* [T] for every alpha from one detection's kept predictions [T - w, n, n] (Frobenius)."""
+    graphs = np.asarray(snapshots, np.float32)
+    found: dict[float, list[float]] = {alpha: [0.0] * window for alpha in alphas}
+    for t in range(window, len(graphs)):
+        normal = graphs[t - window : t].mean(0)
+        for alpha in alphas:
+            value = _frobenius_row(normal, graphs[t], predictions[t - window], alpha)
+            found[alpha].append(float(value))
+    return {a: change_scores.rises(np.array(z), window) for a, z in found.items()}
+
+
+@jax.jit
+def _frobenius_row(normal, snapshot, prediction, alpha):
+    return change_scores.frobenius_distances(normal, snapshot, prediction, alpha).mixed
+
+
 def _float_type(dtype):
-    """float64 stays where JAX allows it; everything else is computed in float32."""
-    wide = np.dtype(dtype) == np.float64 and jax.config.jax_enable_x64
-    return jnp.float64 if wide else jnp.float32
+    """float32 stays; integers and float64 are computed in JAX's default precision."""
+    narrow = np.dtype(dtype) in (np.float32, np.float16) or not jax.config.jax_enable_x64
+    return jnp.float32 if narrow else jnp.float64
 
 
 def _check_initial(initial, count: int, options: Options, dtype) -> Factors:

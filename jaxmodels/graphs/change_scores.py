@@ -51,11 +51,9 @@ def mixed_distances(snapshot, prediction, normal, alpha) -> Distances:
     )
 
 
-def frobenius_distances(window, snapshot, prediction, alpha) -> Distances:
-    """Distances [] on adjacency; the normal pattern is the mean of the window [w, n, n]."""
-    return mixed_distances(
-        snapshot.reshape(-1), prediction.reshape(-1), window.mean(0).reshape(-1), alpha
-    )
+def frobenius_distances(normal, snapshot, prediction, alpha) -> Distances:
+    """Distances [] on adjacency; all [n, n], `normal` being the mean of the window."""
+    return mixed_distances(snapshot.reshape(-1), prediction.reshape(-1), normal.reshape(-1), alpha)
 
 
 def laplacian(adjacency):

@@ -84,7 +84,7 @@ def walk_kind(adjacency: np.ndarray) -> str:
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order, connected_components
 
-    if len(adjacency) == 0:
+    if not adjacency.any():
         return PAGERANK
     links = csr_matrix(adjacency != 0)
     if connected_components(links, directed=True, connection="strong")[0] != 1:
@@ -94,9 +94,8 @@ def walk_kind(adjacency: np.ndarray) -> str:
     for node in order[1:]:
         depth[node] = depth[parents[node]] + 1
     senders, receivers = links.nonzero()
-    period = np.gcd.reduce(depth[senders] + 1 - depth[receivers]) if len(senders) else 0
-    # A single node without a loop has no cycle at all; networkx calls it aperiodic.
-    return PLAIN if period <= 1 else LAZY
+    period = np.gcd.reduce(depth[senders] + 1 - depth[receivers])
+    return PLAIN if period == 1 else LAZY
 
 
 def transition_matrix(adjacency: np.ndarray) -> np.ndarray:
@@ -251,7 +250,7 @@ def ranked_points(scores: np.ndarray, share: float) -> np.ndarray:
 
 
 def compact(adjacency) -> tuple[np.ndarray, int]:
-    """A snapshot [n, n], dense or sparse, as (adjacency of its nodes with edges, isolated nodes)."""
+    """A snapshot [n, n], dense or sparse, as (adjacency of nodes with edges, isolated nodes)."""
     import scipy.sparse
 
     matrix = scipy.sparse.csr_matrix(adjacency)

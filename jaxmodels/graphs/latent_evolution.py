@@ -220,6 +220,31 @@ def default_affinity(window) -> jax.Array:
     return 0.5 * (mean + mean.T)
 
 
+def _check_concrete(window, factors, mask, affinity, lam, directed) -> None:
+    """The host-side checks, outside of a transformation; what is traced cannot be looked at."""
+    given = (window, factors, mask, affinity)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
+        return
+    check_factors(factors)
+    u = np.asarray(factors.U)
+    if isinstance(window, EdgeWindow):
+        weights = np.asarray(window.weights)
+        bad = ~(np.isfinite(weights) & (weights >= 0))
+        if bad.any():
+            s, e = (int(x) for x in np.argwhere(bad)[0])
+            raise ValueError(
+                f"snapshot {s} has weight {weights[s, e]} at edge {e}: weights must be finite and "
+                ">= 0"
+            )
+    else:
+        shape = check_window(window, mask, affinity, lam=lam, directed=directed).shape
+        if shape != (len(u), u.shape[1], u.shape[1]):
+            raise ValueError(
+                f"U has shape {u.shape}, the window {shape}; wanted [w, n, k], [w, n, n]"
+            )
+    check_hyperparameters(rank=u.shape[2], num_nodes=u.shape[1], gamma=0.0, lam=lam)
+
+
 def objective(
     window, factors: Factors, *, mask=None, affinity=None, lam: float = 0.0, gamma: float = 1.0
 ) -> jax.Array:
@@ -257,8 +282,11 @@ def sweep(
       mask: Y [w, n, n] of 0 and 1, or None. affinity: W [n, n] for lam > 0, default
         `default_affinity`.
       directed: False promises symmetric snapshots and saves the product with their transpose.
+
+    Raises ValueError for bad weights, masks, affinities or factors where they are not traced.
     """
     _check_order(order)
+    _check_concrete(window, factors, mask, affinity, lam, directed)
     window, mask, affinity = _prepare(window, mask, affinity, lam, factors.U.dtype)
     products = _products(window, factors.U, directed)
     new, _ = _sweep(
@@ -290,6 +318,7 @@ def fit(
         product, some digits fewer), which is what sparse windows always do.
     """
     _check_order(order)
+    _check_concrete(window, factors, mask, affinity, lam, directed)
     window, mask, affinity = _prepare(window, mask, affinity, lam, factors.U.dtype)
     value = functools.partial(_objective, window, mask, affinity, lam=lam, gamma=gamma, exact=exact)
     step = functools.partial(
@@ -324,8 +353,8 @@ def fit_adam(
     window,
     factors: Factors,
     *,
-    steps: int = 2000,
-    learning_rate: float = 0.02,
+    steps: int = 10_000,
+    learning_rate: float = 0.1,
     mask=None,
     affinity=None,
     lam: float = 0.0,

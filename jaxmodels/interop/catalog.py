@@ -255,10 +255,13 @@ def import_state(
     inputs: Any = None,
     source: str = "the state dict",
 ) -> tuple[dict[str, Any], conversion.Conversion]:
-    """`conversion.from_torch` with the rules and the check that stand beside the model."""
+    """`conversion.from_torch` with the rules, check and upgrade that stand beside the model."""
     hook = getattr(found.python_module, "check_checkpoint", None)
     if hook is not None:
         hook({key: tuple(np.shape(value)) for key, value in state.items()}, module)
+    upgrade = getattr(found.python_module, "upgrade_checkpoint", None)
+    if upgrade is not None:
+        state = upgrade(state, module)
     rules = conversion.resolve_rules(getattr(found.python_module, "TORCH_RULES", None), module)
     fresh = initialize(module, seed, inputs) if skip else None
     return conversion.from_torch(

@@ -64,7 +64,6 @@ _NAMES = {
     },
 }
 _BLOCKS = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
-_INIT = nn.initializers.normal(0.02)
 _ZEROS = nn.initializers.zeros
 
 
@@ -89,6 +88,7 @@ class EncoderFields(nn.Module):
     pad_token_id: int = 0
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
     architecture: str = "bert"
     pooler: bool = True
     scan_layers: bool = False
@@ -126,11 +126,11 @@ class EncoderFields(nn.Module):
         """Whether there is a pooler (DistilBERT never has one)."""
         return self.pooler and self.architecture == "bert"
 
-    def linear(self, name: str, features: int) -> Linear:
-        """A linear layer `name` of this family's initialization, inside a compact method."""
+    def linear(self, name: str | None, features: int) -> Linear:
+        """A linear layer of this family's initialization (`name` None inside `setup`)."""
         return Linear(
             features,
-            kernel_init=_INIT,
+            kernel_init=nn.initializers.normal(self.initializer_range),
             bias_init=_ZEROS,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -149,29 +149,33 @@ class Embeddings(EncoderFields):
 
     @nn.compact
     def __call__(self, ids, types, rng):
-        def table(name, rows, init=_INIT):
+        def table(name, rows, blank=None):
             return nn.Embed(
                 rows,
                 self.hidden_size,
-                embedding_init=init,
+                embedding_init=_table_init(self.initializer_range, blank),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 name=name,
             )
 
-        x = table("word_embeddings", self.vocab_size, _without_row(self.pad_token_id))(ids)
+        x = table("word_embeddings", self.vocab_size, self.pad_token_id)(ids)
         positions = jnp.arange(ids.shape[1])
         x = x + table("position_embeddings", self.max_position_embeddings)(positions)
         if self.architecture == "bert":
-            types = jnp.zeros_like(ids) if types is None else types
-            x = x + table("token_type_embeddings", self.type_vocab_size)(types)
+            kinds = table("token_type_embeddings", self.type_vocab_size)
+            # One row for all: its gradient is a sum, not a scatter over every token.
+            x = x + (kinds.embedding[0].astype(x.dtype) if types is None else kinds(types))
         x = self.normalization("LayerNorm")(x)
         return dropout(x, self.hidden_dropout_prob, rng)
 
 
-def _without_row(row: int):
+def _table_init(deviation: float, blank: int | None):
+    """Normal rows, row `blank` (padding) all zero."""
+
     def init(key, shape, dtype=jnp.float32):
-        return _INIT(key, shape, dtype).at[row].set(0)
+        rows = nn.initializers.normal(deviation)(key, shape, dtype)
+        return rows if blank is None else rows.at[blank].set(0)
 
     return init
 
@@ -369,6 +373,7 @@ def arguments_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": "pad_token_id",
         "hidden_dropout_prob": "dropout",
         "attention_probs_dropout_prob": "attention_dropout",
+        "initializer_range": "initializer_range",
     }
     given = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
     return {"architecture": "distilbert", "layer_norm_eps": 1e-12, **given}

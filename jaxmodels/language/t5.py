@@ -22,11 +22,13 @@ from jaxmodels.language import decoding
 from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.attention import (
     attend,
+    attend_cached,
     causal_mask,
+    head_major,
     merge_heads,
     padding_mask,
     split_heads,
-    update_cache,
+    write_cache,
 )
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import keep_masks, keep_where
@@ -119,29 +121,27 @@ class Attention(_Sublayer):
         query = split_heads(query, heads)
         key_projection = self.linear(width, self.d_model**-0.5, "k")
         value_projection = self.linear(width, self.d_model**-0.5, "v")
-        rows = query.shape
-        if source is not None:
+        if source is None:
+            memory = [self.get_variable("memory", name) for name in ("key", "value")]
+            beams = query.reshape(memory[0].shape[0], -1, *query.shape[2:])
+            y = attend_cached(beams, *memory, bias=bias, mask=mask, scale=1).reshape(query.shape)
+        else:
             key = split_heads(key_projection(source), heads)
             value = split_heads(value_projection(source), heads)
             if length:
-                key, value = update_cache(self, key, value, position, length)
-            elif self.is_mutable_collection("memory") and not self.is_initializing():
-                self.put_variable("memory", "key", key)
-                self.put_variable("memory", "value", value)
-        else:
-            key = self.get_variable("memory", "key")
-            value = self.get_variable("memory", "value")
-            query = query.reshape(key.shape[0], -1, *query.shape[2:])
-        y = attend(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            scale=1,
-            dropout_rate=self.dropout_rate,
-            keep=keep,
-        ).reshape(rows)
+                kept = write_cache(self, key, value, position, length)
+                y = attend_cached(query, *kept, bias=bias, mask=mask, scale=1)
+            else:
+                y = attend(
+                    query,
+                    key,
+                    value,
+                    bias=bias,
+                    mask=mask,
+                    scale=1,
+                    dropout_rate=self.dropout_rate,
+                    keep=keep,
+                )
         return self.linear(self.d_model, width**-0.5, "o")(merge_heads(y))
 
 
@@ -227,8 +227,6 @@ class Stack(_Sublayer):
         encoded: jax.Array | None = None,
         encoded_mask: jax.Array | None = None,
         train: bool = False,
-        position: jax.Array | None = None,
-        length: int = 0,
         keep_states: bool = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x `[B, T, D]` -> (`[B, T, D]`, {"bias" `[1, N, T, S]`, "states" `[L, B, T, D]`})."""
@@ -239,29 +237,46 @@ class Stack(_Sublayer):
             param_dtype=self.param_dtype,
             name=_BIAS,
         )
-        queries = jnp.arange(x.shape[1]) + (0 if position is None else position)
-        relative = jnp.arange(length or x.shape[1])[None, :] - queries[:, None]
-        buckets = relative_buckets(
-            relative,
-            bidirectional=not self.is_decoder,
-            buckets=self.relative_attention_num_buckets,
-            max_distance=self.relative_attention_max_distance,
-        )
-        bias = jnp.transpose(table(buckets), (2, 0, 1))[None]
+        places = jnp.arange(x.shape[1])
+        bias = self.bias(table.embedding, places, places)
         first, last = self.masks(train, x.shape, x.shape)
         x = self.drop(x, first)
         block = nn.remat(Block, static_argnums=(7, 8)) if self.remat else Block
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "cache": 0, "memory": 0},
+            variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 7,
             length=self.num_layers,
             unroll=self.scan_unroll,
         )(**self.shared(), is_decoder=self.is_decoder, keep_states=keep_states, name="block.*")
-        x, states = scanned(x, bias, mask, encoded, encoded_mask, position, train, length)
+        x, states = scanned(x, bias, mask, encoded, encoded_mask, None, train, 0)
         y = self.drop(self.norm("final_layer_norm")(x), last)
         return y, {"bias": bias, "states": states}
+
+    def bias(self, table: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Relative position bias `[1, N, T, S]` of a table `[buckets, N]` at positions [T], [S]."""
+        buckets = relative_buckets(
+            keys[None, :] - queries[:, None],
+            bidirectional=not self.is_decoder,
+            buckets=self.relative_attention_num_buckets,
+            max_distance=self.relative_attention_max_distance,
+        )
+        return jnp.transpose(table[buckets], (2, 0, 1))[None]
+
+
+def stack_of(module: T5, *, is_decoder: bool) -> Stack:
+    """The encoder's or the decoder's stack of blocks, as a module of its own."""
+    layers = (module.num_decoder_layers or module.num_layers) if is_decoder else module.num_layers
+    return Stack(
+        **{name: getattr(module, name) for name in _SHARED},
+        num_layers=layers,
+        is_decoder=is_decoder,
+        relative_attention_num_buckets=module.relative_attention_num_buckets,
+        relative_attention_max_distance=module.relative_attention_max_distance,
+        remat=module.remat,
+        scan_unroll=module.scan_unroll,
+    )
 
 
 class T5(nn.Module):
@@ -309,13 +324,6 @@ class T5(nn.Module):
 
     def setup(self):
         activation_of(self.feed_forward_proj)
-        shared = {name: getattr(self, name) for name in _SHARED}
-        positions = {
-            "relative_attention_num_buckets": self.relative_attention_num_buckets,
-            "relative_attention_max_distance": self.relative_attention_max_distance,
-            "remat": self.remat,
-            "scan_unroll": self.scan_unroll,
-        }
         self.shared = nn.Embed(
             self.vocab_size,
             self.d_model,
@@ -323,13 +331,8 @@ class T5(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        self.encoder = Stack(**shared, **positions, num_layers=self.num_layers)
-        self.decoder = Stack(
-            **shared,
-            **positions,
-            num_layers=self.num_decoder_layers or self.num_layers,
-            is_decoder=True,
-        )
+        self.encoder = stack_of(self, is_decoder=False)
+        self.decoder = stack_of(self, is_decoder=True)
         if not self.tie_word_embeddings:
             self.lm_head = Linear(
                 self.vocab_size,
@@ -352,6 +355,10 @@ class T5(nn.Module):
         """
         encoded = self.encode(input_ids, attention_mask, train)
         return self.decode(decoder_input_ids, encoded, attention_mask, train)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Embeddings `[..., D]` of ids, unscaled."""
+        return self.shared(ids)
 
     def encode(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False
@@ -383,33 +390,6 @@ class T5(nn.Module):
         y = self.shared.attend(hidden) if self.tie_word_embeddings else self.lm_head(hidden)
         return y.astype(jnp.float32)
 
-    def step(
-        self,
-        tokens: jax.Array,
-        position: jax.Array,
-        attention_mask: jax.Array | None,
-        length: int,
-    ) -> jax.Array:
-        """Logits `[R, V]` after tokens `[R]` at `position`, for a cache of `length` positions.
-
-        Reads the collection `memory` of `remember`, writes the collection `cache`. R is a multiple
-        of the encoded batch: neighboring rows share an input (beams).
-        """
-        hidden, _ = self.decoder(
-            self.shared(tokens[:, None]),
-            causal_mask(1, length, position),
-            None,
-            _mask(attention_mask),
-            position=position,
-            length=length,
-        )
-        return self.logits(hidden[:, 0])
-
-    def remember(self, encoded: jax.Array) -> jax.Array:
-        """Fill the collection `memory` with every layer's keys and values of `[B, S, D]`."""
-        start = jnp.full((encoded.shape[0], 1), self.decoder_start_token_id, jnp.int32)
-        return self.decoder(self.shared(start), None, encoded)[0]
-
     def intermediates(
         self,
         input_ids: jax.Array,
@@ -439,6 +419,25 @@ def _mask(attention_mask: jax.Array | None) -> jax.Array | None:
     return None if attention_mask is None else padding_mask(attention_mask)
 
 
+def check_ids(ids: np.ndarray, vocabulary: int, what: str = "input") -> None:
+    """Refuse ids `[B, T]` outside 0..vocabulary - 1 and rows of padding (0) alone.
+
+    Indexing under `jit` would clip them without a word; call this on the host.
+
+    Raises ValueError with the position.
+    """
+    ids = np.asarray(ids)
+    wrong = np.argwhere((ids < 0) | (ids >= vocabulary))
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{what} {list(place)}: token id {int(ids[place])} is not in 0..{vocabulary - 1}"
+        )
+    empty = np.flatnonzero(~(ids != 0).any(axis=-1)) if ids.shape[-1] else np.arange(len(ids))
+    if len(empty):
+        raise ValueError(f"{what} [{int(empty[0])}] is empty")
+
+
 def shift_right(labels: jax.Array, start: int = 0, pad: int = 0) -> jax.Array:
     """Decoder inputs of labels `[B, T]`: `start`, then the labels but the last, -100 as `pad`."""
     shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
@@ -453,7 +452,9 @@ def ignore_padding(labels: jax.Array, pad: int = 0) -> jax.Array:
 def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label] in float32, `[B, T, V]`, `[B, T]` -> `[B, T]`; 0 at -100."""
     logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    # A masked sum, whose gradient is no scatter into [B, T, V].
+    chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.where(labels == LABEL_PADDING, 0.0, nll)
 
@@ -488,19 +489,51 @@ def cached_decoder(
 
     Returns: `step(tokens [R], position, cache) -> (logits [R, V], cache)` and the empty cache.
     """
-    params = {"params": variables["params"]}
-    encoded = module.apply(params, input_ids, attention_mask, method="encode")
-    _, memory = module.apply(params, encoded, method="remember", mutable=["memory"])
+    params = variables["params"]
+    encoded = module.apply({"params": params}, input_ids, attention_mask, method="encode")
+    stack = stack_of(module, is_decoder=True)
+    norm = RMSNorm(module.layer_norm_epsilon, module.dtype, module.param_dtype)
+    block = Block(**stack.shared(), is_decoder=True)
+    decoder = params["decoder"]
+    # Cut once, before the loop: layers scanned inside it would copy their weights at every token.
+    layers = [_layer(decoder["block.*"], i) for i in range(stack.num_layers)]
+    memories = []
+    for layer in layers:
+        cross = layer["layer.1.EncDecAttention"]
+        key, value = head_major(
+            *(
+                split_heads(encoded @ cross[name]["kernel"].astype(encoded.dtype), module.num_heads)
+                for name in ("k", "v")
+            )
+        )
+        memories.append({"layer.1.EncDecAttention": {"key": key, "value": value}})
+    keep = _mask(attention_mask)
 
     def step(tokens, position, cache):
-        state = {**params, **memory, **({} if cache is None else {"cache": cache})}
-        logits, new = module.apply(
-            state, tokens, position, attention_mask, length, method="step", mutable=["cache"]
-        )
-        return logits, new["cache"]
+        x = module.apply({"params": params}, tokens[:, None], method="embed")
+        here = jnp.asarray(position).reshape(1)
+        bias = stack.bias(decoder[_BIAS]["embedding"], here, jnp.arange(length))
+        mask = causal_mask(1, length, position)
+        new = []
+        for layer, memory, own in zip(layers, memories, cache):
+            state = {"params": layer, "memory": memory, **own}
+            (x, _), own = block.apply(
+                state, x, bias, mask, None, keep, position, False, length, mutable=["cache"]
+            )
+            new.append(own)
+        x = norm.apply({"params": decoder["final_layer_norm"]}, x)
+        return module.apply({"params": params}, x[:, 0], method="logits"), new
 
-    shapes = jax.eval_shape(lambda: step(jnp.zeros(rows, jnp.int32), 0, None)[1])
-    return step, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    heads = (rows, module.num_heads)
+    empty = {
+        "key": jnp.zeros((*heads, module.d_kv, length), module.dtype),
+        "value": jnp.zeros((*heads, length, module.d_kv), module.dtype),
+    }
+    return step, [{"cache": {"layer.0.SelfAttention": empty}}] * stack.num_layers
+
+
+def _layer(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], stacked)
 
 
 def generate(
@@ -570,6 +603,25 @@ def generate(
         length_penalty=length_penalty,
         early_stopping=early_stopping,
     )
+
+
+def resize_embedding(
+    params: Mapping[str, Any], rows: int, rng: jax.Array | None = None
+) -> dict[str, Any]:
+    """Parameters of a tied model with `rows` embedding rows, for tokens added to its vocabulary.
+
+    New rows are N(0, 1), as a fresh embedding's (CodeT5 to CoditT5: 32,100 to 32,124).
+
+    Raises ValueError for an untied model and for fewer rows than there are: cutting is not meant.
+    """
+    table = jnp.asarray(params["shared"]["embedding"])
+    if "lm_head" in params:
+        raise ValueError("an untied model has lm_head besides: resize both by hand")
+    if rows < len(table):
+        raise ValueError(f"{rows} rows wanted, the embedding has {len(table)} already")
+    rng = jax.random.key(0) if rng is None else rng
+    new = jax.random.normal(rng, (rows - len(table), table.shape[1]), table.dtype)
+    return {**params, "shared": {"embedding": jnp.concatenate([table, new])}}
 
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:

@@ -136,6 +136,58 @@ def update_cache(
     return keys.value, values.value
 
 
+def attend_cached(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attend` over keys `[B, N, H, S]` and values `[B, N, S, H]`, as `write_cache` keeps them.
+
+    For one or a few queries a token these are plain matrix products; with `[B, S, N, H]` all of the
+    cache is transposed for every token (on a CPU four times slower).
+
+    Args and returns as in `attend`, without dropout.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("btnh,bnhs->bnts", query * scale if scale != 1 else query, key)
+    scores = scores.astype(wide)
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bnsh->btnh", weights, value)
+
+
+def head_major(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[B, S, N, H]` -> `[B, N, H, S]`, `[B, N, S, H]`, for `attend_cached`."""
+    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+
+
+def write_cache(
+    module: nn.Module,
+    key: jax.Array,
+    value: jax.Array,
+    position: jax.Array | int,
+    length: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`update_cache` in the layout of `attend_cached`; rows are axis -4 of its leaves as well."""
+    batch, _, heads, width = key.shape
+    keys = module.variable("cache", "key", jnp.zeros, (batch, heads, width, length), key.dtype)
+    values = module.variable(
+        "cache", "value", jnp.zeros, (batch, heads, length, width), value.dtype
+    )
+    key, value = head_major(key, value)
+    keys.value = lax.dynamic_update_slice(keys.value, key, (0, 0, 0, position))
+    values.value = lax.dynamic_update_slice(values.value, value, (0, 0, position, 0))
+    return keys.value, values.value
+
+
 def reorder_cache(cache, rows: jax.Array):
     """Every leaf `[..., B, S, N, H]` of a cache with its rows (axis -4) taken by `rows` [B']."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=-4), cache)

@@ -219,10 +219,9 @@ class Selection:
 
     def choose(self, rng: np.random.Generator, order: np.ndarray, sample_index: int = 0) -> int:
         """Number of the chosen candidate among those `order` ranks, -1 for the real query."""
-        if self.strategy == "first" and not self.gold_query_prob:
-            return 0
         if self.strategy == "first":
-            return -1 if rng.random() < self.gold_query_prob else 0
+            gold = self.gold_query_prob and rng.random() < self.gold_query_prob
+            return -1 if gold else int(np.min(order))
         rank = self.rank(rng, len(order), sample_index)
         return int(order[rank - 1]) if rank else -1
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from jaxmodels.language import bert
 from jaxmodels.language.bert import Bert, EncoderFields
-from jaxmodels.layers.convolution import Linear
 
 
 class CrossEncoder(EncoderFields):
@@ -27,18 +26,9 @@ class CrossEncoder(EncoderFields):
 
     def setup(self):
         self.encoder = Bert(**self.encoder_fields())
-        self.qa_classifier = self._head(1)
+        self.qa_classifier = self.linear(None, 1)
         if self.binary_head:
-            self.binary = self._head(2)
-
-    def _head(self, features: int) -> Linear:
-        return Linear(
-            features,
-            kernel_init=jax.nn.initializers.normal(0.02),
-            bias_init=jax.nn.initializers.zeros,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+            self.binary = self.linear(None, 2)
 
     def __call__(self, input_ids, attention_mask=None, train: bool = False) -> jax.Array:
         """Relevance [B, N]; the mask defaults to `ids != 0`."""

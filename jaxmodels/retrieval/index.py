@@ -38,8 +38,8 @@ class ExactIndex:
       devices: default all local devices; each scores its part of a block and keeps its own best.
       approximate: None, or the recall target of `jax.lax.approx_max_k` (a TPU's fast top-k).
 
-    Arrays are kept as they are given (memory-mapped files stay on disk) and reach a device one block
-    at a time: neither the corpus nor the matrix of all scores need fit.
+    Arrays are kept as they are given (memory-mapped files stay on disk) and reach a device one
+    block at a time: neither the corpus nor the matrix of all scores need fit.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ def _step(mesh: Mesh, k: int, chunk: int, approximate: float | None):
 
 
 class FaissIndex:
-    """An index of faiss (extra `retrieval`): `IndexFlatIP`, or any description `index_factory` knows.
+    """An index of faiss (extra `retrieval`): flat, or any description `index_factory` knows.
 
     Ties have no defined order there. Raises ImportError naming the extra where faiss is missing.
     """

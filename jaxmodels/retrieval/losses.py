@@ -114,10 +114,10 @@ def logit_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return 0.5 * jnp.square(_wide(student) - _wide(teacher)).mean()
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Refuse a temperature that is not positive."""
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+        raise ValueError(f"{name} must be positive, not {temperature}")
 
 
 def check_weights(**weights: float) -> None:

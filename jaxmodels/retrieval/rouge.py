@@ -1,4 +1,4 @@
-"""ROUGE-L between short texts, with the Porter stemmer in the variant that NLTK and rouge_score use.
+"""ROUGE-L between short texts, with the Porter stemmer in NLTK's variant, as rouge_score has it.
 
 Porter, "An algorithm for suffix stripping", Program 14 (1980), with NLTK's extensions: irregular
 forms, short words left alone, and the changed rules marked below. ROUGE-L: Lin, 2004.
@@ -38,7 +38,7 @@ Rule = tuple[str, str, Callable[[str], bool] | None]
 
 
 def _kinds(word: str) -> str:
-    """The word as consonants `c` and vowels `v`; y is a consonant at the start and after a vowel."""
+    """The word as consonants `c` and vowels `v`; y is a consonant first and after a vowel."""
     kinds = ""
     for i, letter in enumerate(word):
         if letter in "aeiou":
@@ -124,9 +124,11 @@ _STEP_2 = tuple(
         "fulli": "ful",  # NLTK
     }.items()
 )
-_STEP_4: tuple[Rule, ...] = tuple(
-    (suffix, "", _above_one) for suffix in "al ance ence er ic able ible ant ement ment ent".split()
-) + (
+_STEP_4: tuple[Rule, ...] = (
+    *(
+        (suffix, "", _above_one)
+        for suffix in "al ance ence er ic able ible ant ement ment ent".split()
+    ),
     ("ion", "", lambda stem: _measure(stem) > 1 and stem[-1] in "st"),
     *((suffix, "", _above_one) for suffix in "ou ism ate iti ous ive ize".split()),
 )
@@ -247,6 +249,5 @@ def f_measure(references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
 
 def _padded(rows: list[list[int]], fill: int) -> np.ndarray:
     width = max(map(len, rows), default=0)
-    return np.array([r + [fill] * (width - len(r)) for r in rows], np.int64).reshape(
-        len(rows), width
-    )
+    table = np.array([r + [fill] * (width - len(r)) for r in rows], np.int64)
+    return table.reshape(len(rows), width)

@@ -47,7 +47,12 @@ def _schedule(case):
 
 def _relevance(case):
     real, pseudo = str(case.inputs["query"]), [str(q) for q in case.inputs["pseudo_queries"]]
-    ranked = capstone.rank_pseudo_queries(real, pseudo, metric=case.config["metric"])
+    ranked = capstone.rank_pseudo_queries(
+        real,
+        pseudo,
+        metric=case.config["metric"],
+        filter_threshold=case.config.get("filter_threshold", 1.0),
+    )
     named = dict(zip(ranked.queries, ranked.scores))
     ordered = sorted(named)
     rows = [
@@ -125,7 +130,7 @@ def _views(case):
     shared = adapter_of("dense_retrieval_common")
     config, inputs = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
     module, variables = jaxmodels.load(
-        "retrieval.dual_encoder", case.weights, **shared.encoder_arguments(config)
+        "retrieval.dual_encoder", case.weights, **shared.encoder_arguments(config, case.weights)
     )
     outputs = shared.dual_encoder(module, variables, inputs, config)
     views = module.apply(variables, inputs["view_ids"], method="encode_documents")

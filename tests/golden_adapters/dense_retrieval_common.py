@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels
-from jaxmodels.language.bert import EncoderFields
+from jaxmodels.interop import checkpoint
+from jaxmodels.language.bert import EncoderFields, arguments_of_config
 from jaxmodels.retrieval import losses, metrics
 
 MODELS = {
-    "HFBertEncoder (transformers BertModel)": "language.bert",
+    "HFBertEncoder": "language.bert",
     "BiBertEncoder": "retrieval.dual_encoder",
     "Reranker": "retrieval.cross_encoder",
 }
@@ -26,10 +28,16 @@ MEASURES = {
 }
 
 
-def encoder_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The constructor arguments among a case's `config`."""
+def encoder_arguments(config: dict[str, Any], weights=None) -> dict[str, Any]:
+    """The constructor arguments among a case's `config`; the file tells which parts there are."""
     names = {*EncoderFields.__dataclass_fields__, "share_weight"}
-    return {k: v for k, v in config.items() if k in names}
+    arguments = {k: v for k, v in config.items() if k in names}
+    keys = set(checkpoint.read(weights).tensors) if weights else set()
+    if any(".transformer.layer." in f".{k}" for k in keys):
+        arguments |= arguments_of_config({**config, "model_type": "distilbert"})
+    elif keys and not any(k.endswith("pooler.dense.weight") for k in keys):
+        arguments["pooler"] = False
+    return arguments
 
 
 def run(case) -> dict[str, Any]:
@@ -37,13 +45,17 @@ def run(case) -> dict[str, Any]:
     if case.model == "trec_eval measures":
         return _metrics(case)
     name = next(ours for official, ours in MODELS.items() if case.model.startswith(official))
-    module, variables = jaxmodels.load(name, case.weights, **encoder_arguments(case.config))
+    arguments = encoder_arguments(case.config, case.weights)
+    if name == "retrieval.cross_encoder":
+        tensors = checkpoint.read(case.weights).tensors
+        arguments["binary_head"] = any(k.startswith("binary.") for k in tensors)
+    module, variables = jaxmodels.load(name, case.weights, **arguments)
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
     if name == "language.bert":
         return _encoder(module, variables, inputs)
     if name == "retrieval.cross_encoder":
         return _cross_encoder(module, variables, inputs)
-    return dual_encoder(module, variables, inputs, case.config)
+    return dual_encoder(module, variables, inputs, case.config, case.wanted)
 
 
 def _encoder(module, variables, inputs):
@@ -60,14 +72,14 @@ def _cross_encoder(module, variables, inputs):
     heads = module.apply(
         variables, inputs["input_ids"], inputs.get("attention_mask"), method="heads"
     )
-    return {
+    named = {
         "relevance_logits": heads["relevance"],
-        "binary_logits": heads.get("binary"),
         "listwise_ce": losses.nll(heads["relevance"])[0],
     }
+    return {**named, "binary_logits": heads["binary"]} if "binary" in heads else named
 
 
-def dual_encoder(module, variables, inputs, config):
+def dual_encoder(module, variables, inputs, config, wanted=()):
     """Vectors, scores, the in-batch loss and its gradients."""
     queries, documents = module.apply(
         variables,
@@ -85,11 +97,14 @@ def dual_encoder(module, variables, inputs, config):
 
     gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
     (loss, correct), (grad_q, grad_d) = gradient(queries, documents)
+    groups = {}
+    if "group_scores" in wanted:
+        groups["group_scores"] = losses.group_scores(queries, documents)
     return {
+        **groups,
         "q_emb": queries,
         "d_emb": documents,
         "score_matrix": losses.scores_of(queries, documents),
-        "group_scores": losses.group_scores(queries, documents),
         "inbatch_nll": loss,
         "loss": loss,
         "n_correct": correct,
@@ -99,7 +114,7 @@ def dual_encoder(module, variables, inputs, config):
 
 
 def _measure(name: str) -> str:
-    if name in ("map", "recip_rank"):
+    if name in ("map", "recip_rank", "ndcg"):
         return name.replace("recip_rank", "mrr")
     stem, _, cut = name.rpartition("_")
     return f"{MEASURES[stem]}@{cut}"
@@ -130,8 +145,12 @@ def _metrics(case) -> dict[str, Any]:
         outputs[name] = np.array(
             [found.per_query.get(q, {ours: np.nan})[ours] for q in queries], np.float64
         )
-    every = metrics.evaluate(run_, judgments, ["mrr@10"])
-    outputs["mrr_at_10_l1"] = np.array([every.per_query[q]["mrr@10"] for q in queries])
+    for name in case.wanted:
+        found = re.fullmatch(r"mrr_at_(\d+)_l(\d)", name)
+        if found:
+            ours, level = f"mrr@{found[1]}", int(found[2])
+            every = metrics.evaluate(run_, judgments, [ours], relevance_level=level)
+            outputs[name] = np.array([every.per_query[q][ours] for q in queries])
     rank = np.full_like(case.outputs["trec_rank"], -1)
     for q, query in enumerate(queries):
         order = [rows[d] for d in metrics.ranking(run_[query])]

@@ -55,7 +55,6 @@ def run_scores(case):
         inputs["G"],
         options,
         initial=(inputs["U0"], inputs["B0"], inputs["A0"]),
-        directed=config.get("directed", False),
         keep_predictions=True,
     )
     frobenius, spectral = found.frobenius, found.spectral

@@ -240,3 +240,34 @@ def test_generation_traces_once_for_inputs_of_one_shape():
         found = run(variables, IDS + shift, MASK)
     assert len(traced) == 1
     assert decoding.trim(found)[0].shape[0] == 2
+
+
+def test_added_tokens_get_rows_and_the_others_stay():
+    _, variables = tiny()
+    params = t5.resize_embedding(variables["params"], 64)
+    assert params["shared"]["embedding"].shape == (64, 16)
+    np.testing.assert_array_equal(
+        params["shared"]["embedding"][:40], variables["params"]["shared"]["embedding"]
+    )
+    assert np.std(params["shared"]["embedding"][40:]) > 0.5
+    with pytest.raises(ValueError, match="30 rows wanted, the embedding has 40"):
+        t5.resize_embedding(variables["params"], 30)
+    with pytest.raises(ValueError, match="untied"):
+        t5.resize_embedding(tiny(gated=True)[1]["params"], 64)
+
+
+def test_ids_outside_the_vocabulary_and_empty_rows_are_named():
+    t5.check_ids(IDS, 40)
+    with pytest.raises(ValueError, match=r"input \[0, 3\]: token id 30 is not in 0..29"):
+        t5.check_ids(IDS, 30)
+    with pytest.raises(ValueError, match=r"input \[1\] is empty"):
+        t5.check_ids(IDS * [[1], [0]], 40)
+
+
+def test_a_lightning_checkpoint_loads_by_its_prefix():
+    module, variables = tiny()
+    state = {f"model.{k}": v for k, v in catalog.export("language.t5", module, variables).items()}
+    old = "model.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    state[old] = np.zeros((32, 3), np.float32)
+    again = jaxmodels.load("language.t5", state, **SIZES)[1]
+    chex.assert_trees_all_equal(again["params"], variables["params"])

@@ -51,6 +51,30 @@ def test_cached_attention_step_by_step_equals_all_at_once_and_rows_can_be_reorde
     np.testing.assert_array_equal(swapped["cache"]["key"], x[::-1])
 
 
+class HeadMajor(nn.Module):
+    @nn.compact
+    def __call__(self, x, position):
+        kept = attention.write_cache(self, x, 2 * x, position, 6)
+        mask = attention.causal_mask(x.shape[1], 6, position)
+        return attention.attend_cached(x, *kept, mask=mask, bias=jnp.ones((1, 1, 1, 6)))
+
+
+def test_the_head_major_cache_gives_the_same_attention_and_has_its_rows_on_the_same_axis():
+    x = draw(2, 6, 3, 4)
+    whole = attention.attend(x, x, 2 * x, mask=attention.causal_mask(6))
+    state, outputs = {}, []
+    for position in range(0, 6, 2):
+        y, state = HeadMajor().apply(
+            state, x[:, position : position + 2], position, mutable=["cache"]
+        )
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-6)
+    swapped = attention.reorder_cache(state, jnp.array([1, 0]))["cache"]
+    key, value = attention.head_major(x[::-1], 2 * x[::-1])
+    np.testing.assert_array_equal(swapped["key"], key)
+    np.testing.assert_array_equal(swapped["value"], value)
+
+
 def test_dropout_keeps_the_mean_and_drop_path_drops_whole_rows():
     x = jnp.ones((4000, 3))
     dropped = dropout.dropout(x, 0.25, jax.random.key(0))

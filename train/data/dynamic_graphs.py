@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "resample": 0.1,
     "increment": 0.1,
     "base": "les_miserables",
+    "fresh": True,  # generators: all pairs drawn anew at a change
+    "changes": 3000,  # simulated reviews: length of the history
     "directed": False,
     "weighted": False,
     "repeats": "last",  # edges: last | sum
@@ -43,7 +45,7 @@ OPTIONS: dict[str, Any] = {
     "acked": False,  # reviews: Acked-by counts as a review
     "signers": False,  # reviews: so does Signed-off-by
     "transform": "none",  # none | log (log(1 + w)) | binary
-    "sparse": False,  # edge lists instead of n x n windows
+    "sparse": None,  # edge lists instead of n x n windows; None: above 2,000 nodes
     "snapshots": 0,  # dry runs: T where the file is not there
     "edge_slots": 0,  # sparse dry runs: padded edges
 }
@@ -82,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kind": "simulated_reviews",
         "directed": True,
         "weighted": True,
-        "period": "week",
+        "changes": 12_000,
     },
 }
 SPLITS = ("targets", "test")
@@ -136,14 +138,17 @@ def _read(kind: str, options: Mapping[str, Any]) -> files.DynamicGraph:
             kind,
             seed=options["sequence_seed"],
             num_nodes=options["num_nodes"] or DEFAULT_NODES,
-            **{k: options[k] for k in ("steps", "p_in", "p_ex", "resample", "increment", "base")},
+            **{
+                k: options[k]
+                for k in ("steps", "p_in", "p_ex", "resample", "increment", "base", "fresh")
+            },
         )
         snapshots = [scipy.sparse.csr_matrix(g.astype(np.float32)) for g in dense]
         return files.DynamicGraph(snapshots, events, tuple(map(str, range(len(dense)))), False)
     if kind == "simulated_reviews":
         from train.data.review_simulator import simulate_reviews
 
-        records = simulate_reviews(options["sequence_seed"])
+        records = simulate_reviews(options["sequence_seed"], n_changes=options["changes"])
         # One maintainer of every area leaves after each third of the time span.
         begin, end = records[0].created, records[-1].created
         thirds = [("", begin + i * (end - begin) / 3) for i in (1, 2)]
@@ -214,6 +219,13 @@ def is_directed(options: Mapping[str, Any]) -> bool:
     return kind not in synthetic.KINDS and (kind != "edges" or bool(options["directed"]))
 
 
+def is_sparse(options: Mapping[str, Any]) -> bool:
+    """Whether rows are edge lists."""
+    if options["sparse"] is None:
+        return sequence_shape(options)[1] > change_detection.SPARSE_ABOVE
+    return bool(options["sparse"])
+
+
 def _dtype(options: Mapping[str, Any]):
     binary = not options["weighted"] or options["transform"] == "binary"
     return np.uint8 if binary or options["kind"] in synthetic.KINDS else np.float32
@@ -225,7 +237,7 @@ def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     if not isinstance(w, int) or w < 1:
         raise ValueError(f"data.options.window w = {w!r} must be a whole number >= 1")
     spec = {"target": jax.ShapeDtypeStruct((), np.int32)}
-    if options["sparse"]:
+    if is_sparse(options):
         slots = options["edge_slots"] or change_detection.edge_capacity(sequence(options).snapshots)
         shapes = {
             "senders": ((w + 1, slots), np.int32),
@@ -278,7 +290,7 @@ def source(split: str, options: Mapping[str, Any]) -> Targets:
     """The targets of a sequence; both splits hold all of them."""
     del split
     graph = sequence(options)
-    if options["sparse"]:
+    if is_sparse(options):
         slots = options["edge_slots"] or change_detection.edge_capacity(graph.snapshots)
         return Targets(graph.snapshots, options["window"], True, slots)
     return Targets(graph.dense(_dtype(options)), options["window"], False, 0)

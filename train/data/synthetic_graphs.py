@@ -50,6 +50,7 @@ def synthetic_sequence(
     resample: float = 0.1,
     increment: float = 0.10,
     base: str = "les_miserables",
+    fresh: bool = True,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Snapshots uint8 [steps + 1, n, n], symmetric with a zero diagonal, and the change indices.
 
@@ -65,6 +66,8 @@ def synthetic_sequence(
 
     Args:
       p_in, p_ex: probability of a pair inside and across blocks. resample: a above.
+      fresh: False makes changes harder than the protocol: pairs go on being drawn again with
+        probability `resample`, from the new model. Otherwise a change is also a break in time.
 
     Raises ValueError: an unknown kind, or a number out of range.
     """
@@ -82,11 +85,11 @@ def synthetic_sequence(
     for step in range(steps):
         # The official loop counts from the initial snapshot: step t makes snapshot t + 1.
         change = step in marked
-        fresh = _draw(rng, model(step + 1, change))
-        if not change:
-            kept = ~_symmetric(rng.random(fresh.shape) < resample)
-            fresh = np.where(kept, snapshots[-1], fresh)
-        snapshots.append(fresh)
+        drawn = _draw(rng, model(step + 1, change))
+        if not (change and fresh):
+            again = _symmetric(rng.random(drawn.shape) < resample)
+            drawn = np.where(again, drawn, snapshots[-1])
+        snapshots.append(drawn)
     return np.stack(snapshots).astype(np.uint8), change_indices(steps, changes)
 
 

@@ -15,7 +15,10 @@ Layouts (`S` is the separator, lengths include it and the classifier token):
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -73,18 +76,22 @@ class WordPiece:
 
     @staticmethod
     def learn(texts: Iterable[str], size: int, lower_case: bool = True) -> WordPiece:
-        """A vocabulary of `size` words learned from texts, the special tokens first."""
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+        """A vocabulary of up to `size` words learned from texts, the special tokens first.
 
-        learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        learner.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-        learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=list(SPECIAL), show_progress=False
+        Byte-pair merging inside words, the most frequent pair first, ties in alphabetical order:
+        the same texts give the same vocabulary everywhere (the `tokenizers` trainer does not).
+        """
+        from tokenizers import normalizers, pre_tokenizers
+
+        normalizer, splitter = (
+            normalizers.BertNormalizer(lowercase=lower_case),
+            pre_tokenizers.BertPreTokenizer(),
         )
-        learner.train_from_iterator(texts, trainer)
-        ranked = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-        return WordPiece([word for word, _ in ranked], lower_case)
+        counts: Counter[str] = Counter()
+        for text in texts:
+            clean = normalizer.normalize_str(text)
+            counts.update(word for word, _ in splitter.pre_tokenize_str(clean))
+        return WordPiece([*SPECIAL, *_merged_pieces(counts, size - len(SPECIAL))], lower_case)
 
     def pieces(self, text: str) -> list[int]:
         """Ids of a text, without classifier and final separator."""
@@ -127,6 +134,50 @@ class WordPiece:
         return [self.classifier, *first[:m], self.separator, *second[:n], self.separator]
 
 
+def _merged_pieces(counts: dict[str, int], size: int) -> list[str]:
+    """Characters and merged pieces of words, `##` before those inside a word, at most `size`."""
+    ordered = sorted(counts)
+    spelled = [[w[0], *(f"##{c}" for c in w[1:])] for w in ordered]
+    pieces = sorted({piece for word in spelled for piece in word})
+    pairs: Counter[tuple[str, str]] = Counter()
+    homes: dict[tuple[str, str], set[int]] = {}
+    for number, word in enumerate(spelled):
+        for pair in itertools.pairwise(word):
+            pairs[pair] += counts[ordered[number]]
+            homes.setdefault(pair, set()).add(number)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    while heap and len(pieces) < size:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:
+            continue  # counted anew since
+        joined = pair[0] + pair[1].removeprefix("##")
+        pieces.append(joined)
+        changed = set()
+        for number in homes.pop(pair):
+            word, weight = spelled[number], counts[ordered[number]]
+            for old in itertools.pairwise(word):
+                pairs[old] -= weight
+                changed.add(old)
+            merged, i = [], 0
+            while i < len(word):
+                if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
+                    merged.append(joined)
+                    i += 2
+                else:
+                    merged.append(word[i])
+                    i += 1
+            spelled[number] = merged
+            for new in itertools.pairwise(merged):
+                pairs[new] += weight
+                homes.setdefault(new, set()).add(number)
+                changed.add(new)
+        for other in changed:
+            if pairs[other] > 0:
+                heapq.heappush(heap, (-pairs[other], other))
+    return list(dict.fromkeys(pieces))[:size]
+
+
 def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
     """Lengths of two texts in `room` tokens, cut longest first."""
     if first + second <= room:
@@ -140,7 +191,7 @@ def pair_lengths(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def cross_row(query: Sequence[int], document: Sequence[int], last: bool = False) -> list[int]:
-    """A cross encoder's row: the query and the document without CLS and (unless `last`) last SEP."""
+    """A cross encoder's row: query and document without CLS and (unless `last`) last SEP."""
     return [*query, *(document[1:] if last else document[1:-1])]
 
 

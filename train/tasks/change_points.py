@@ -21,6 +21,7 @@ from train.data import pipeline
 from train.naming import ConfigError
 
 SERIES = ("prediction", "normal", "mixed")
+_LISTED_EVENTS = 12
 # These form n x n products of every snapshot; LAD alone takes sparse ones.
 _DENSE_BASELINES = tuple(name for name in change_baselines.BASELINES if name != "lad")
 
@@ -57,11 +58,10 @@ class ChangePoints:
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """Starting factors and an empty record."""
         del rng, batch
-        shape = (self.options.window, self.num_nodes, self.num_nodes)
         factors = starting_factors(
             jax.random.key(self.seed),
             self.options.window,
-            jnp.zeros(shape[:1]),
+            {"window": jnp.zeros(1)},
             self.options,
             self.num_nodes,
             jnp.float32,
@@ -177,10 +177,13 @@ class ChangePoints:
             scores, change_scores.causal_threshold(scores, self.options.window)
         )
         caught = len(set(raised.tolist()) & set(graph.events))
+        ranks = list(found.ranks.values())
+        listed = ", ".join(f"{e}: {r}" for e, r in found.ranks.items())
         numbers = {
             f"hits_at_{count}": found.hits,
             f"precision_at_{count}": found.precision,
-            "event_ranks": ", ".join(f"{e}: {r}" for e, r in found.ranks.items()),
+            "event_ranks": listed if len(ranks) <= _LISTED_EVENTS else f"{len(ranks)} events",
+            "mean_event_rank": float(np.mean(ranks)),
             "alarms": len(raised),
             "alarms_that_are_events": caught,
             "hits_by_chance": count / (self.num_snapshots - self.options.window),
@@ -193,8 +196,9 @@ class ChangePoints:
                 )
             else:
                 baseline = change_baselines.BASELINES[name](graph.dense())
-            hits = change_scores.hits_at(baseline, graph.events, count).hits
-            numbers[f"{name}_hits_at_{count}"] = hits
+            other = change_scores.hits_at(baseline, graph.events, count)
+            numbers[f"{name}_hits_at_{count}"] = other.hits
+            numbers[f"{name}_mean_event_rank"] = float(np.mean(list(other.ranks.values())))
         return numbers
 
     def predict(self, variables, path, config):
@@ -211,13 +215,12 @@ class ChangePoints:
         options |= {"kind": kind, "path": str(path), "num_nodes": 0, "events": ()}
         options |= {} if same else {"events_path": "", "releases": ""}
         graph = dynamic_graphs.sequence(options)
-        sparse = bool(options["sparse"]) or None
         found = detect(
             graph.snapshots,
             self.options,
             seed=self.seed,
             directed=graph.directed,
-            sparse=sparse,
+            sparse=options["sparse"],
         )
         chosen = found.spectral if self.options.scorer == "spectral" else found.frobenius
         thresholds = change_scores.causal_threshold(found.scores, self.options.window)
@@ -255,16 +258,17 @@ def from_config(config) -> ChangePoints:
     chosen = Options(window=options["window"], **fitted)
     length, num_nodes = dynamic_graphs.sequence_shape(options)
     chosen.check(num_nodes, length)
-    if options["sparse"] and chosen.spectral:
+    sparse = dynamic_graphs.is_sparse(options)
+    if sparse and chosen.spectral:
         raise ConfigError(
-            "config.task_args.scorer: spectra need dense windows; drop data.options.sparse"
+            "config.task_args.scorer: spectra need dense windows; data.options.sparse=False"
         )
     baselines = tuple(arguments.pop("baselines", ("lad",)))
     for name in baselines:
         if name not in change_baselines.BASELINES:
             known = ", ".join(change_baselines.BASELINES)
             raise ConfigError(f"config.task_args.baselines: {name!r}; known: {known}")
-    if options["sparse"] and set(baselines) & set(_DENSE_BASELINES):
+    if sparse and set(baselines) & set(_DENSE_BASELINES):
         raise ConfigError("config.task_args.baselines: on sparse windows only lad")
     arguments["lad"] = tuple(sorted(dict(arguments.pop("lad", {})).items()))
     sizes = {"num_nodes": num_nodes, "window": chosen.window, "rank": chosen.rank}
