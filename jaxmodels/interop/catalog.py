@@ -24,6 +24,8 @@ import numpy as np
 from jaxmodels.interop import checkpoint, conversion
 from jaxmodels.spelling import did_you_mean
 
+CONFIG = "config.json"
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_FAMILIES = {"layers", "interop"}
 
@@ -211,14 +213,19 @@ def load(
       unexpected and mis-shaped entry; `CheckpointError` for a file that cannot be read.
     """
     found = find(name)
-    module = found.build(**{**_config_beside(found, weights), **overrides})
     if weights is None:
+        module = found.build(**overrides)
         return module, initialize(module, seed, inputs)
+    arguments = {}
     if isinstance(weights, Mapping):
         state, source = weights, "the state dict"
     else:
         state = checkpoint.read(weights, prefer=prefer).tensors
         source = os.fspath(weights)
+        reader = getattr(found.python_module, "arguments_of_config", None)
+        if reader is not None and (Path(weights) / CONFIG).is_file():
+            arguments = reader(read_config(weights), state)
+    module = found.build(**{**arguments, **overrides})
     variables, _ = import_state(found, module, state, skip, seed, inputs, source)
     if "param_dtype" in overrides:
         variables = {
@@ -230,16 +237,20 @@ def load(
     return module, variables
 
 
-def _config_beside(found: Found, weights: Any) -> dict[str, Any]:
-    """Constructor arguments from the `config.json` of a checkpoint's folder, where both are there.
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The entries of `folder/config.json`, as huggingface/transformers writes it beside weights.
 
-    The model's module says what a file means: `arguments_of_config(dict) -> arguments`.
+    The model's module says what they mean: `arguments_of_config(config, state) -> arguments`.
+    Raises `CheckpointError` when it is not such a file.
     """
-    reader = getattr(found.python_module, "arguments_of_config", None)
-    if reader is None or weights is None or isinstance(weights, Mapping):
-        return {}
-    path = Path(weights) / "config.json"
-    return reader(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: no readable config ({error})") from None
+    return config
 
 
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:

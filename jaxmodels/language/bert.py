@@ -345,11 +345,14 @@ def _check_range(name: str, x, limit: int, field: str) -> None:
         raise ValueError(f"{name} holds {worst}; {field} is {limit}")
 
 
-def arguments_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of_config(
+    config: Mapping[str, Any], state: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Constructor arguments from a config.json of `BertModel`, `DistilBertModel` or ERNIE 2.0.
 
     Raises ValueError for another `model_type`, or for relative positions, which we do not have.
     """
+    del state  # the config tells everything
     kind = config.get("model_type", "bert")
     if kind in ("bert", "ernie"):
         if config.get("position_embedding_type", "absolute") != "absolute":

@@ -658,7 +658,7 @@ def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
         )
 
 
-def arguments_of(
+def arguments_of_config(
     config: Mapping[str, Any], state: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, Any]:
     """Arguments of `T5` from the entries of a checkpoint's `config.json`.

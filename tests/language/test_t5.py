@@ -93,9 +93,9 @@ def t5_folder(path):
 def test_the_tensors_say_whether_the_head_is_tied_whatever_the_flag_says():
     module, variables = tiny(gated=True)
     state = catalog.export("language.t5", module, variables)
-    arguments = t5.arguments_of({**GATED, "tie_word_embeddings": True}, state)
+    arguments = t5.arguments_of_config({**GATED, "tie_word_embeddings": True}, state)
     assert not arguments["tie_word_embeddings"] and arguments["scale_decoder_outputs"]
-    arguments = t5.arguments_of({**GATED, "scale_decoder_outputs": False}, state)
+    arguments = t5.arguments_of_config({**GATED, "scale_decoder_outputs": False}, state)
     assert not arguments["scale_decoder_outputs"]
 
 
