@@ -82,20 +82,10 @@ STUDIES = {
             ("lr 0.001, S 100", {}, {"size": 100, "hops": 3}, {"schedule.peak": 0.001}),
             ("residual", {"residual": True}, {}, {"schedule.peak": 0.003}),
             ("no decay, 500 steps", {}, {}, {**FREE, "steps": 500}),
-            (
-                "no decay, lr 0.002, S 100, b 8, 500 steps",
-                {},
-                {"size": 100, "hops": 3},
-                {**FREE, "schedule.peak": 0.002, "steps": 500, "batch_size": 8},
-            ),
             ("sparse blocks, no decay", {}, SPARSE, FREE),
-            ("sparse blocks, no decay, S 60, b 8", {}, {**SPARSE, **TINY}, {**FREE, "batch_size": 8}),
-            (
-                "sparse blocks, no decay, lr 0.002, 500 steps",
-                {},
-                SPARSE,
-                {**FREE, "schedule.peak": 0.002, "steps": 500},
-            ),
+            ("sparse blocks, S 60, b 8", {}, {**SPARSE, **TINY}, {**FREE, "batch_size": 8}),
+            ("sparse blocks, lr 0.002", {}, SPARSE, {**FREE, "schedule.peak": 0.002}),
+            ("sparse blocks, residual", {"residual": True}, SPARSE, {"schedule.peak": 0.003}),
         )
     },
     "shallow": {

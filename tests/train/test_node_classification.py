@@ -372,6 +372,11 @@ def test_a_version_history_gives_a_co_change_graph(tmp_path):
     graph = node_graph_sets.load(options)
     assert graph.num_nodes == 36 and graph.num_classes == 3
     assert graph.train.sum() == 12 and not (graph.train & graph.valid).any()
+    flags = [f"--config.data.options.path={table}", "--config.data.options.labels_per_class=4"]
+    flags += ["--config.data.options.size=8", "--config.data.options.hops=2"]
+    words = ["train", f"--config={CONFIG}:cochange", f"--workdir={tmp_path}", *flags]
+    model = Plan(read_flags(words, need_workdir=True)[0]).task.model
+    assert (model.in_features, model.out) == (8, 3)
     same = graph.labels[graph.edge_index[0]] == graph.labels[graph.edge_index[1]]
     assert same.all() and graph.x.shape[1] == 8
     for path, message in (

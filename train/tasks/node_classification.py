@@ -187,7 +187,7 @@ class NodeClassification:
             if absent:
                 raise ConfigError(f"--input {path}: no array {', '.join(absent)}")
             edges, x = stored["edge_index"], stored["x"]
-        features = config.model_args.in_features
+        features = self.model.in_features
         if x.ndim != 2 or x.shape[1] != features:
             raise ConfigError(f"--input {path}: x is {list(x.shape)}, the model takes {features}")
         x = check_features(x, len(x)).astype(np.float32)
@@ -237,7 +237,9 @@ def from_config(config) -> NodeClassification:
         )
     for key, found in (("in_features", features), ("out", classes)):
         given = getattr(model, key)
-        if given != found:
+        if given == 0:  # Any graph will do.
+            model = model.clone(**{key: found})
+        elif given != found:
             raise ConfigError(
                 f"config.model_args.{key}: {given}, but {options['dataset']} has {found}"
             )
