@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("depthwise", "repghost", "repghost_profile", "loop_overhead")
+NAMES = ("depthwise", "repghost", "repghost_profile", "loop_overhead", "coral")
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ def starting_variables(config, shapes, task, fresh):
         own = [f"^{name}\\." for name in shapes.extra if name not in conversion.COLLECTIONS]
         skip = (*skip, *own)
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
+    if hasattr(task, "check_loaded"):
+        task.check_loaded(given)
     problems, needed = [], []
 
     def choose(path, leaf):

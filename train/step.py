@@ -74,7 +74,12 @@ def make_train_step(
             if axis_name is not None:
                 grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
                 # Equal already where statistics are synchronized; otherwise their mean is kept.
-                extra = jax.lax.pmean(extra, axis_name)
+                extra = jax.tree.map(
+                    lambda x: (
+                        jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
+                    ),
+                    extra,
+                )
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
