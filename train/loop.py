@@ -96,9 +96,13 @@ class Plan:
 
     def fresh(self):
         """A fresh state in place; `init_from` replaces what the checkpoint holds."""
-        if not self.config.init_from:
+        if not self.config.init_from and not hasattr(self.task, "start"):
             return self.make(self.sharding)
-        params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        if self.config.init_from:
+            params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        else:
+            state = self.make()
+            params, extra = self.task.start(state.params, state.extra)
         ema = self.config.ema.decay > 0
         state = create_state(params, extra, self.optimizer, self.run_rng(), ema=ema)
         return jax.device_put(state, self.sharding)
@@ -111,6 +115,8 @@ class Plan:
 
     def evaluate(self):
         """`variables -> metrics` over the whole evaluation split."""
+        if hasattr(self.task, "measure"):
+            return lambda variables: self.task.measure(variables, self.config, self.mesh)
         config, rows = self.config, batch_sharding(self.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = -(-(config.eval.batch_size or config.batch_size) // parts) * parts
@@ -125,7 +131,10 @@ class Plan:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             ):
-                total = sums_.merge(total, step(variables, global_batch(batch, rows)))
+                sums = step(variables, global_batch(batch, rows))
+                if hasattr(self.task, "score"):
+                    sums = self.task.score(self.host_copy(sums))
+                total = sums_.merge(total, sums)
             return sums_.compute(total)
 
         return run

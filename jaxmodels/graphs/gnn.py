@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.graphs.graph import Graph
+from jaxmodels.graphs.graph import Graph, graph_of_arrays
 from jaxmodels.graphs.layers import GATConv, GCNConv, GINConv, RGCNConv, SAGEConv
 from jaxmodels.graphs.message_passing import gcn_normalize, relational_graph
 from jaxmodels.layers.dropout import dropout
@@ -159,10 +159,19 @@ class GNN(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        graph: Graph,
+        graph: Graph | None = None,
         train: bool = False,
         node_mask: jax.Array | None = None,
+        *,
+        edge_index: jax.Array | None = None,
+        edge_weight: jax.Array | None = None,
+        edge_type: jax.Array | None = None,
     ) -> jax.Array:
+        """The last layer's output; `edge_index` [2, E] may stand for a graph, as in recordings."""
+        if (graph is None) == (edge_index is None):
+            raise ValueError("give either a graph or an edge_index")
+        if graph is None:
+            graph = graph_of_arrays(edge_index, x.shape[-2], edge_weight, edge_type)
         return self.intermediates(x, graph, train, node_mask)[f"layer{self.num_layers}"]
 
 

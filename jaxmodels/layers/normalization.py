@@ -49,10 +49,14 @@ class BatchNorm(nn.Module):
         # Statistics in float32 or wider: bfloat16 means over B*H*W values lose all their digits.
         x = jnp.asarray(x, jnp.promote_types(self.dtype, wide))
         if not train or self.is_initializing():
-            # One multiply-add in PyTorch's order, so that its rounding is ours: networks without
-            # shortcuts amplify the difference of the two orders a hundredfold.
-            multiplier = scale / jnp.sqrt(running_var.value + self.epsilon)
-            y = x * multiplier + (bias - running_mean.value * multiplier)
+            # One multiply-add in PyTorch's order and rounding: networks without shortcuts amplify
+            # the difference of two orders a hundredfold. The two bounds change no finite number;
+            # they keep the compiler from an approximate 1 / sqrt and from an unrounded product.
+            tiny, lowest = jnp.finfo(wide).tiny, jnp.finfo(wide).min
+            deviation = jnp.maximum(jnp.sqrt(running_var.value + self.epsilon), tiny)
+            multiplier = scale * (1 / deviation)
+            shift = jnp.maximum(running_mean.value * multiplier, lowest)
+            y = x * multiplier + (bias - shift)
         elif mask is not None:
             mean, var, count = self._masked_statistics(x, mask[..., None].astype(x.dtype), axes)
             self._track(running_mean, running_var, mean, var * count / jnp.maximum(count - 1, 1))

@@ -253,7 +253,10 @@ def test_a_checkpoint_of_another_graph_is_refused_with_both_numbers():
 def test_wrong_options_and_edges_are_named():
     for options, message in [
         ({"input": "one-hot"}, "input 'one-hot', did you mean 'onehot'?"),
-        ({"final_activation": "gelu"}, "'gelu', did you mean 'relu'?; known: identity, relu, tanh"),
+        (
+            {"final_activation": "gelu"},
+            "final_activation 'gelu', did you mean 'relu'?; known: identity, relu, tanh",
+        ),
         ({"aggregation": "max"}, "aggregation 'max'"),
         ({"relations": ("pr_person",)}, "no relation 'pr_person'; the eight are"),
         ({"num_bases": 2}, "num_bases is for aggregation 'mean'"),
