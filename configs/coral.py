@@ -1,8 +1,8 @@
 """CORAL: reviewer recommendation on a socio-technical graph.
 
 small     python -m train --config configs/coral.py --workdir runs/coral
-          a simulated history (3,000 changes, 120 people); prints CORAL beside the rule-based model,
-          popularity, recency and chance.
+          a simulated history (3,000 changes, 120 people), 40 s on two busy cores: MRR 0.40 beside
+          0.46 of the rule-based model, 0.22 of popularity and 0.05 of chance (seed 0).
 git       python -m train --config configs/coral.py:git --workdir runs/mine
               --config.data.options.git_dir=/path/to/any/clone
           `git log` of a local clone with review trailers; identities are hashed.
