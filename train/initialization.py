@@ -83,6 +83,8 @@ def variables_from(
         others = [name for name in wanted if name not in ("params", *conversion.COLLECTIONS)]
         skips = (*skips, *(f"^{name}\\." for name in others))
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
+    if hasattr(task, "check_loaded"):
+        task.check_loaded(given)
     problems, needed = [], []
 
     def choose(path, leaf):

@@ -257,6 +257,8 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
             if stopping and not last:
                 reporter.say(f"stopped by signal: step {done} is saved; the same command goes on")
                 return run.whole(state), None
+            if last:
+                break
     checkpoints.wait()
     if probe is not None:
         numbers = {**numbers, **probe.finish()}

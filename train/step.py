@@ -88,7 +88,12 @@ def make_train_step(
                 shares = jax.tree.map(lambda x: weight * x, (grads, metrics))
                 grads, metrics = jax.lax.pmean(shares, axis_name)
                 # Equal already where statistics are synchronized; otherwise their mean is kept.
-                extra = jax.lax.pmean(extra, axis_name)
+                extra = jax.tree.map(
+                    lambda x: (
+                        jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
+                    ),
+                    extra,
+                )
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

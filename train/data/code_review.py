@@ -2,8 +2,8 @@
 
 The history comes from files (`path`: CSV or JSON lines), from a local clone (`git_dir`) or, when
 neither is given, from the simulator. Test changes and everything they say are kept out of the
-graph. An example is a number: of an edge in "train", of a query in "test"; what it stands for lies
-in arrays that the task keeps on the devices.
+graph. An example is a block of numbers: of edges in "train", of queries in "test"; what they stand
+for lies in arrays that the task keeps on the devices.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from jaxmodels.graphs.review_graph import (
     check_relations,
 )
 from jaxmodels.graphs.review_records import PullRequest, unique_records
-from train.data import git_log, review_files
+from train.data import array_source, git_log, review_files
 from train.data.review_simulator import simulate_reviews
 
-# path: a file or several (a tuple, or separated by commas). Times are ISO dates or Unix seconds;
-# "from" is inside, "until" outside. max_train_changes keeps the last ones of the training period.
-# reviewed_only leaves changes without reviewers out of the graph. sizes: shapes for a dry run.
+# path, git_dir: one or several (a tuple, or separated by commas). Times are ISO dates or Unix
+# seconds; "from" is inside, "until" outside. max_train_changes keeps the last ones of the training
+# period. reviewed_only leaves changes without reviewers out of the graph. block: numbers in an
+# example (one by one they would take longer to read than to learn from). sizes: shapes for a dry
+# run.
 OPTIONS: dict[str, Any] = {
     "git_dir": "",
     "revision": "HEAD",
@@ -63,12 +65,14 @@ OPTIONS: dict[str, Any] = {
     "pmi_min": 0.0,
     "min_word_df": 1,
     "max_files_per_pr": 0,
+    "block": 256,
     "sizes": None,
     "threads": 1,
 }
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = ("train", "test")
 SPLIT_KINDS = ("random", "temporal")
+_MIXING_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,39 +93,35 @@ class ReviewData:
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`index` int32 []: of an edge (train) or a query (test)."""
-    del options
-    return {"index": jax.ShapeDtypeStruct((), np.int32)}
+    """`index` int32 [block]: of edges (train) or queries (test); -1 on padding."""
+    block = options["block"]
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"data.options.block must be a positive integer, not {block!r}")
+    return {"index": jax.ShapeDtypeStruct((block,), np.int32)}
 
 
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
-    """Edges to learn from, and test changes."""
+    """Blocks of edges to learn from, and of test changes."""
     return {split: len(source(split, options)) for split in SPLITS}
 
 
-class Indices:
-    """The numbers below `count`, as a random-access sequence of examples."""
+def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
+    """Numbers of the edges other than `pr_user` (all, where there are no others), or of queries.
 
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"index": np.int32(index)}
-
-
-def source(split: str, options: Mapping[str, Any]) -> Indices:
-    """Numbers of the edges other than `pr_user` (all, where there are no others), or queries.
-
-    `pr_user` edges are what is ranked: the task takes a fixed share of every batch from them.
+    Edges are mixed once, so that every block holds all relations, and the last block is filled up
+    from the first; `pr_user` edges are what is ranked, and the task takes a fixed share of every
+    batch from them.
     """
     data = read(options)
+    block = element_spec(options)["index"].shape[0]
     if split == "test":
-        return Indices(len(data.test))
-    others, reviews = count_edges(data.graph, options["relations"])
-    return Indices(others or reviews)
+        numbers = np.arange(len(data.test), dtype=np.int32)
+        numbers = np.pad(numbers, (0, -len(numbers) % block), constant_values=-1)
+    else:
+        others, reviews = count_edges(data.graph, options["relations"])
+        numbers = np.random.default_rng(_MIXING_SEED).permutation(others or reviews)
+        numbers = np.resize(numbers, -(-len(numbers) // block) * block).astype(np.int32)
+    return array_source.ArraySource({"index": numbers.reshape(-1, block)})
 
 
 def count_edges(graph: ReviewGraph, relations) -> tuple[int, int]:
@@ -154,7 +154,8 @@ def read(options: Mapping[str, Any]) -> ReviewData:
     Raises:
       ValueError: one line: an option, a file and line, no pull requests, nothing to test on.
     """
-    known = {name: options[name] for name in (*OPTIONS, "path") if name not in ("threads", "sizes")}
+    aside = ("threads", "sizes", "block")
+    known = {name: options[name] for name in (*OPTIONS, "path") if name not in aside}
     return _read(json.dumps(known, sort_keys=True, default=list))
 
 
@@ -187,7 +188,7 @@ def read_records(options: Mapping[str, Any]) -> tuple[list[PullRequest], tuple[s
     if git_dir:
         bounds = {name: options[name] for name in ("revision", "since", "until", "max_count")}
         history = git_log.read_history(
-            git_dir,
+            git_dir.split(",") if isinstance(git_dir, str) else git_dir,
             salt=git_log.secret_salt(options["salt_file"] or None),
             reviewer_trailers=options["reviewer_trailers"],
             signers_as_reviewers=options["signers_as_reviewers"],

@@ -1,4 +1,4 @@
-"""The history of a local git clone as code-review records, with hashed identities.
+"""Histories of local git clones as code-review records, with hashed identities.
 
 A pull request is a commit (commits with one Gerrit `Change-Id` are one), its reviewers stand in
 `Reviewed-by` trailers, its work items in `Fixes`, `Closes` or `Bug` references. People are merged
@@ -46,6 +46,7 @@ _FIELDS = (
     "%b",
 )
 _CHANGES = ("commit", "merge")
+_COUNTS = ("commits", "changes", "bot_changes", "with_reviewers", "with_signers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,29 +277,26 @@ def secret_salt(path: str | os.PathLike | None = None) -> bytes:
 
 
 def read_history(
-    git_dir: str | os.PathLike,
+    git_dirs: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     salt: bytes | None = None,
-    repo: str = "",
     reviewer_trailers: Sequence[str] = ("reviewed-by",),
     signers_as_reviewers: bool = False,
     changes: str = "commit",
     bots: str = BOTS,
-    people: People | None = None,
     **bounds,
 ) -> History:
-    """The review history of a clone.
+    """The review history of one clone or of several, whose people are merged over all of them.
 
     Args:
+      git_dirs: directories; the name of a clone's directory is the repository of its records.
       salt: of the identity hashes; None takes the machine's own (`secret_salt`).
-      repo: repository name in the records; the directory's name by default.
       reviewer_trailers: add "acked-by" where a project uses it as a review.
       signers_as_reviewers: `Signed-off-by` of others than the author counts as a weak review, as
         do committers other than the author.
       changes: "commit", or "merge": each merge of the first-parent line is one change whose author
         is the author of what it merges.
       bots: regular expression over `name address`; the changes of robots are left out.
-      people: to share identities between several clones.
       **bounds: `revision`, `since`, `until`, `max_count` of `read_commits`.
 
     Raises:
@@ -306,64 +304,77 @@ def read_history(
     """
     if changes not in _CHANGES:
         raise ValueError(f"data.options.changes {changes!r}; known: {', '.join(_CHANGES)}")
+    directories = [git_dirs] if isinstance(git_dirs, (str, os.PathLike)) else list(git_dirs)
     wanted = {t.lower() for t in reviewer_trailers}
-    commits = list(read_commits(git_dir, merges=changes == "merge", **bounds))
-    if changes == "merge":
-        commits = list(_with_merged_authors(git_dir, commits))
-    people = people or People(salt or secret_salt(), bots)
-    for commit in commits:
-        people.add(commit.author)
-        people.add(commit.committer)
-        for key, value in commit.trailers:
-            if key.endswith("-by"):
-                people.add(parse_person(value))
-    name = repo or Path(git_dir).expanduser().resolve().name
-    grouped: dict[str, list[Commit]] = {}
-    commits.sort(key=lambda c: (c.commit_time, c.hash))
-    for commit in commits:
-        grouped.setdefault(_change_of(commit), []).append(commit)
-    records, signers, bot_changes = [], {}, 0
-    for change, group in grouped.items():
-        author = people.id_of(group[0].author)
-        if not author:
-            bot_changes += 1
-            continue
-        by = [
-            (key, people.id_of(parse_person(value)))
-            for commit in group
-            for key, value in commit.trailers
-            if key.endswith("-by")
-        ]
-        identity = f"c{people.digest(change)}"
-        signed = [person for key, person in by if key == "signed-off-by"]
-        signed += [people.id_of(c.committer) for c in group]
-        signers[identity] = _others(signed, author)
-        reviewers = _others((p for key, p in by if key in wanted), author)
-        if signers_as_reviewers:
-            reviewers = _others((*reviewers, *signers[identity]), author)
-        records.append(
-            PullRequest(
-                id=identity,
-                author=author,
-                repo=name,
-                created=float(group[0].commit_time),
-                reviewers=reviewers,
-                title=people.scrub(_title(group[0])),
-                files=tuple(dict.fromkeys(people.scrub_path(f) for c in group for f in c.files)),
-                work_items=tuple(
-                    WorkItem(id=i) for i in dict.fromkeys(i for c in group for i in _references(c))
-                ),
-            )
-        )
-    summary = {
-        "commits": len(commits),
-        "changes": len(records),
-        "bot_changes": bot_changes,
-        "with_reviewers": sum(bool(r.reviewers) for r in records),
-        "with_signers": sum(bool(s) for s in signers.values()),
-        "people": people.count,
-    }
-    return History(records, signers, summary, tuple(_notes(git_dir, summary, commits, wanted)))
+    people = People(salt or secret_salt(), bots)
+    commits_of: dict[Path, list[Commit]] = {}
+    # Everybody must be known before anybody gets an id.
+    for git_dir in directories:
+        commits = list(read_commits(git_dir, merges=changes == "merge", **bounds))
+        if changes == "merge":
+            commits = list(_with_merged_authors(git_dir, commits))
+        commits_of[Path(git_dir)] = commits
+        for commit in commits:
+            people.add(commit.author)
+            people.add(commit.committer)
+            for key, value in commit.trailers:
+                if key.endswith("-by"):
+                    people.add(parse_person(value))
+    records, signers, notes = [], {}, []
+    summary = Counter(dict.fromkeys(_COUNTS, 0), people=people.count)
+    for git_dir, commits in commits_of.items():
+        of_clone: Counter[str] = Counter(commits=len(commits))
+        repo = git_dir.expanduser().resolve().name
+        grouped: dict[str, list[Commit]] = {}
+        for commit in sorted(commits, key=lambda c: (c.commit_time, c.hash)):
+            grouped.setdefault(_change_of(commit), []).append(commit)
+        for change, group in grouped.items():
+            record, signed = _record(f"{repo}/{change}", repo, group, people, wanted)
+            if record is None:
+                of_clone["bot_changes"] += 1
+                continue
+            if signers_as_reviewers:
+                reviewers = _others((*record.reviewers, *signed), record.author)
+                record = dataclasses.replace(record, reviewers=reviewers)
+            records.append(record)
+            signers[record.id] = signed
+            of_clone["changes"] += 1
+            of_clone["with_reviewers"] += bool(record.reviewers)
+            of_clone["with_signers"] += bool(signed)
+        notes += _notes(git_dir, of_clone, commits, wanted)
+        summary.update(of_clone)
+    records.sort(key=lambda r: r.created)
+    return History(records, signers, dict(summary), tuple(notes))
+
+
+def _record(
+    change: str, repo: str, group: list[Commit], people: People, wanted: set[str]
+) -> tuple[PullRequest | None, tuple[str, ...]]:
+    """The record of a change's commits, None for a robot's, and who signed it off."""
+    author = people.id_of(group[0].author)
+    if not author:
+        return None, ()
+    by = [
+        (key, people.id_of(parse_person(value)))
+        for commit in group
+        for key, value in commit.trailers
+        if key.endswith("-by")
+    ]
+    signed = [person for key, person in by if key == "signed-off-by"]
+    signed += [people.id_of(commit.committer) for commit in group]
+    record = PullRequest(
+        id=f"c{people.digest(change)}",
+        author=author,
+        repo=repo,
+        created=float(group[0].commit_time),
+        reviewers=_others((person for key, person in by if key in wanted), author),
+        title=people.scrub(_title(group[0])),
+        files=tuple(dict.fromkeys(people.scrub_path(f) for c in group for f in c.files)),
+        work_items=tuple(
+            WorkItem(id=i) for i in dict.fromkeys(i for c in group for i in _references(c))
+        ),
+    )
+    return record, _others(signed, author)
 
 
 def _others(people: Iterable[str], author: str) -> tuple[str, ...]:
@@ -411,7 +422,7 @@ def _with_merged_authors(git_dir: str | os.PathLike, merges: list[Commit]) -> It
 
 
 def _notes(
-    git_dir: str | os.PathLike, summary: dict[str, int], commits: list[Commit], wanted: set[str]
+    git_dir: str | os.PathLike, summary: Counter[str], commits: list[Commit], wanted: set[str]
 ) -> Iterator[str]:
     if not summary["changes"]:
         yield f"data.options.git_dir {git_dir}: no pull requests"

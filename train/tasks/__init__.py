@@ -16,6 +16,7 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
 - optional `update(state, batch, rng) -> (state, loss, metrics)` in place of `loss`, for alternating
   or constrained updates;
 - optional `finished(extra) -> bool`: asked at log lines; True ends the run before `config.steps`;
+- optional `check_loaded(arrays)`: refuses a checkpoint (dotted name -> array) in better words;
 - optional `start(params, extra) -> (params, extra)`: what a fresh run begins with in place of its
   initialization, as models that other runs trained; not called on resuming;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline

@@ -23,17 +23,18 @@ from jaxmodels.graphs.review_graph import REPOSITORY, USER
 from jaxmodels.graphs.reviewer_recommendation import (
     Recommender,
     check_candidates,
-    check_fit,
     developers_by_repo,
     known_neighbors,
     people_of,
 )
 from train.building import build_model
 from train.data import code_review, pipeline, review_files
-from train.naming import ConfigError
+from train.naming import ConfigError, nearest
 
 # No day of any history: queries of padding, and people who were never active.
 _NO_ONE = -1
+# The first fields of the task come from the history, the rest from `task_args`.
+_GIVEN_FIELDS = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +85,26 @@ class ReviewerRecommendation:
         arrays = {name: array(x) for name, x in self.graph_arrays.items()}
         return params, {"graph": arrays, "stopping": stopping}
 
+    def check_loaded(self, arrays: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another graph.
+
+        Raises ValueError: the tables have other rows, or the nodes other keys.
+        """
+        nodes = self.model.num_nodes
+        for (child, leaf), axis in self.model.node_axes.items():
+            table = arrays.get(f"params.{child}.{leaf}")
+            if table is not None and table.shape[axis] != nodes:
+                raise ValueError(
+                    f"graph and checkpoint differ: the graph has {nodes} nodes, the checkpoint's "
+                    f"tables {table.shape[axis]} rows"
+                )
+        keys = arrays.get("graph.node_keys")
+        if keys is not None and not np.array_equal(keys, self.graph_arrays["node_keys"]):
+            raise ValueError(
+                f"graph and checkpoint differ: both have {nodes} nodes, but not the same ones; the "
+                "history is no longer the one that was trained on"
+            )
+
     def states(self, params, graph: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """First-layer states and embeddings of all nodes."""
         operator = self.operator
@@ -130,7 +151,7 @@ class ReviewerRecommendation:
     def loss(self, params, extra, batch, rng):
         """Mean binary cross-entropy of the links; apart for edges and for sampled pairs."""
         graph = extra["graph"]
-        ends, labels, mask = self.pairs(graph, batch["index"], rng)
+        ends, labels, mask = self.pairs(graph, batch["index"].reshape(-1), rng)
         z = self.states(params, graph)["z"].astype(jnp.float32)
         logits = coral.pair_logits(z, ends)
         loss = coral.link_loss(logits, labels, mask)
@@ -163,9 +184,10 @@ class ReviewerRecommendation:
 
     def evaluate(self, variables, batch):
         """Sums of top-k hits and reciprocal ranks over test changes."""
-        graph, mask = variables["graph"], batch["mask"]
+        graph, index = variables["graph"], batch["index"]
+        mask = ((index >= 0) & (batch["mask"][:, None] > 0)).reshape(-1).astype(jnp.float32)
+        at = jnp.maximum(index, 0).reshape(-1)
         states = self.states(variables["params"], graph)
-        at = batch["index"]
         queries = coral.Queries(
             graph["query_neighbors"][at], graph["query_relation"][at], graph["query_mask"][at]
         )
@@ -208,6 +230,8 @@ class ReviewerRecommendation:
         """The baselines on the same test changes, sizes of projects, and what was not known."""
         del sums
         data = self.data
+        # A resumed run whose history changed meanwhile, but not in size.
+        self.check_loaded({"graph.node_keys": variables["graph"]["node_keys"]})
         ranks = {"coral": self.recommended_ranks(variables), **baseline_ranks(data)}
         numbers = {"queries": float(len(data.test))}
         for model, of_model in ranks.items():
@@ -250,7 +274,6 @@ class ReviewerRecommendation:
         `reasons` names the neighbors that add most to a score; `unknown` counts the author, files
         and words of the change that the graph does not have.
         """
-        check_fit(self.model, variables["params"], self.data.graph.num_nodes)
         k = int(config.predict.k)
         recommender = Recommender(self.data.graph, self.model, variables)
         answers = recommender.recommend(
@@ -318,7 +341,8 @@ def graph_arrays(
 ) -> tuple[dict[str, np.ndarray], Graph]:
     """The arrays of training and evaluation, and the aggregation they describe.
 
-    senders, receivers, weight [E]: the operator of `relational_graph`; degrees [R, N]; pairs [2, P]
+    senders, receivers, weight [E]: the operator of `relational_graph`; node_keys: their UTF-8 bytes
+    with a zero between, so that they travel with the parameters; degrees [R, N]; pairs [2, P]
     and pair_relation [P]: every edge once, `pr_user` first; row_start, neighbors: who is linked to
     whom, for sampling; query_* [Q, ...] and user_* [U]: the test changes and the people.
     """
@@ -334,6 +358,7 @@ def graph_arrays(
         "weight": operator.weight,
         "degrees": coral.relation_degrees(graph.edges, graph.weights, relations, n),
         "type_bounds": graph.type_bounds.astype(np.int32),
+        "node_keys": np.frombuffer("\0".join(graph.node_keys.tolist()).encode(), np.uint8),
         **edge_index(graph.edges, relations, n, graph.type_bounds),
         **_query_arrays(data, model),
     }
@@ -390,6 +415,10 @@ def from_config(config) -> ReviewerRecommendation:
         if name in config.model_args:
             raise ConfigError(f"config.model_args.{name}: the history decides it (data.options)")
     args = dict(config.task_args)
+    known = [f.name for f in dataclasses.fields(ReviewerRecommendation)][_GIVEN_FIELDS:]
+    for name in args:
+        if name not in (*known, "tables"):
+            raise ConfigError(f"config.task_args.{name}: no such argument; {nearest(name, known)}")
     check_candidates(args.get("candidates", "reviewers"))
     fraction = args.get("pr_user_fraction", 0.2)
     if not 0 <= fraction <= 1:
@@ -417,7 +446,7 @@ def from_config(config) -> ReviewerRecommendation:
         tables = jax.default_backend() == "cpu" and not config.dry_run if tables is None else tables
         operator = with_tables(operator) if tables else None
     args.pop("tables", None)
-    rest = max(1, round((1 - fraction) * config.batch_size))
+    rest = max(1, round((1 - fraction) * config.batch_size * options["block"]))
     return ReviewerRecommendation(
         model=model,
         data=data,
@@ -448,6 +477,7 @@ def _abstract_arrays(sizes: Mapping[str, int], relations: int) -> dict[str, Any]
         "weight": shape(f, directed),
         "degrees": shape(f, relations, nodes),
         "type_bounds": shape(i, 7),
+        "node_keys": shape(np.uint8, 32 * nodes),
         "pairs": shape(i, 2, edges),
         "pair_relation": shape(i, edges),
         "num_reviews": shape(i),
