@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--output", default="benchmarks/results/dmf.json")
-parser.add_argument("--sizes", default="20x2,50x3,100x4")
+parser.add_argument("--sizes", default="10x3,20x2,50x3,100x4")
 parser.add_argument("--dtypes", default="float64,float32")
 ARGS = parser.parse_args()
 
@@ -32,14 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from theory.lanes import compiler_options, matmul
 from theory.optimizers import gradients, squared_norm
 from theory.problem import Problem
 
 jax.config.update("jax_enable_x64", True)
 torch.set_num_threads(ARGS.threads)
 
-SEEDS = {20: 256, 50: 64, 100: 8}
-TILES = {20: (1, 8, 16, 32), 50: (1, 2, 4, 8), 100: (1, 2, 4)}
+SEEDS = {10: 256, 20: 256, 50: 64, 100: 8}
+TILES = {10: (16, 64), 20: (1, 16, 32), 50: (1, 2, 4, 8), 100: (1, 2)}  # seeds first
+LANES = {10: (16, 32, 64), 20: (16, 32, 64), 50: (16,), 100: ()}  # seeds along the vector lanes
 LR = 0.01
 
 
@@ -100,41 +102,52 @@ def torch_batched(d, depth, dtype, steps=100):
     return go, steps * seeds
 
 
-def jax_scan(d, depth, dtype, tile, steps=400):
-    """Seeds in tiles: each tile is scanned to the end before the next one, so it stays in cache."""
+def jax_tiles(d, depth, dtype, tile, lanes=False, steps=400):
+    """Seeds in tiles: each tile is scanned to the end before the next one, so it stays in cache.
+
+    lanes: seeds are the last axis (`theory.lanes`), else the first.
+    """
     seeds = SEEDS[d] if tile > 1 else ARGS.threads
     factors, target = start(d, depth, seeds, dtype)
+    target = target[:, :, None] if lanes else target
     problem = Problem(jnp.asarray(target), {}, jnp.ones((), dtype))
+    lr = jnp.asarray(LR, dtype)
+    multiply = matmul if lanes else jnp.matmul
 
     def one(w, _):
-        loss, product, grads = gradients(problem, w)
-        moved = tuple(x - jnp.asarray(LR, dtype) * g for x, g in zip(w, grads))
-        return moved, (loss, jnp.sqrt(squared_norm(grads)), product)
+        loss, product, grads = gradients(problem, w, multiply)
+        norm = jnp.sqrt(squared_norm(grads))
+        rate = jnp.where(jnp.isfinite(norm), lr, 0)  # as a sweep: a diverged run stands still
+        return tuple(x - rate * g for x, g in zip(w, grads)), (loss, norm, product)
 
     def hundred(w, _):
         def inner(w, _):
             moved, (loss, norm, _) = one(w, None)
             return moved, (loss, norm)
 
-        s = jnp.linalg.svd(one(w, None)[1][2], compute_uv=False)
+        product = one(w, None)[1][2]
+        s = jnp.linalg.svd(jnp.moveaxis(product, -1, 0) if lanes else product, compute_uv=False)
         w, trace = jax.lax.scan(inner, w, None, length=100)
         return w, (s, trace)
 
     def run(w):
         return jax.lax.scan(hundred, w, None, length=steps // 100)
 
-    batch = run if tile == 1 else jax.vmap(run)
+    batch = run if tile == 1 or lanes else jax.vmap(run)
 
     def tiles(*parts):
         split = tuple(p.reshape(-1, tile, d, d) for p in parts)
-        if tile == 1:
+        if lanes:
+            split = tuple(jnp.moveaxis(p, 1, -1) for p in split)
+        elif tile == 1:
             split = tuple(p[:, 0] for p in split)
         return jax.lax.map(batch, split)
 
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("seeds",))
     spec = jax.sharding.PartitionSpec("seeds")
     program = jax.jit(
-        jax.shard_map(tiles, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        jax.shard_map(tiles, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
+        compiler_options=compiler_options("cpu") if lanes else None,
     )
     arrays = [jax.device_put(f, jax.sharding.NamedSharding(mesh, spec)) for f in factors]
 
@@ -167,7 +180,9 @@ def main():
             }
             for tile in TILES[d]:
                 if SEEDS[d] % (tile * ARGS.threads) == 0:
-                    contenders[f"jax tile {tile}"] = jax_scan(d, depth, dtype, tile)
+                    contenders[f"jax tile {tile}"] = jax_tiles(d, depth, dtype, tile)
+            for tile in LANES[d]:
+                contenders[f"jax lanes {tile}"] = jax_tiles(d, depth, dtype, tile, lanes=True)
             rates = {name: [] for name in contenders}
             for go, _ in contenders.values():
                 go()
@@ -188,6 +203,10 @@ def main():
                 "rates": best,
                 "spread": spread,
                 "best": ours,
+                "by_layout": {
+                    kind: max((v for n, v in best.items() if n.startswith(kind)), default=None)
+                    for kind in ("jax tile", "jax lanes")
+                },
                 "over_torch_loop": best[ours] / best["torch loop"],
                 "over_torch_batched": best[ours] / best["torch batched"],
                 "gemm_share": best[ours] * flops / best["gemm"],
@@ -196,6 +215,7 @@ def main():
             print(
                 f"d={d} L={depth} {dtype}: {ours} {best[ours]:.3g}/s, "
                 f"{row['over_torch_loop']:.1f}x loop, {row['over_torch_batched']:.2f}x batched, "
+                f"best by layout {row['by_layout']}, "
                 f"{100 * row['gemm_share']:.0f} % of GEMM {best['gemm'] / 1e9:.0f} GFLOP/s "
                 f"(spread {100 * spread[ours]:.0f} / {100 * spread['gemm']:.0f} %)",
                 flush=True,

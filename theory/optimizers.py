@@ -81,21 +81,29 @@ def make_optimizer(name: str, **hyper: Any) -> Optimizer:
     return Optimizer(name, tuple(sorted({**DEFAULTS[name], **hyper}.items())))
 
 
-def gradients(problem: Problem, factors: Factors) -> tuple[jax.Array, jax.Array, Factors]:
-    """(loss, product, gradients of W_1..W_L) with 3 (L - 1) matrix products."""
-    products = prefix_products(factors)
+def gradients(
+    problem: Problem, factors: Factors, matmul: Callable = jnp.matmul
+) -> tuple[jax.Array, jax.Array, Factors]:
+    """(loss, product, gradients of W_1..W_L) with 3 (L - 1) matrix products.
+
+    With `theory.lanes.matmul` the factors, the product and the gradients have a last axis [lanes],
+    as has the loss.
+    """
+    products = [factors[0]]
+    for factor in factors[1:]:
+        products.append(matmul(factor, products[-1]))
     loss, delta = problem.value_and_gradient(products[-1])
     grads = []
     for j in range(len(factors) - 1, 0, -1):
-        grads.append(delta @ products[j - 1].T)
-        delta = factors[j].T @ delta
+        grads.append(matmul(delta, products[j - 1].swapaxes(0, 1)))
+        delta = matmul(factors[j].swapaxes(0, 1), delta)
     grads.append(delta)
     return loss, products[-1], tuple(reversed(grads))
 
 
 def squared_norm(arrays: Factors) -> jax.Array:
-    """sum_j ||g_j||_F^2."""
-    return sum(jnp.sum(array * array) for array in arrays)
+    """sum_j ||g_j||_F^2, a scalar; [lanes] for arrays with a last axis of lanes."""
+    return sum(jnp.sum(array * array, axis=(0, 1)) for array in arrays)
 
 
 def _each(fn: Callable, *trees: Factors) -> Factors:

@@ -21,12 +21,20 @@ from theory import dynamics, experiments, figures, landscape, real_matrices
 from theory.closed_form import flow_time, lr_from_eta_hat, separability
 from theory.dynamics import Trajectory, simulate
 from theory.factorization import initialize, warn_bottleneck
-from theory.problem import Problem, determinant_completion, make_problem, random_problem, spectrum
+from theory.problem import (
+    Problem,
+    determinant_completion,
+    make_problem,
+    observed_mask,
+    random_problem,
+    spectrum,
+)
+from theory.quantities import DEFAULT_RECORD
 from theory.stages import StageReport, stages
 from theory.sweep import sweep, write_tables
 
 RUN_RECORD = (
-    *dynamics.DEFAULT_RECORD,
+    *DEFAULT_RECORD,
     "rank_distances",
     "alignment",
     "mode_strengths",
@@ -475,7 +483,7 @@ def run_real_matrices(config: Any, workdir: Path, say: Callable[[str], None]) ->
                     lr=lr,
                     steps=int(config.steps),
                     record_every=max(1, int(config.steps) // 200),
-                    record=(*dynamics.DEFAULT_RECORD, "alignment"),
+                    record=(*DEFAULT_RECORD, "alignment"),
                     sigma=sigma[: warn_bottleneck(dims, len(sigma))],
                 )
                 report = stages(trajectory)
@@ -542,8 +550,6 @@ def run_real_matrices(config: Any, workdir: Path, say: Callable[[str], None]) ->
 
 
 def _mask(key: jax.Array, shape: tuple[int, int], count: int) -> np.ndarray:
-    from theory.problem import observed_mask
-
     return np.asarray(observed_mask(key, shape, count, jnp.float64))
 
 

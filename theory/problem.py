@@ -65,9 +65,13 @@ class Problem:
         return residual
 
     def value_and_gradient(self, product: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """ell(W) [] and G = d ell / dW [out, in]."""
+        """ell(W) [] and G = d ell / dW [out, in].
+
+        Reconstruction and completion also take arrays with a last axis of lanes; ell is [lanes].
+        """
         residual = self.residual(product)
-        loss = 0.5 * self.scale * jnp.sum(residual * residual)
+        axes = tuple(range(min(residual.ndim, 2)))
+        loss = 0.5 * self.scale * jnp.sum(residual * residual, axis=axes)
         return loss, self.scale * self._adjoint(residual)
 
     def loss(self, product: jax.Array) -> jax.Array:

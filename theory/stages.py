@@ -1,10 +1,8 @@
 """Saddle-escape stages: detectors A (gradient valleys), B (spectral plateaus), C (certificate).
 
 Two forms of A and B that agree: `detect` reads whole time series on the host (any series of
-gradient norms, losses and singular values: training runs can use it), and the streaming
-`DetectorState` runs inside `lax.scan` on chunks of K steps with O(K) memory. The streaming form
-judges every step but decomposes only few: by Weyl's inequality no comparison with a threshold can
-change while the product has moved less than its distance to the nearest threshold.
+gradient norms, losses and singular values: training runs can use it); `theory.streaming` runs
+inside `lax.scan` and judges every step.
 """
 
 from __future__ import annotations
@@ -13,17 +11,14 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 H_DECADES = 0.05
 DELTA = 0.1
 SWAP_DROP = 1e-3
 KINDS = ("rank", "merged", "swap", "ring")
-EVENTS = 32  # non-ring events kept per run by the streaming form; more are only counted
 
 
 # --- detector A on a whole series ----------------------------------------------------------------
@@ -173,9 +168,9 @@ def detect(
         escapes.append(Escape(int(steps[valley]), int(steps[peak]), before, after, kind, drop))
     active = s[:, : len(sigma)] >= 0.5 * sigma
     first = [int(steps[column.argmax()]) if column.any() else None for column in active.T]
-    visited = _plateaus(s[:, : len(sigma)], sigma, delta).any(axis=0)
+    visited = plateaus(s[:, : len(sigma)], sigma, delta).any(axis=0)
     unfinished = events[events[:, 2] == 0]
-    return _report(
+    return make_report(
         escapes,
         n_rings=sum(e.kind == "ring" for e in escapes),
         activation_steps=first,
@@ -187,14 +182,16 @@ def detect(
     )
 
 
-def _plateaus(s, sigma, delta, xp=np):
+def plateaus(s, sigma, delta, xp=np):
     """[..., R]: s_r >= (1 - delta) sigma_r (void for r = 0) and s_{r+1} <= delta sigma_{r+1}."""
     full = s >= (1.0 - delta) * sigma
     before = xp.concatenate([xp.ones_like(full[..., :1]), full[..., :-1]], axis=-1)
     return before & (s <= delta * sigma)
 
 
-def _report(escapes, *, n_rings, activation_steps, visited, final_rank, unfinished, sigma, **rest):
+def make_report(
+    escapes, *, n_rings, activation_steps, visited, final_rank, unfinished, sigma, **rest
+):
     kept = tuple(e for e in escapes if e.kind != "ring")
     return StageReport(
         escapes=kept,
@@ -211,253 +208,6 @@ def _report(escapes, *, n_rings, activation_steps, visited, final_rank, unfinish
     )
 
 
-# --- the streaming form --------------------------------------------------------------------------
-
-
-class DetectorState(NamedTuple):
-    """State of one run's streaming detectors; all leaves are arrays (vmap over runs)."""
-
-    sigma: jax.Array  # [R], zero = unused slot
-    first_loss: jax.Array
-    last_product: jax.Array  # [out, in]
-    path: jax.Array  # distance moved since the last decomposition
-    slack: jax.Array  # distance to the nearest threshold at that point
-    code: tuple[jax.Array, jax.Array, jax.Array]  # ordered rank, active [R], plateau [R]
-    rising: jax.Array
-    low: tuple[jax.Array, ...]  # value, step, rank, loss at the running minimum
-    high: tuple[jax.Array, ...]  # value, step of the running maximum
-    pending: tuple[jax.Array, ...]  # valley, peak, rank, loss of the last confirmed escape
-    events: jax.Array  # [EVENTS, 5] int: valley, peak, rank before, rank after, kind
-    drops: jax.Array  # [EVENTS]
-    counts: jax.Array  # [4] number of rank, merged, swap, ring escapes
-    activation: jax.Array  # [R] first step, -1 = never
-    visited: jax.Array  # [R]
-    decompositions: jax.Array
-    last: tuple[jax.Array, ...]  # step, rank, loss of the newest step
-
-
-def detector_init(sigma: jax.Array, product_shape: tuple[int, int]) -> DetectorState:
-    """Fresh streaming state; sigma [R] with zeros as padding, R <= min(product_shape)."""
-    sigma = jnp.asarray(sigma)
-    rank, dtype = sigma.shape[0], sigma.dtype
-
-    def integer(value=0):
-        return jnp.asarray(value, jnp.int32)
-
-    def real(value=0.0):
-        return jnp.asarray(value, dtype)
-
-    return DetectorState(
-        sigma=sigma,
-        first_loss=real(-1.0),
-        last_product=jnp.zeros(product_shape, dtype),
-        path=real(),
-        slack=real(),  # zero, so that the first step is decomposed
-        code=(integer(), jnp.zeros(rank, bool), jnp.zeros(rank, bool)),
-        rising=jnp.asarray(False),
-        low=(real(jnp.inf), integer(), integer(), real()),
-        high=(real(), integer()),
-        pending=(integer(-1), integer(), integer(), real()),
-        events=jnp.zeros((EVENTS, 5), jnp.int32),
-        drops=jnp.zeros(EVENTS, dtype),
-        counts=jnp.zeros(4, jnp.int32),
-        activation=jnp.full(rank, -1, jnp.int32),
-        visited=jnp.zeros(rank, bool),
-        decompositions=integer(),
-        last=(integer(-1), integer(), real()),
-    )
-
-
-def _codes(s: jax.Array, sigma: jax.Array, delta: float):
-    """Comparisons of one spectrum with all thresholds, and the distance to the nearest one."""
-    used = sigma > 0
-    active = used & (s >= 0.5 * sigma)
-    rank = jnp.sum(jnp.cumprod(active.astype(jnp.int32)), dtype=jnp.int32)
-    plateau = used & _plateaus(s, sigma, delta, jnp)
-    levels = jnp.asarray([0.5, 1.0 - delta, delta], s.dtype)
-    distance = jnp.abs(s[:, None] - sigma[:, None] * levels)
-    slack = jnp.min(jnp.where(used[:, None], distance, jnp.inf))
-    return (rank, active, plateau), slack - 1e-13 * jnp.max(s)
-
-
-def _chunk_codes(state: DetectorState, products: jax.Array, valid: jax.Array, delta: float):
-    """Per-step comparisons [K], [K, R], [K, R], decomposing as few steps as Weyl asks."""
-    length, rank = products.shape[0], state.sigma.shape[0]
-    before = jnp.concatenate([state.last_product[None], products[:-1]])
-    moved = jnp.where(valid, jnp.sqrt(jnp.sum((products - before) ** 2, axis=(1, 2))), 0.0)
-    path = state.path + jnp.cumsum(moved)
-    index = jnp.arange(length)
-
-    def overdue(current, origin, slack):
-        # `not (x < slack)` rather than `x >= slack`, so that a NaN path is looked at, too
-        late = (index > current) & valid & ~(path - origin < slack)
-        return jnp.any(late), jnp.argmax(late)
-
-    def cond(carry):
-        return overdue(*carry[:3])[0]
-
-    def body(carry):
-        current, origin, slack, codes, count = carry
-        _found, at = overdue(current, origin, slack)
-        s = jnp.linalg.svd(products[at], compute_uv=False)[:rank]
-        fresh, new_slack = _codes(s, state.sigma, delta)
-        after = index >= at
-        codes = (
-            jnp.where(after, fresh[0], codes[0]),
-            jnp.where(after[:, None], fresh[1], codes[1]),
-            jnp.where(after[:, None], fresh[2], codes[2]),
-        )
-        return at, path[at], new_slack, codes, count + 1
-
-    codes = (
-        jnp.broadcast_to(state.code[0], (length,)),
-        jnp.broadcast_to(state.code[1], (length, rank)),
-        jnp.broadcast_to(state.code[2], (length, rank)),
-    )
-    start = (jnp.asarray(-1, index.dtype), jnp.zeros_like(state.path), state.slack, codes)
-    _, origin, slack, codes, count = jax.lax.while_loop(
-        cond, body, (*start, jnp.zeros_like(state.decompositions))
-    )
-    return codes, path[-1] - origin, slack, count
-
-
-def detector_update(
-    state: DetectorState,
-    steps: jax.Array,
-    loss: jax.Array,
-    grad_norm: jax.Array,
-    products: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    h: float = H_DECADES,
-    delta: float = DELTA,
-) -> DetectorState:
-    """Feed K consecutive steps: steps, loss, grad_norm [K], products [K, out, in].
-
-    valid [K] (a prefix of True) leaves the rest of the chunk out. Pure; vmap over runs.
-    """
-    valid = jnp.ones(steps.shape, bool) if valid is None else valid
-    steps = steps.astype(jnp.int32)
-    codes, path, slack, count = _chunk_codes(state, products, valid, delta)
-    rank, active, plateau = codes
-    first_loss = jnp.where(state.first_loss < 0, loss[0], state.first_loss)
-    signal = jnp.log10(jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny))
-
-    def zigzag_step(carry, row):
-        rising, low, high = carry
-        value, step, rank_t, loss_t, use = row
-        here = (value, step, rank_t, loss_t)
-        lower = use & ~rising & (value < low[0])
-        starts = use & ~rising & ~lower & (value >= low[0] + h)
-        higher = use & rising & (value > high[0])
-        ends = use & rising & ~higher & (value <= high[0] - h)
-        found = (ends, low[1], high[1], low[2], low[3])
-        low = tuple(jnp.where(lower | ends, new, old) for new, old in zip(here, low))
-        high = tuple(jnp.where(starts | higher, new, old) for new, old in zip(here, high))
-        return ((rising | starts) & ~ends, low, high), found
-
-    (rising, low, high), found = jax.lax.scan(
-        zigzag_step, (state.rising, state.low, state.high), (signal, steps, rank, loss, valid)
-    )
-
-    def record(carry):
-        at, pending, events, drops, counts = carry
-        following = jnp.argmax(found[0] & (jnp.arange(at.dtype.type(len(steps))) > at))
-        new = tuple(part[following] for part in found[1:])
-        event = _close(pending, new[2], new[3], first_loss)
-        events, drops, counts = _store(event, pending[0] >= 0, events, drops, counts)
-        return following.astype(at.dtype), new, events, drops, counts
-
-    def more(carry):
-        return jnp.any(found[0] & (jnp.arange(len(steps)) > carry[0]))
-
-    _, pending, events, drops, counts = jax.lax.while_loop(
-        more,
-        record,
-        (jnp.asarray(-1, jnp.int32), state.pending, state.events, state.drops, state.counts),
-    )
-    seen = active & valid[:, None]
-    first = jnp.where(jnp.any(seen, axis=0), steps[jnp.argmax(seen, axis=0)], -1)
-    newest = jnp.maximum(jnp.sum(valid) - 1, 0)
-    any_valid = jnp.any(valid)
-
-    def keep(new, old):
-        return jnp.where(any_valid, new, old)
-
-    return DetectorState(
-        sigma=state.sigma,
-        first_loss=keep(first_loss, state.first_loss),
-        last_product=keep(products[newest], state.last_product),
-        path=keep(path, state.path),
-        slack=slack,
-        code=tuple(keep(part[newest], old) for part, old in zip(codes, state.code)),
-        rising=rising,
-        low=low,
-        high=high,
-        pending=pending,
-        events=events,
-        drops=drops,
-        counts=counts,
-        activation=jnp.where(state.activation >= 0, state.activation, first),
-        visited=state.visited | jnp.any(plateau & valid[:, None], axis=0),
-        decompositions=state.decompositions + count,
-        last=tuple(keep(part[newest], old) for part, old in zip((steps, rank, loss), state.last)),
-    )
-
-
-def _close(pending, rank_after, loss_after, first_loss):
-    valley, peak, before, loss_before = pending
-    drop = (loss_before - loss_after) / first_loss
-    kind = jnp.where(
-        rank_after == before + 1,
-        0,
-        jnp.where(rank_after > before + 1, 1, jnp.where(drop >= SWAP_DROP, 2, 3)),
-    )
-    return jnp.stack([valley, peak, before, rank_after, kind.astype(jnp.int32)]), drop
-
-
-def _store(event, use, events, drops, counts):
-    row, drop = event
-    kind = row[4]
-    slot = jnp.sum(counts[:3])
-    keep = use & (kind < 3) & (slot < EVENTS)
-    slot = jnp.minimum(slot, EVENTS - 1)
-    events = events.at[slot].set(jnp.where(keep, row, events[slot]))
-    drops = drops.at[slot].set(jnp.where(keep, drop, drops[slot]))
-    return events, drops, counts.at[kind].add(use.astype(jnp.int32))
-
-
-def detector_report(state: DetectorState) -> StageReport:
-    """The report of one run's streaming state so far (host side)."""
-    state = jax.tree.map(np.asarray, state)
-    sigma = state.sigma[state.sigma > 0]
-    if int(state.last[0]) < 0:
-        raise ValueError("detector: no step has been fed yet")
-    escapes = [
-        Escape(int(v), int(p), int(b), int(a), KINDS[int(k)], float(drop))
-        for (v, p, b, a, k), drop in zip(state.events, state.drops)
-    ][: min(int(state.counts[:3].sum()), EVENTS)]
-    n_rings = int(state.counts[3])
-    valley, peak, before, loss_before = state.pending
-    if valley >= 0:
-        drop = float((loss_before - state.last[2]) / state.first_loss)
-        kind = escape_kind(int(before), int(state.last[1]), drop)
-        escapes.append(Escape(int(valley), int(peak), int(before), int(state.last[1]), kind, drop))
-        n_rings += kind == "ring"
-    return _report(
-        escapes,
-        n_rings=n_rings,
-        activation_steps=[
-            int(t) if t >= 0 else None for t in state.activation[: len(sigma)].tolist()
-        ],
-        visited=state.visited[: len(sigma)],
-        final_rank=int(state.last[1]),
-        unfinished=(int(state.low[1]), int(state.high[1])) if state.rising else None,
-        sigma=sigma,
-        dropped_events=max(0, int(state.counts[:3].sum()) - EVENTS),
-    )
-
-
 # --- reading a trajectory ------------------------------------------------------------------------
 
 
@@ -469,6 +219,8 @@ def stages(trajectory: Any, sigma: Sequence[float] | None = None, **levels: floa
     and, without a sigma, ranks relative to the final iterate (`report.reference` says so).
     """
     if sigma is None and not levels and trajectory.detector is not None:
+        from theory.streaming import detector_report  # built on this module
+
         return detector_report(trajectory.detector)
     rows = trajectory.rows
     for name in ("grad_norm", "loss", "singular_values"):

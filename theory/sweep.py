@@ -24,11 +24,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from theory.closed_form import lr_from_eta_hat, separability, step_cap
-from theory.dynamics import CONVERGED, STATUS, Info, State, effective_rank, init_state
+from theory.dynamics import CONVERGED, STATUS, State, init_state
 from theory.factorization import random_factors
+from theory.lanes import MULTIPLE, compiler_options, lanes_last, matmul
 from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
 from theory.problem import Problem, check_spectrum, observed_mask, spectrum_target
-from theory.stages import StageReport, detector_report, detector_update
+from theory.quantities import effective_rank
+from theory.stages import StageReport
+from theory.streaming import detector_report, update_lanes
 
 GD = Optimizer("gd")
 PADDED_RANK = 6  # spectra are padded with zeros to this length, so that R = 1..6 share a program
@@ -181,8 +184,8 @@ def _draw(spec: RunSpec, width: int, numbers: dict[str, jax.Array]) -> Lanes:
 
 
 @functools.lru_cache(maxsize=64)
-def _drawer(spec: RunSpec, width: int) -> Callable:
-    return jax.jit(jax.vmap(functools.partial(_draw, spec, width)))
+def _drawer(spec: RunSpec, width: int, axis: int) -> Callable:
+    return jax.jit(jax.vmap(functools.partial(_draw, spec, width), out_axes=axis))
 
 
 def _static(spec: RunSpec) -> RunSpec:
@@ -206,8 +209,8 @@ def _static(spec: RunSpec) -> RunSpec:
     )
 
 
-def draw_lanes(specs: Sequence[RunSpec], width: int, dtype: Any) -> Lanes:
-    """Initial lanes of runs of one shape; width: padded length of sigma."""
+def draw_lanes(specs: Sequence[RunSpec], width: int, dtype: Any, axis: int = 0) -> Lanes:
+    """Initial lanes of runs of one shape; width: padded length of sigma; axis: that of lanes."""
     first = specs[0]
     numbers = {
         "seed": np.asarray([s.seed for s in specs], np.int32),
@@ -222,64 +225,107 @@ def draw_lanes(specs: Sequence[RunSpec], width: int, dtype: Any) -> Lanes:
         numbers["target"] = np.asarray([s.target for s in specs], dtype)
     if first.mask is not None:
         numbers["mask"] = np.asarray([s.mask for s in specs], dtype)
-    return _drawer(_static(first), width)(numbers)
+    return _drawer(_static(first), width, axis)(numbers)
 
 
-def _advance_lane(optimizer: Optimizer, length: int, lane: Lanes) -> Lanes:
-    """One lane by up to `length` steps; a run that ends stays at its last point."""
+def advance_lanes(optimizer: Optimizer, length: int, axis: int, lanes: Lanes) -> Lanes:
+    """All lanes by up to `length` steps; a run that ends stays at its last point.
+
+    axis: -1 where the arrays have their lanes last (`theory.lanes`), 0 where they have them first.
+    """
+    problem, last = lanes.problem, axis == -1
+    if last:
+        look = functools.partial(gradients, problem, matmul=matmul)
+        norm, move = squared_norm, functools.partial(optimizer.update, problem)
+        over_matrix = (0, 1)
+    else:
+        look = functools.partial(jax.vmap(gradients), problem)
+        norm, move = jax.vmap(squared_norm), functools.partial(jax.vmap(optimizer.update), problem)
+        over_matrix = (1, 2)
 
     def body(carry, _):
-        state, done, loss, rises = carry
-        found, product, grads = gradients(lane.problem, state.factors)
-        grad_norm = jnp.sqrt(squared_norm(grads))
+        count, factors, slots, previous, done, loss, rises = carry
+        found, product, grads = look(factors)
+        grad_norm = jnp.sqrt(norm(grads))
+        moved = jnp.sqrt(jnp.sum((product - previous) ** 2, axis=over_matrix))
+        finite = jnp.isfinite(found + grad_norm + moved)
         fed = ~done
-        over = (found <= lane.stop) | ~jnp.isfinite(found) | (state.step >= lane.cap)
         rises = jnp.where(fed, 0.99 * rises + 0.01 * (found > loss), rises)
         loss = jnp.where(fed, found, loss)
-        done = done | over
-        # A step of size zero keeps a finished run in place without a select over its factors.
-        rate = jnp.where(done, 0.0, lane.lr)
-        factors, slots = optimizer.update(
-            lane.problem, rate, state.step, state.factors, grads, state.slots
+        done = done | (found <= lanes.stop) | ~finite | (count >= lanes.cap)
+        # A step of size zero keeps a finished run in place without a select over its factors. That
+        # the rate depends on all uses of the old factors lets XLA update them in place.
+        rate = jnp.where(done, 0.0, lanes.lr)
+        factors, slots = move(rate, count, factors, grads, slots)
+        row = (count, found, grad_norm, moved, fed & finite, product)
+        return (count + ~done, factors, slots, product, done, loss, rises), row
+
+    state = lanes.state
+    detector = state.detector
+    start = (
+        *(state.step, state.factors, state.slots, detector.last_product),
+        *(lanes.done, lanes.loss, lanes.rises),
+    )
+    (count, factors, slots, _, done, loss, rises), rows = jax.lax.scan(
+        body, start, None, length=length
+    )
+    steps, found, grad_norm, moved, fed, products = rows
+    every = jnp.arange(len(lanes.cap))
+    if last:
+        newest = functools.partial(_newest, products)
+        detector = update_lanes(
+            *(detector, steps, found, grad_norm, moved, fed),
+            pick=lambda row, lane: products[row, :, :, lane],
+            newest=newest,
         )
-        moved = State(state.step + ~done, factors, slots)
-        return (moved, done, loss, rises), (state.step, Info(found, grad_norm, product), fed)
+    else:
+        detector = update_lanes(
+            jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), detector),
+            *(steps, found, grad_norm, moved, fed),
+            pick=lambda row, lane: products[row, lane],
+            newest=lambda row: jnp.moveaxis(products[row, every], 0, -1),
+        )
+        detector = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), detector)
+    state = State(count, factors, slots, detector)
+    return lanes._replace(state=state, done=done, loss=loss, rises=rises)
 
-    detector = lane.state.detector
-    state = lane.state._replace(detector=None)
-    carry = (state, lane.done, lane.loss, lane.rises)
-    (state, done, loss, rises), (steps, info, fed) = jax.lax.scan(body, carry, None, length=length)
-    # A NaN point ends the run and is not shown to the detectors.
-    fed = fed & jnp.isfinite(info.grad_norm) & jnp.isfinite(info.loss)
-    detector = detector_update(detector, steps, info.loss, info.grad_norm, info.product, fed)
-    return lane._replace(state=state._replace(detector=detector), done=done, loss=loss, rises=rises)
+
+def _newest(products: jax.Array, row: jax.Array) -> jax.Array:
+    """Products [K, out, in, lanes] at one row of each lane, [out, in, lanes]."""
+    return jnp.take_along_axis(products, row[None, None, None], axis=0)[0]
 
 
-@functools.lru_cache(maxsize=64)
-def _advancer(optimizer: Optimizer, length: int, mesh: Mesh) -> Callable:
-    advance = jax.vmap(functools.partial(_advance_lane, optimizer, length))
-    spec = PartitionSpec("lanes")
-    return jax.jit(
-        jax.shard_map(advance, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False),
-        donate_argnums=0,
+def _specs(lanes: Lanes, axis: int) -> Lanes:
+    """Partition specs of lanes: the lane axis over the mesh."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(*[None] * (x.ndim - 1 if axis == -1 else 0), "lanes"), lanes
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _refill(lanes: Lanes, pool: Lanes, source: jax.Array, take: jax.Array) -> Lanes:
+@functools.lru_cache(maxsize=64)
+def _advancer(optimizer: Optimizer, length: int, axis: int, mesh: Mesh) -> Callable:
+    advance = functools.partial(advance_lanes, optimizer, length, axis)
+
+    def sharded(lanes):
+        spec = _specs(lanes, axis)
+        return jax.shard_map(advance, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)(
+            lanes
+        )
+
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=options)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _refill(lanes: Lanes, pool: Lanes, source: jax.Array, take: jax.Array, axis: int) -> Lanes:
     """Lanes with run `source` of the pool where `take`; both [lanes]."""
 
     def one(old, fresh):
-        chosen = fresh[source]
-        flag = take.reshape((-1,) + (1,) * (old.ndim - 1))
+        chosen = jnp.take(fresh, source, axis=axis)
+        flag = take if axis == -1 else take.reshape((-1,) + (1,) * (old.ndim - 1))
         return jnp.where(flag, chosen, old)
 
     return jax.tree.map(one, lanes, pool)
-
-
-def _harvest(lanes: Lanes, index: int) -> dict[str, Any]:
-    lane = jax.tree.map(lambda x: np.asarray(x[index]), lanes)
-    return {"lane": lane, "report": detector_report(lane.state.detector)}
 
 
 def _status(lane: Lanes) -> str:
@@ -413,19 +459,24 @@ def sweep(
 
 def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
     """Yields (record or None, steps advanced) while the queue of one shape is worked off."""
-    width = queue[0].width
-    devices = mesh.devices.size
-    count = -(-min(lanes, len(queue)) // devices) * devices
-    place = NamedSharding(mesh, PartitionSpec("lanes"))
-    whole = NamedSharding(mesh, PartitionSpec())
+    first, width, real = queue[0], queue[0].width, len(queue)
+    last = lanes_last(first.dims, first.problem, first.optimizer, mesh.devices.flat[0].platform)
+    axis, step = (-1, MULTIPLE * mesh.devices.size) if last else (0, mesh.devices.size)
+    count = -(-min(lanes, real) // step) * step
     # Pools of one size, drawn when needed: memory stays bounded for any length of queue.
     padded = queue + [queue[-1]] * (-len(queue) % count)
     pools = (padded[i : i + count] for i in range(0, len(padded), count))
-    advance = _advancer(queue[0].optimizer, chunk, mesh)
-    real = len(queue)
+    advance = _advancer(first.optimizer, chunk, axis, mesh)
 
-    current = jax.device_put(draw_lanes(next(pools), width, dtype), place)
+    def placed(tree, spec=None):
+        specs = _specs(tree, axis) if spec is None else jax.tree.map(lambda _: spec, tree)
+        return jax.device_put(tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+
+    current = placed(draw_lanes(next(pools), width, dtype, axis))
+    # Padding of the first pool repeats its last run; those lanes are marked as done.
     running: list[int | None] = [i if i < real else None for i in range(count)]
+    idle = np.asarray([i is None for i in running])
+    current = current._replace(done=placed(jnp.asarray(idle)))
     following, pool, pool_start = count, None, count
     before = np.zeros(count, np.int64)
     while any(i is not None for i in running):
@@ -439,9 +490,11 @@ def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
         yield None, moved
         if not finished:
             continue
-        taken = jax.tree.map(lambda x, rows=tuple(finished): np.asarray(x)[list(rows)], current)
+        taken = jax.tree.map(
+            lambda x, rows=tuple(finished): np.take(np.asarray(x), rows, axis=axis), current
+        )
         for k, j in enumerate(finished):
-            lane = jax.tree.map(lambda x, k=k: x[k], taken)
+            lane = jax.tree.map(lambda x, k=k: np.take(x, k, axis=axis), taken)
             yield make_record(queue[running[j]], lane, detector_report(lane.state.detector)), 0
         source, take = np.zeros(count, np.int32), np.zeros(count, bool)
         while finished:
@@ -451,16 +504,16 @@ def _run_group(queue, lanes, chunk, mesh, dtype, deadline):
                 break
             if pool is None or following >= pool_start + count:
                 if take.any():
-                    current = jax.device_put(_refill(current, pool, source, take), place)
+                    current = placed(_refill(current, pool, source, take, axis))
                     source, take = np.zeros(count, np.int32), np.zeros(count, bool)
                 pool_start = following
-                pool = jax.device_put(draw_lanes(next(pools), width, dtype), whole)
+                pool = placed(draw_lanes(next(pools), width, dtype, axis), PartitionSpec())
             j = finished.pop()
             source[j], take[j] = following - pool_start, True
             running[j], before[j] = following, 0
             following += 1
         if take.any():
-            current = jax.device_put(_refill(current, pool, source, take), place)
+            current = placed(_refill(current, pool, source, take, axis))
 
 
 def write_tables(records: Sequence[dict[str, Any]], directory: Path | str) -> None:

@@ -12,7 +12,7 @@ import optax
 from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle")
+SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle", "inverse_sqrt")
 # Optimizers that Optax does not have.
 OWN = {"hf_adamw": hf_adamw}
 
@@ -23,6 +23,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -49,6 +50,12 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         def body(t):
             step = t // config.hold_for
             return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
+    elif config.name == "inverse_sqrt":
+        if not warmup:
+            raise ConfigError("config.schedule.warmup_steps: inverse_sqrt needs at least 1")
+
+        def body(t):
+            return peak * jnp.sqrt(warmup / jnp.maximum(t + offset, warmup))
     else:
         body = optax.polynomial_schedule(peak, end, config.power, span)
 
@@ -99,7 +106,7 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         raise ConfigError(f"config.optimizer.args: {error}") from None
     parts = []
     if config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
+        parts.append(clip_by_group_norms(config.clip_norm, tuple(config.clip_groups)))
     if config.weight_decay and not config.decoupled:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_mask)))
     parts.append(inner)
@@ -120,6 +127,27 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             {"trained": optimizer, "frozen": optax.set_to_zero()}, label
         )
     return optimizer
+
+
+def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """Clipping by the global norm, of each group of parameters on its own.
+
+    `groups` are regular expressions over dotted paths; the first that matches decides, and what
+    none matches is a group as well. Without any it is `optax.clip_by_global_norm`.
+    """
+    if not groups:
+        return optax.clip_by_global_norm(limit)
+
+    def label(params):
+        def choose(path, _):
+            name = path_string(path)
+            return next((g for g in groups if re.search(g, name)), "")
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+
+    return optax.multi_transform(
+        {g: optax.clip_by_global_norm(limit) for g in (*groups, "")}, label
+    )
 
 
 def _decoupled_decay(weight_decay, schedule, mask):

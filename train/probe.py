@@ -28,7 +28,7 @@ class RankProbe:
 
         `metrics` has the `loss` and `grad_norm` of the same rows, for the stage detectors.
         """
-        from theory.dynamics import effective_rank
+        from theory.quantities import effective_rank
 
         self._seen.append((step, float(metrics["loss"]), float(metrics["grad_norm"])))
         named = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(params)[0]}

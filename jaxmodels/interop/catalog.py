@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -194,7 +195,9 @@ def load(
     Args:
       name: `family.module[:variant or class]`, or a variant's name alone while it is unique.
       weights: a `.safetensors`, `.npz`, `.pth`, `.pt` or `.bin` file (or a sharded checkpoint's
-        index), a PyTorch-named state dict of arrays, or None for fresh weights.
+        index), a folder with one such file (whose `config.json`, where the model's module reads
+        it, then gives the constructor arguments), a PyTorch-named state dict of arrays, or None
+        for fresh weights.
       seed: of the fresh weights.
       skip: regular expressions of names neither read nor required, as `"classifier"`.
       prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`.
@@ -208,7 +211,7 @@ def load(
       unexpected and mis-shaped entry; `CheckpointError` for a file that cannot be read.
     """
     found = find(name)
-    module = found.build(**overrides)
+    module = found.build(**{**_config_beside(found, weights), **overrides})
     if weights is None:
         return module, initialize(module, seed, inputs)
     if isinstance(weights, Mapping):
@@ -227,6 +230,18 @@ def load(
     return module, variables
 
 
+def _config_beside(found: Found, weights: Any) -> dict[str, Any]:
+    """Constructor arguments from the `config.json` of a checkpoint's folder, where both are there.
+
+    The model's module says what a file means: `arguments_of_config(dict) -> arguments`.
+    """
+    reader = getattr(found.python_module, "arguments_of_config", None)
+    if reader is None or weights is None or isinstance(weights, Mapping):
+        return {}
+    path = Path(weights) / "config.json"
+    return reader(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+
+
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -240,10 +255,13 @@ def import_state(
     inputs: Any = None,
     source: str = "the state dict",
 ) -> tuple[dict[str, Any], conversion.Conversion]:
-    """`conversion.from_torch` with the rules and the check that stand beside the model."""
+    """`conversion.from_torch` with the rules, check and upgrade that stand beside the model."""
     hook = getattr(found.python_module, "check_checkpoint", None)
     if hook is not None:
-        hook(builtins.list(state), module)
+        hook({key: tuple(np.shape(value)) for key, value in state.items()}, module)
+    upgrade = getattr(found.python_module, "upgrade_checkpoint", None)
+    if upgrade is not None:
+        state = upgrade(state, module)
     rules = conversion.resolve_rules(getattr(found.python_module, "TORCH_RULES", None), module)
     fresh = initialize(module, seed, inputs) if skip else None
     return conversion.from_torch(

@@ -21,6 +21,7 @@ PyTorch key:
 - `fresh`: {key: array or function(variables) -> array}: travelling keys that a fresh model exports.
 - `drops`: [pattern]: keys that are ignored in files and never written.
 - `names`: [(ours, theirs)]: pairs of key prefixes renamed on the way (ours <-> theirs).
+- `spellings`: [(pattern, replacement)]: other names of files, rewritten by `re.sub` on the way in.
 - `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's;
   the functions take and return NumPy arrays and only move axes (export is byte for byte).
   `(pattern, *TRANSPOSED_CONVOLUTION)` and `(pattern, *UNCHANGED)` use the ready pairs.
@@ -142,7 +143,7 @@ def resolve_rules(rules: Any, module: Any = None) -> dict[str, Any]:
     if rules is None:
         return {}
     resolved = dict(rules(module)) if callable(rules) else dict(rules)
-    known = {"aliases", "travels", "drops", "fresh", "names", "arrays"}
+    known = {"aliases", "travels", "drops", "fresh", "names", "spellings", "arrays"}
     for name in resolved:
         if name not in known:
             raise ValueError(
@@ -294,6 +295,8 @@ def from_torch(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     done = Conversion()
     table = entries(template, rules)
+    for pattern, replacement in rules.get("spellings", ()):
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
     aliases = dict(rules.get("aliases", {}))
     wanted = {e.key for e in table}
     # Travelling keys lie beside their module's own leaves, so that no two paths join to one name.

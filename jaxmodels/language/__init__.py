@@ -1,1 +1,1 @@
-"""Language models; every file opens with its source."""
+"""Language models: encoders, encoder-decoders, and how text is generated from them."""

@@ -41,6 +41,27 @@ def causal_mask(queries: int, keys: int | None = None, offset: int | jax.Array =
     return (jnp.arange(keys)[None, :] <= rows)[None, None]
 
 
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T + bias) over the allowed keys, `[B, N, T, S]`; arguments of `attend`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # The queries are scaled, not the scores: S / H times fewer products.
+    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
+    scores = scores.astype(wide)
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -79,15 +100,7 @@ def attend(
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, scale=scale, implementation=implementation
         )
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    # The queries are scaled, not the scores: S / H times fewer products.
-    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
-    scores = scores.astype(wide)
-    if bias is not None:
-        scores = scores + bias.astype(wide)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = attention_weights(query, key, bias=bias, mask=mask, scale=scale)
     if drops and keep is not None:
         weights = keep_where(weights, keep, dropout_rate)
     elif drops:

@@ -5,10 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from theory import closed_form, dynamics, landscape
+from theory import closed_form, dynamics, landscape, quantities
 from theory.factorization import product
 from theory.problem import make_problem
-from theory.stages import DELTA, H_DECADES, SWAP_DROP, detector_report, zigzag
+from theory.stages import DELTA, H_DECADES, SWAP_DROP, zigzag
+from theory.streaming import detector_report
 
 
 def factors_of(inputs, prefix=""):
@@ -149,14 +150,14 @@ def run_metrics(case):
     for i in range(len(case.inputs)):
         s = jnp.linalg.svd(case.inputs[f"W{i}"], compute_uv=False)
         out[f"singular_values{i}"] = s
-        out[f"effective_rank{i}"] = dynamics.effective_rank(s)
-        out[f"stable_rank{i}"] = dynamics.stable_rank(s)
-        out[f"nuclear{i}"] = dynamics.nuclear_norm(s)
-        out[f"numerical_rank{i}"] = dynamics.numerical_rank(
+        out[f"effective_rank{i}"] = quantities.effective_rank(s)
+        out[f"stable_rank{i}"] = quantities.stable_rank(s)
+        out[f"nuclear{i}"] = quantities.nuclear_norm(s)
+        out[f"numerical_rank{i}"] = quantities.numerical_rank(
             s, case.config["numerical_rank_rel_tol"]
         )
         for depth in (2, 3, 4):
-            out[f"schatten_2_over_{depth}_{i}"] = dynamics.schatten(s, depth)
+            out[f"schatten_2_over_{depth}_{i}"] = quantities.schatten(s, depth)
     return {name: np.asarray(value) for name, value in out.items()}
 
 

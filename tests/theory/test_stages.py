@@ -9,15 +9,13 @@ from theory.stages import (
     KINDS,
     certificate,
     detect,
-    detector_init,
-    detector_report,
-    detector_update,
     escape_kind,
     ordered_rank,
     sample_points,
     wilson_interval,
     zigzag,
 )
+from theory.streaming import detector_init, detector_report, detector_update
 
 
 def test_zigzag_keeps_the_first_of_ties_and_marks_an_unfinished_rise():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.dmf import PRESETS, get_config
 from theory import experiments, presets, sweep
-from theory.stages import detector_init, detector_report, detector_update
+from theory.streaming import detector_init, detector_report, detector_update
 
 
 def specs(count=6):
