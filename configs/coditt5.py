@@ -1,8 +1,10 @@
 """CoditT5: learning to mend statements of Python's library; the published recipes.
 
 small        python -m train --config configs/coditt5.py --workdir runs/coditt5
-             statements with a bug, plan and repair written by a T5 of 1.4 M parameters.
-generator    the same with a plain T5 of that size that writes the repair alone: the baseline.
+             statements with a bug, plan and repair written by a T5 of 1.05 M parameters: exact
+             match 28.1 on files not trained on (copying the input: 0), about 20 minutes on two
+             shared cores.
+generator    the same with a plain T5 of that size that writes the repair alone.
 pretrain     CoditT5's corruption of the library's code and docstrings, from scratch.
 git          the edits of a repository: --config.data.options.repository=/path/to/repository
 paper        fine-tuning of CoditT5 (222.9 M) on a published data set:
@@ -11,6 +13,7 @@ paper        fine-tuning of CoditT5 (222.9 M) on a published data set:
                  --config.data.options.path=/path/to/data
                  --config.data.options.dataset=bf-small
                  --config.data.options.tokenizer=/path/to/CoditT5
+             Epochs are bf-small's 972 steps: other data sets want their own steps and hold_for.
 paper_pretrain  the published pre-training, from codet5-base resized by 24 rows.
 """
 

@@ -124,6 +124,11 @@ def test_masks_of_one_draw_are_independent_and_keep_their_share():
     rates = [float(mask.mean()) for mask in masks[:2]]
     np.testing.assert_allclose(rates, 0.75, atol=0.01)
     assert abs(float((masks[0] & masks[1]).mean()) - 0.75**2) < 0.015
+    flat = np.asarray(masks[0], float).ravel() - 0.75
+    for lag in (1, 2, 100):  # no pattern along the counter, within a mask or between two keys
+        assert abs(np.mean(flat[lag:] * flat[:-lag])) < 0.01
+    other = dropout.keep_masks(jax.random.key(1), 0.25, [(200, 100)])[0]
+    assert abs(float((masks[0] & other).mean()) - 0.75**2) < 0.015
     np.testing.assert_allclose(
         np.unique(dropout.keep_where(jnp.ones(7), masks[2], 0.25)), [0, 4 / 3], rtol=1e-6
     )
