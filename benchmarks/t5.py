@@ -89,12 +89,12 @@ def jax_generate(batch: int, beams: int) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmodels.language import t5
+    from jaxmodels.language import t5_generation
 
     module, params, rng = _jax_model()
     ids = jnp.asarray(rng.integers(5, SHAPE["vocab_size"], (batch, PROMPT)))
     search = functools.partial(
-        t5.generate,
+        t5_generation.generate,
         module,
         max_length=GENERATED + 1,
         min_length=GENERATED + 1,

@@ -11,7 +11,15 @@ import numpy as np
 
 import jaxmodels
 from jaxmodels.interop.conversion import to_torch
-from jaxmodels.language import decoding, edit_corruption, edit_metrics, edit_plans, reranking, t5
+from jaxmodels.language import (
+    decoding,
+    edit_corruption,
+    edit_metrics,
+    edit_plans,
+    reranking,
+    t5,
+    t5_generation,
+)
 from jaxmodels.layers.relative_position import relative_buckets
 
 NOT_ARGUMENTS = ("generate", "seed")
@@ -75,7 +83,9 @@ def _cached_logits(module, variables, ids, mask, decoder_ids):
 
     @jax.jit
     def run(variables):
-        step, cache = t5.cached_decoder(module, variables, ids, mask, rows=rows, length=length)
+        step, cache = t5_generation.cached_decoder(
+            module, variables, ids, mask, rows=rows, length=length
+        )
 
         def one(carry, x):
             logits, cache = step(x[1], x[0], carry)
@@ -89,7 +99,9 @@ def _cached_logits(module, variables, ids, mask, decoder_ids):
 
 def _generated(name, module, variables, ids, mask, settings) -> dict[str, Any]:
     settings = dict(settings)
-    found = jax.jit(functools.partial(t5.generate, module, **settings))(variables, ids, mask)
+    found = jax.jit(functools.partial(t5_generation.generate, module, **settings))(
+        variables, ids, mask
+    )
     tokens, scores = decoding.trim(found)
     return {f"{name}.sequences": np.asarray(tokens), f"{name}.sequences_scores": scores}
 

@@ -9,7 +9,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.interop import catalog, checkpoint
-from jaxmodels.language import decoding, t5
+from jaxmodels.language import decoding, t5, t5_generation
 
 SIZES = {
     "vocab_size": 40,
@@ -143,7 +143,7 @@ def test_cached_decoding_equals_full_decoding_and_beams_of_an_input_share_its_me
 
     @jax.jit
     def run(variables):
-        step, cache = t5.cached_decoder(module, variables, IDS, MASK, rows=4, length=5)
+        step, cache = t5_generation.cached_decoder(module, variables, IDS, MASK, rows=4, length=5)
         logits = []
         for position in range(5):
             one, cache = step(rows[:, position], position, cache)
@@ -157,7 +157,7 @@ def test_cached_decoding_equals_full_decoding_and_beams_of_an_input_share_its_me
 
 def test_a_beam_of_one_is_greedy_and_scores_are_the_rescored_log_probabilities():
     module, variables = tiny()
-    generate = lambda **k: jax.jit(functools.partial(t5.generate, module, **k))(  # noqa: E731
+    generate = lambda **k: jax.jit(functools.partial(t5_generation.generate, module, **k))(  # noqa: E731
         variables, IDS, MASK
     )
     greedy = generate(max_length=9)
@@ -176,12 +176,16 @@ def test_a_beam_of_one_is_greedy_and_scores_are_the_rescored_log_probabilities()
 
 def test_sampling_with_one_candidate_is_greedy_and_beams_cannot_sample():
     module, variables = tiny()
-    run = jax.jit(functools.partial(t5.generate, module, max_length=6, top_k=1))
+    run = jax.jit(functools.partial(t5_generation.generate, module, max_length=6, top_k=1))
     sampled = run(variables, IDS, MASK, jax.random.key(0))
-    greedy = jax.jit(functools.partial(t5.generate, module, max_length=6))(variables, IDS, MASK)
+    greedy = jax.jit(functools.partial(t5_generation.generate, module, max_length=6))(
+        variables, IDS, MASK
+    )
     assert sampled.tokens.tolist() == greedy.tokens.tolist()
     with pytest.raises(ValueError, match="sampling with 2 beams"):
-        t5.generate(module, variables, IDS, rng=jax.random.key(0), max_length=4, num_beams=2)
+        t5_generation.generate(
+            module, variables, IDS, rng=jax.random.key(0), max_length=4, num_beams=2
+        )
 
 
 def test_layers_are_one_scanned_block_so_that_programs_do_not_grow_with_depth():
@@ -232,7 +236,7 @@ def test_generation_traces_once_for_inputs_of_one_shape():
     @jax.jit
     def run(variables, ids, mask):
         traced.append(ids.shape)
-        return t5.generate(module, variables, ids, mask, max_length=4)
+        return t5_generation.generate(module, variables, ids, mask, max_length=4)
 
     for shift in range(3):
         found = run(variables, IDS + shift, MASK)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.language import edit_metrics, edit_plans, t5
+from jaxmodels.language import edit_metrics, edit_plans, t5, t5_generation
 from train.building import build_model
 from train.data import code_tokenizer, edits, pipeline
 from train.naming import ConfigError
@@ -126,7 +126,7 @@ class Editing:
         return {name: means[name] * len(written) for name in names}
 
     def _generate(self, variables, input_ids, beams, returned):
-        return t5.generate(
+        return t5_generation.generate(
             self.model,
             variables,
             input_ids,
