@@ -37,6 +37,7 @@ def starting_variables(config, shapes, task, fresh):
         fresh=own,
         key="config.init_from",
         skip_key="config.init_skip",
+        check=getattr(task, "check_loaded", None),
     )
     return merged["params"], {k: v for k, v in merged.items() if k != "params"}
 
@@ -53,6 +54,7 @@ def variables_from(
     skip_key: str = "",
     prepare=None,
     skip_of=None,
+    check=None,
 ):
     """The variables `wanted` (`{collection: tree of shapes}`) of a run directory or a PyTorch file.
 
@@ -62,6 +64,7 @@ def variables_from(
       key, skip_key: config keys for the error messages.
       prepare: `state dict -> state dict`, of a PyTorch file before it is converted.
       skip_of: `state dict -> skip`, where the file decides.
+      check: given {dotted path: array} of what was read; raises where it does not fit the run.
     """
     path = Path(source)
     if not path.exists():
@@ -83,8 +86,8 @@ def variables_from(
         others = [name for name in wanted if name not in ("params", *conversion.COLLECTIONS)]
         skips = (*skips, *(f"^{name}\\." for name in others))
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
-    if hasattr(task, "check_loaded"):
-        task.check_loaded(given)
+    if check is not None:
+        check(given)
     problems, needed = [], []
 
     def choose(path, leaf):
