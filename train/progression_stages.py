@@ -59,7 +59,9 @@ def mine(
     return {
         "queries": len(lists),
         "negatives": float(np.mean([len(e.negatives) for e in lists])),
-        "train_mrr@10": float(np.where((hits >= 0) & (hits < 10), 1 / (hits + 1.0), 0).mean()),
+        "train_mrr@10": float(
+            np.where((hits >= 0) & (hits < 10), 1 / np.maximum(hits + 1.0, 1.0), 0).mean()
+        ),
     }
 
 

@@ -65,7 +65,7 @@ def test_the_papers_stage_runs_twenty_steps_on_marco_files(stage_run):
     seen = rows(workdir, "train")
     assert [r["step"] for r in seen] == [5, 10, 15, 20]
     assert all(np.isfinite([r["loss"], r["hard"], r["soft"]]).all() for r in seen)
-    assert seen[-1]["regularizer"] > seen[0]["regularizer"] >= 0
+    assert all(r["regularizer"] > 0 for r in seen)
     assert 0 <= numbers["validation_mrr@10"] <= 1
 
 

@@ -65,7 +65,7 @@ def load_ranker(source: str, name: str, module: nn.Module, wanted, key: str):
 
     def fresh_heads(tensors) -> str:
         alone = is_single_encoder(tensors) and kind_of(module) == "cross"
-        return r"(^|\.)(qa_classifier|binary)\." if alone else ""
+        return "qa_classifier|binary" if alone else ""
 
     return variables_from(
         source,
