@@ -53,7 +53,7 @@ _SHARED = (
     "dtype",
     "param_dtype",
 )
-_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias"
+RELATIVE_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 class _Sublayer(nn.Module):
@@ -233,7 +233,7 @@ class Stack(_Sublayer):
             self.num_heads,
             embedding_init=initializers.normal(self.d_model**-0.5),
             param_dtype=self.param_dtype,
-            name=_BIAS,
+            name=RELATIVE_BIAS,
         )
         places = jnp.arange(x.shape[1])
         bias = self.bias(table.embedding, places, places)
@@ -362,7 +362,7 @@ class T5(nn.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """Encoder output `[B, S, D]`."""
-        return self.encoder(self.shared(input_ids), _mask(attention_mask), train=train)[0]
+        return self.encoder(self.shared(input_ids), key_mask(attention_mask), train=train)[0]
 
     def decode(
         self,
@@ -376,7 +376,7 @@ class T5(nn.Module):
             self.shared(decoder_input_ids),
             causal_mask(decoder_input_ids.shape[1]),
             encoded,
-            _mask(attention_mask),
+            key_mask(attention_mask),
             train,
         )
         return self.logits(hidden)
@@ -403,8 +403,8 @@ class T5(nn.Module):
         ids, mask, encoded = input_ids, None, None
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             x = self.shared(ids)
-            extra = () if encoded is None else (encoded, _mask(attention_mask))
-            mask = _mask(attention_mask) if encoded is None else causal_mask(ids.shape[1])
+            extra = () if encoded is None else (encoded, key_mask(attention_mask))
+            mask = key_mask(attention_mask) if encoded is None else causal_mask(ids.shape[1])
             y, seen = stack(x, mask, *extra, keep_states=True)
             states = [x, *seen["states"][:-1], y]
             out |= {f"{name}_hidden_{i}": h for i, h in enumerate(states)}
@@ -413,7 +413,8 @@ class T5(nn.Module):
         return {**out, "logits": self.logits(y)}
 
 
-def _mask(attention_mask: jax.Array | None) -> jax.Array | None:
+def key_mask(attention_mask: jax.Array | None) -> jax.Array | None:
+    """HF's attention mask `[B, S]` (1 for tokens) as a mask of keys for `attend`; None stays."""
     return None if attention_mask is None else padding_mask(attention_mask)
 
 

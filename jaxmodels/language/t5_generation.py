@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.language import decoding
-from jaxmodels.language.t5 import T5, Block, stack_of
+from jaxmodels.language.t5 import RELATIVE_BIAS, T5, Block, key_mask, stack_of
 from jaxmodels.layers.attention import (
     causal_mask,
     head_major,
@@ -58,12 +58,12 @@ def cached_decoder(
             )
         )
         memories.append({"layer.1.EncDecAttention": {"key": key, "value": value}})
-    keep = _mask(attention_mask)
+    keep = key_mask(attention_mask)
 
     def step(tokens, position, cache):
         x = module.apply({"params": params}, tokens[:, None], method="embed")
         here = jnp.asarray(position).reshape(1)
-        bias = stack.bias(decoder[_BIAS]["embedding"], here, jnp.arange(length))
+        bias = stack.bias(decoder[RELATIVE_BIAS]["embedding"], here, jnp.arange(length))
         mask = causal_mask(1, length, position)
         new = []
         for layer, memory, own in zip(layers, memories, cache):
