@@ -95,7 +95,7 @@ class GanlmGeneration:
         size = config.eval.batch_size or config.batch_size
         wanted: list[str] = []
         found: dict[str, list[str]] = {"": [], "greedy_": []}
-        for batch in pipeline.evalfull_batches(config.data, split, batch_size=size):
+        for batch in pipeline.eval_batches(config.data, split, batch_size=size):
             rows = int(min(batch["mask"].sum(), self.decoded - len(wanted)))
             if rows <= 0:
                 break
