@@ -46,12 +46,15 @@ def get_config(preset: str = "run") -> ml_collections.ConfigDict:
             "optimizers": 4,
             "depth_selection": 20,
         }[preset]
-        config.lanes = 64
+        config.lanes = 32
         config.chunk = 128
         config.limit_minutes = 0.0  # 0: until all runs are done; the rest waits for the next start
         return config
     if preset == "real_matrices":
-        config.names = "digits,wine,breast_cancer,camera,karate,les_miserables"
+        config.names = (
+            "digits,wine,breast_cancer,camera,wine_classes,breast_cancer_worst,"
+            "karate,les_miserables"
+        )
         config.depth = 3
         config.alpha = 1e-3
         config.hidden = 0.3
