@@ -73,7 +73,7 @@ def _summary(name: str, overrides: dict[str, Any]) -> int:
             row[0 if collection == "params" else 1] += math.prod(leaf.shape)
             row[2] += math.prod(leaf.shape) * leaf.dtype.itemsize
     print(f"{found.name}: {type(module).__name__}")
-    for example in catalog.inputs_of(module):
+    for example in jax.tree.leaves(catalog.inputs_of(module)):
         print(f"example input {list(example.shape)} {example.dtype}")
     output = jax.eval_shape(module.apply, variables, *catalog.inputs_of(module))
     for leaf in jax.tree.leaves(output):

@@ -26,7 +26,13 @@ def main(argv: list[str]) -> int:
     start_processes(config.parallel)
 
     compilation_cache()
-    fit(config, workdir, command=shlex.join(["python", "-m", "train", *argv[1:]]))
+    command = shlex.join(["python", "-m", "train", *argv[1:]])
+    if config.order:
+        from train.progression import run_progression
+
+        run_progression(config, workdir, command=command)
+    else:
+        fit(config, workdir, command=command)
     return 0
 
 

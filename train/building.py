@@ -21,19 +21,24 @@ def build_task(config):
 
 def build_model(config):
     """`config.model` by name, with `model_args` and the compute dtype of `precision`."""
+    return build_named(config, config.model, config.model_args, "config.model")
+
+
+def build_named(config, name: str, arguments, key: str):
+    """The model `name` with `arguments`, in the config's precision; `key` names it in errors."""
     from jaxmodels.interop import catalog
 
     if config.precision not in PRECISIONS:
         raise ConfigError(f"config.precision: {config.precision!r}; known: {', '.join(PRECISIONS)}")
-    args = dict(config.model_args)
+    args = dict(arguments)
     if config.precision != "float32":
         args.setdefault("dtype", PRECISIONS[config.precision])
     try:
-        found = catalog.find(config.model)
+        found = catalog.find(name)
         synchronize = config.parallel.mode == "pmap" and config.parallel.sync_batch_norm
         if synchronize and "bn_axis_name" in found.cls.__dataclass_fields__:
             args.setdefault("bn_axis_name", "batch")
         return found.build(**args)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         text = error.args[0] if error.args else str(error)
-        raise ConfigError(f"config.model {config.model!r}: {text}") from None
+        raise ConfigError(f"{key} {name!r}: {text}") from None

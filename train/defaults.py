@@ -27,13 +27,15 @@ def default_config() -> ConfigDict:
                     "decay_mask": "matrices",  # matrices (ndim > 1) | all | a regular expression
                     "decoupled": False,  # True: AdamW's way; False: added to the gradient
                     "clip_norm": 0.0,  # 0: no clipping of the global norm
+                    "clip_groups": (),  # regular expressions: models clipped each on its own
                     "accumulate": 1,  # micro-batches per step
                     "freeze": "",  # regular expression over parameter paths
                 }
             ),
             "schedule": ConfigDict(
                 {
-                    "name": "cosine",  # constant | cosine | step | polynomial
+                    # constant | cosine | step | polynomial | one_cycle | inverse_sqrt
+                    "name": "cosine",
                     "peak": 0.1,
                     "end": 0.0,
                     "warmup_steps": 0,
@@ -44,6 +46,7 @@ def default_config() -> ConfigDict:
                     "boundaries": (),  # step: steps at which the rate is multiplied
                     "factor": 0.1,
                     "power": 1.0,  # polynomial
+                    "pct_start": 0.1,  # one_cycle: the share of it before the rate falls
                 }
             ),
             "ema": ConfigDict({"decay": 0.0}),  # 0: none
@@ -75,6 +78,8 @@ def default_config() -> ConfigDict:
             "probe": ConfigDict({"rank": ()}),  # parameter paths whose spectra are logged
             "init_from": placeholder(str),  # a checkpoint of ours or of PyTorch
             "init_skip": "",  # regular expression: parameters left at their initialization
+            "order": (),  # names of `stages` to run one after the other (train/progression.py)
+            "stages": ConfigDict(),
             "eval_only": False,
             "dry_run": "",  # host | a TPU topology such as v5e:4x4
         }

@@ -149,7 +149,7 @@ def _axes(mesh) -> str:
 
 def collectives(text: str) -> dict[str, int]:
     """How many of each collective a compiled program holds (asynchronous pairs count once)."""
-    return {c: len(re.findall(rf"= [^=]*? {c}(?:-start)?\(", text)) for c in COLLECTIVES}
+    return {c: len(re.findall(rf"= .*? {c}(?:-start)?\(", text)) for c in COLLECTIVES}
 
 
 def measure(config, devices) -> dict:

@@ -22,24 +22,78 @@ def starting_variables(config, shapes, task, fresh):
     `init_skip` is a regular expression over dotted parameter paths; what it matches stays at its
     initialization (a new classifier, say). Anything else that is missing or mis-shaped is an error.
     """
-    path = Path(config.init_from)
     wanted = {"params": shapes.params, **shapes.extra}
-    skip = (config.init_skip,) if config.init_skip else ()
-    if path.is_dir():
+
+    def own():
+        state = fresh()
+        return {"params": state.params, **state.extra}
+
+    merged = variables_from(
+        config.init_from,
+        config.model,
+        task.model,
+        wanted,
+        skip=config.init_skip,
+        fresh=own,
+        key="config.init_from",
+        skip_key="config.init_skip",
+        check=getattr(task, "check_loaded", None),
+    )
+    return merged["params"], {k: v for k, v in merged.items() if k != "params"}
+
+
+def variables_from(
+    source,
+    name: str,
+    module,
+    wanted,
+    *,
+    skip: str = "",
+    fresh=None,
+    key: str,
+    skip_key: str = "",
+    prepare=None,
+    skip_of=None,
+    check=None,
+):
+    """The variables `wanted` (`{collection: tree of shapes}`) of a run directory or a PyTorch file.
+
+    Args:
+      source: the path. name, module: the model, for a PyTorch file.
+      skip: regular expression of names taken from `fresh()` (`{collection: tree}`) instead.
+      key, skip_key: config keys for the error messages.
+      prepare: `state dict -> state dict`, of a PyTorch file before it is converted.
+      skip_of: `state dict -> skip`, where the file decides.
+      check: given {dotted path: array} of what was read; raises where it does not fit the run.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"{key}: no file or directory {str(source)!r}")
+    tensors = None
+    if not path.is_dir():
+        from jaxmodels.interop import catalog, checkpoint, conversion
+
+        tensors = checkpoint.read(path).tensors
+        skip = skip_of(tensors) if skip_of else skip
+    skips = (skip,) if skip else ()
+    if tensors is None:
         loaded = load_params(path, ema=True)
     else:
-        from jaxmodels.interop import catalog, checkpoint
-
-        found = catalog.find(config.model)
-        tensors = checkpoint.read(path).tensors
-        loaded, _ = catalog.import_state(found, task.model, tensors, skip, source=str(path))
+        found = catalog.find(name)
+        tensors = prepare(tensors) if prepare else tensors
+        loaded, _ = catalog.import_state(found, module, tensors, skips, source=str(path))
+        # A PyTorch file has no other collections (a graph, say): the run's own stand.
+        others = [name for name in wanted if name not in ("params", *conversion.COLLECTIONS)]
+        skips = (*skips, *(f"^{name}\\." for name in others))
     given = {path_string(p): v for p, v in jax.tree_util.tree_flatten_with_path(loaded)[0]}
+    if check is not None:
+        check(given)
     problems, needed = [], []
 
     def choose(path, leaf):
         name = path_string(path)
-        if name not in given or any(re.search(s, name) for s in skip):
-            if not any(re.search(s, name) for s in skip):
+        if name not in given or any(re.search(s, name) for s in skips):
+            if not any(re.search(s, name) for s in skips):
                 problems.append(f"missing {name}")
             needed.append(name)
             return None
@@ -54,14 +108,13 @@ def starting_variables(config, shapes, task, fresh):
         shown = "; ".join(problems[:8]) + (
             f"; and {len(problems) - 8} more" if problems[8:] else ""
         )
-        raise ConfigError(f"config.init_from {path}: {shown} (config.init_skip leaves names out)")
+        hint = f" ({skip_key} leaves names out)" if skip_key else ""
+        raise ConfigError(f"{key} {path}: {shown}{hint}")
     if needed:
-        state = fresh()
-        own = {"params": state.params, **state.extra}
         merged = jax.tree.map(
             lambda chosen, mine: mine if chosen is None else chosen,
             merged,
-            own,
+            fresh(),
             is_leaf=lambda x: x is None,
         )
-    return merged["params"], {k: v for k, v in merged.items() if k != "params"}
+    return merged

@@ -96,9 +96,13 @@ class Plan:
 
     def fresh(self):
         """A fresh state in place; `init_from` replaces what the checkpoint holds."""
-        if not self.config.init_from:
+        if not self.config.init_from and not hasattr(self.task, "start"):
             return self.make(self.sharding)
-        params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        if self.config.init_from:
+            params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
+        else:
+            state = self.make()
+            params, extra = self.task.start(state.params, state.extra)
         ema = self.config.ema.decay > 0
         state = create_state(params, extra, self.optimizer, self.run_rng(), ema=ema)
         return jax.device_put(state, self.sharding)
@@ -111,6 +115,8 @@ class Plan:
 
     def evaluate(self):
         """`variables -> metrics` over the whole evaluation split."""
+        if hasattr(self.task, "measure"):
+            return lambda variables: self.task.measure(variables, self.config, self.mesh)
         config, rows = self.config, batch_sharding(self.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = -(-(config.eval.batch_size or config.batch_size) // parts) * parts
@@ -125,7 +131,10 @@ class Plan:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             ):
-                total = sums_.merge(total, step(variables, global_batch(batch, rows)))
+                sums = step(variables, global_batch(batch, rows))
+                if hasattr(self.task, "score"):
+                    sums = self.task.score(self.host_copy(sums))
+                total = sums_.merge(total, sums)
             return sums_.compute(total)
 
         return run
@@ -170,7 +179,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             _write_config(workdir, config)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
-        if config.eval_only or start >= config.steps:
+        if config.eval_only or start >= config.steps or _finished(plan, state):
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
         else:
@@ -216,6 +225,9 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
             done = step + 1
             last = done == config.steps
             looked = last or done % config.log_every == 0
+            if looked and not last and _finished(plan, state):
+                last = True
+                reporter.say(f"finished at step {done} of {config.steps}: the task is done")
             if looked:
                 host = jax.device_get(pending)
                 means = {k: np.mean([m[k] for m in host]) for k in host[0]}
@@ -245,10 +257,17 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
             if stopping and not last:
                 reporter.say(f"stopped by signal: step {done} is saved; the same command goes on")
                 return run.whole(state), None
+            if last:
+                break
     checkpoints.wait()
     if probe is not None:
         numbers = {**numbers, **probe.finish()}
     return run.whole(state), numbers
+
+
+def _finished(plan, state) -> bool:
+    """Whether the task says that training has done all it can (its loss stopped decreasing)."""
+    return hasattr(plan.task, "finished") and plan.task.finished(state.extra)
 
 
 def _check_finite(state, checkpoints, keys, config) -> None:

@@ -12,7 +12,15 @@ def merge(total: dict | None, sums: dict) -> dict:
 
 
 def compute(sums: dict) -> dict[str, float]:
-    """Every sum over the number of examples, `count`."""
+    """Every sum over the number of examples, `count`; `name|other` over the sum `other` instead.
+
+    Sums that serve as denominators are not returned.
+    """
     sums = jax.device_get(sums)
-    count = max(float(sums["count"]), 1.0)
-    return {k: float(np.asarray(v)) / count for k, v in sums.items() if k != "count"}
+    below = {key.partition("|")[2] for key in sums if "|" in key} | {"count"}
+    numbers = {}
+    for key, value in sums.items():
+        name, _, other = key.partition("|")
+        if key not in below:
+            numbers[name] = float(np.asarray(value)) / max(float(sums[other or "count"]), 1.0)
+    return numbers

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial")
+SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle", "inverse_sqrt")
+# Optimizers that Optax does not have.
+OWN = {"hf_adamw": hf_adamw}
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
@@ -20,6 +23,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -39,6 +43,19 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         body = optax.piecewise_constant_schedule(
             peak, {int(b) - offset: config.factor for b in config.boundaries}
         )
+    elif config.name == "one_cycle":
+        # PyTorch's with div_factor 1: flat, then linear; a cycle's step is `hold_for` updates.
+        cycles = -(-steps // config.hold_for)
+
+        def body(t):
+            step = t // config.hold_for
+            return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
+    elif config.name == "inverse_sqrt":
+        if not warmup:
+            raise ConfigError("config.schedule.warmup_steps: inverse_sqrt needs at least 1")
+
+        def body(t):
+            return peak * jnp.sqrt(warmup / jnp.maximum(t + offset, warmup))
     else:
         body = optax.polynomial_schedule(peak, end, config.power, span)
 
@@ -75,9 +92,10 @@ def decay_mask(rule: str) -> Callable:
 
 def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping, weight decay, the named Optax optimizer, frozen parameters: in this order."""
-    factory = getattr(optax, config.name, None)
+    factory = OWN.get(config.name) or getattr(optax, config.name, None)
     if factory is None or config.name.startswith("_"):
         known = ("sgd", "adam", "adamw", "adagrad", "adafactor", "lamb", "lars", "lion", "rmsprop")
+        known = (*known, *OWN)
         raise ConfigError(
             f"config.optimizer.name: no optimizer {config.name!r}; {nearest(config.name, known)}"
         )
@@ -88,7 +106,7 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         raise ConfigError(f"config.optimizer.args: {error}") from None
     parts = []
     if config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
+        parts.append(clip_by_group_norms(config.clip_norm, tuple(config.clip_groups)))
     if config.weight_decay and not config.decoupled:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_mask)))
     parts.append(inner)
@@ -109,6 +127,27 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             {"trained": optimizer, "frozen": optax.set_to_zero()}, label
         )
     return optimizer
+
+
+def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """Clipping by the global norm, of each group of parameters on its own.
+
+    `groups` are regular expressions over dotted paths; the first that matches decides, and what
+    none matches is a group as well. Without any it is `optax.clip_by_global_norm`.
+    """
+    if not groups:
+        return optax.clip_by_global_norm(limit)
+
+    def label(params):
+        def choose(path, _):
+            name = path_string(path)
+            return next((g for g in groups if re.search(g, name)), "")
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+
+    return optax.multi_transform(
+        {g: optax.clip_by_global_norm(limit) for g in (*groups, "")}, label
+    )
 
 
 def _decoupled_decay(weight_decay, schedule, mask):

@@ -69,5 +69,5 @@ def update_ema(ema, params, extra, decay: float):
 
 
 def _floating(extra: dict) -> dict:
-    """The collections of `extra` that hold statistics; raw buffers are not averaged."""
-    return {k: v for k, v in extra.items() if k != "buffers"}
+    """The collections of `extra` that hold statistics; raw buffers and graphs are not averaged."""
+    return {k: v for k, v in extra.items() if k not in ("buffers", "graph", "stopping")}

@@ -28,38 +28,50 @@ def make_train_step(
 
     Args:
       task: gives `loss(params, extra, batch, rng) -> (loss, (extra, metrics))`, or, for alternating
-        updates, `update(state, batch, rng) -> (state, loss, metrics)`.
+        updates, `update(state, batch, rng) -> (state, loss, metrics)`. With `uses_step` its loss
+        takes the number of the step as well; with `weighted_by`, the name of a metric, the
+        gradients of micro-batches and `pmap` devices are averaged in proportion to it.
       accumulate: micro-batches per update; batch statistics pass from one to the next.
       axis_name: the `pmap` axis over which gradients and metrics are averaged.
       gather: brings sharded parameters together before use (FSDP).
     """
 
-    def gradients(params, extra, batch, rng):
+    uses_step = getattr(task, "uses_step", False)
+    weighted_by = getattr(task, "weighted_by", None)
+
+    def gradients(params, extra, batch, rng, count):
         def loss_fn(params):
-            return task.loss(gather(params), extra, batch, rng)
+            step = {"step": count} if uses_step else {}
+            return task.loss(gather(params), extra, batch, rng, **step)
 
         (loss, (extra, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return grads, extra, {"loss": loss, **metrics}
 
-    def accumulated(params, extra, batch, rng):
+    def accumulated(params, extra, batch, rng, count):
         if accumulate == 1:
-            return gradients(params, extra, batch, rng)
+            return gradients(params, extra, batch, rng, count)
         # [B, ...] -> [k, B/k, ...] taking every k-th row, so that each device keeps its own rows.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch
         )
 
         def body(carry, part_rng):
-            extra, total = carry
-            grads, extra, metrics = gradients(params, extra, *part_rng)
-            return (extra, jax.tree.map(jnp.add, total, (grads, metrics))), None
+            extra, *total = carry
+            grads, extra, metrics = gradients(params, extra, *part_rng, count)
+            weight = weight_of(metrics)
+            part = jax.tree.map(lambda x: weight * x, (grads, metrics))
+            return (extra, *jax.tree.map(jnp.add, tuple(total), (weight, part))), None
 
         rngs = jax.random.split(rng, accumulate)
-        shapes = jax.eval_shape(gradients, params, extra, jax.tree.map(lambda x: x[0], parts), rng)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, params, extra, first, rng, count)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2]))
-        (extra, total), _ = jax.lax.scan(body, (extra, zero), (parts, rngs))
-        grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+        (extra, weight, total), _ = jax.lax.scan(body, (extra, jnp.zeros(()), zero), (parts, rngs))
+        grads, metrics = jax.tree.map(lambda x: x / weight, total)
         return grads, extra, metrics
+
+    def weight_of(metrics):
+        return jnp.ones(()) if weighted_by is None else metrics[weighted_by]
 
     def step(state: TrainState, batch):
         rng = jax.random.fold_in(state.rng, state.step)
@@ -70,11 +82,18 @@ def make_train_step(
             finite = jnp.isfinite(loss)
             metrics = {"loss": loss, **metrics}
         else:
-            grads, extra, metrics = accumulated(state.params, state.extra, batch, rng)
+            grads, extra, metrics = accumulated(state.params, state.extra, batch, rng, state.step)
             if axis_name is not None:
-                grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+                weight = weight_of(metrics) / jax.lax.pmean(weight_of(metrics), axis_name)
+                shares = jax.tree.map(lambda x: weight * x, (grads, metrics))
+                grads, metrics = jax.lax.pmean(shares, axis_name)
                 # Equal already where statistics are synchronized; otherwise their mean is kept.
-                extra = jax.lax.pmean(extra, axis_name)
+                extra = jax.tree.map(
+                    lambda x: (
+                        jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
+                    ),
+                    extra,
+                )
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import numpy as np
 
 from jaxmodels.interop import checkpoint, conversion
 from jaxmodels.spelling import did_you_mean
+
+CONFIG = "config.json"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_FAMILIES = {"layers", "interop"}
@@ -194,7 +197,9 @@ def load(
     Args:
       name: `family.module[:variant or class]`, or a variant's name alone while it is unique.
       weights: a `.safetensors`, `.npz`, `.pth`, `.pt` or `.bin` file (or a sharded checkpoint's
-        index), a PyTorch-named state dict of arrays, or None for fresh weights.
+        index), a folder with one such file (whose `config.json`, where the model's module reads
+        it, then gives the constructor arguments), a PyTorch-named state dict of arrays, or None
+        for fresh weights.
       seed: of the fresh weights.
       skip: regular expressions of names neither read nor required, as `"classifier"`.
       prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`.
@@ -208,14 +213,19 @@ def load(
       unexpected and mis-shaped entry; `CheckpointError` for a file that cannot be read.
     """
     found = find(name)
-    module = found.build(**overrides)
     if weights is None:
+        module = found.build(**overrides)
         return module, initialize(module, seed, inputs)
+    arguments = {}
     if isinstance(weights, Mapping):
         state, source = weights, "the state dict"
     else:
         state = checkpoint.read(weights, prefer=prefer).tensors
         source = os.fspath(weights)
+        reader = getattr(found.python_module, "arguments_of_config", None)
+        if reader is not None and (Path(weights) / CONFIG).is_file():
+            arguments = reader(read_config(weights), state)
+    module = found.build(**{**arguments, **overrides})
     variables, _ = import_state(found, module, state, skip, seed, inputs, source)
     if "param_dtype" in overrides:
         variables = {
@@ -225,6 +235,22 @@ def load(
             for collection, tree in variables.items()
         }
     return module, variables
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The entries of `folder/config.json`, as huggingface/transformers writes it beside weights.
+
+    The model's module says what they mean: `arguments_of_config(config, state) -> arguments`.
+    Raises `CheckpointError` when it is not such a file.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: no readable config ({error})") from None
+    return config
 
 
 def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -240,10 +266,13 @@ def import_state(
     inputs: Any = None,
     source: str = "the state dict",
 ) -> tuple[dict[str, Any], conversion.Conversion]:
-    """`conversion.from_torch` with the rules and the check that stand beside the model."""
+    """`conversion.from_torch` with the rules, check and upgrade that stand beside the model."""
     hook = getattr(found.python_module, "check_checkpoint", None)
     if hook is not None:
-        hook(builtins.list(state), module)
+        hook({key: tuple(np.shape(value)) for key, value in state.items()}, module)
+    upgrade = getattr(found.python_module, "upgrade_checkpoint", None)
+    if upgrade is not None:
+        state = upgrade(state, module)
     rules = conversion.resolve_rules(getattr(found.python_module, "TORCH_RULES", None), module)
     fresh = initialize(module, seed, inputs) if skip else None
     return conversion.from_torch(

@@ -21,6 +21,7 @@ PyTorch key:
 - `fresh`: {key: array or function(variables) -> array}: travelling keys that a fresh model exports.
 - `drops`: [pattern]: keys that are ignored in files and never written.
 - `names`: [(ours, theirs)]: pairs of key prefixes renamed on the way (ours <-> theirs).
+- `spellings`: [(pattern, replacement)]: other names of files, rewritten by `re.sub` on the way in.
 - `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's;
   the functions take and return NumPy arrays and only move axes (export is byte for byte).
   `(pattern, *TRANSPOSED_CONVOLUTION)` and `(pattern, *UNCHANGED)` use the ready pairs.
@@ -142,7 +143,7 @@ def resolve_rules(rules: Any, module: Any = None) -> dict[str, Any]:
     if rules is None:
         return {}
     resolved = dict(rules(module)) if callable(rules) else dict(rules)
-    known = {"aliases", "travels", "drops", "fresh", "names", "arrays"}
+    known = {"aliases", "travels", "drops", "fresh", "names", "spellings", "arrays"}
     for name in resolved:
         if name not in known:
             raise ValueError(
@@ -294,6 +295,8 @@ def from_torch(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     done = Conversion()
     table = entries(template, rules)
+    for pattern, replacement in rules.get("spellings", ()):
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
     aliases = dict(rules.get("aliases", {}))
     wanted = {e.key for e in table}
     # Travelling keys lie beside their module's own leaves, so that no two paths join to one name.
@@ -342,7 +345,10 @@ def from_torch(
         if key in aliases:
             original = np.asarray(state[aliases[key]]) if aliases[key] in state else None
             if original is not None and not same_bytes(original, np.asarray(value)):
-                misshaped.append(f"{key} differs from {aliases[key]}, to which the model ties it")
+                misshaped.append(
+                    f"{key} differs from {aliases[key]}, to which the model ties it"
+                    + _largest_difference(original, np.asarray(value))
+                )
             done.aliases.append(key)
         elif _PROFILER_LEFTOVER.fullmatch(key) or _matches(rules.get("drops", ()), key):
             done.dropped.append(key)
@@ -376,6 +382,13 @@ def _travels(key: str, wanted: set[str], rules: Mapping[str, Any]) -> bool:
         return True
     owner, _, leaf = key.rpartition(".")
     return leaf == TRAVELLING_LEAF and f"{owner}.running_mean".lstrip(".") in wanted
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> str:
+    if a.shape != b.shape:
+        return f" ({list(a.shape)} and {list(b.shape)})"
+    gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0)
+    return f" (by up to {gap:.3g})"
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.layers.dropout import dropout
+from jaxmodels.layers.dropout import dropout, keep_where
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -41,6 +41,27 @@ def causal_mask(queries: int, keys: int | None = None, offset: int | jax.Array =
     return (jnp.arange(keys)[None, :] <= rows)[None, None]
 
 
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T + bias) over the allowed keys, `[B, N, T, S]`; arguments of `attend`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # The queries are scaled, not the scores: S / H times fewer products.
+    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
+    scores = scores.astype(wide)
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -51,6 +72,7 @@ def attend(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
+    keep: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias, over allowed keys) v, the softmax in float32 or wider.
@@ -64,29 +86,24 @@ def attend(
         never NaN.
       scale: factor of the scores; None is H ** -0.5, T5 wants 1.
       dropout_rate, rng: dropout of the weights, off when `rng` is None.
+      keep: bool `[B, N, T, S]`, which weights dropout keeps, instead of `rng` (`keep_masks`).
       implementation: None is this function's own einsum; "xla" or "cudnn" go through
         `jax.nn.dot_product_attention` (no dropout there).
 
     Returns: `[B, T, N, H]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    drops = rng is not None and dropout_rate > 0
+    drops = (rng is not None or keep is not None) and dropout_rate > 0
     if implementation is not None:
         if drops:
             raise ValueError(f"attention {implementation!r} has no dropout of the weights")
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, scale=scale, implementation=implementation
         )
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    # The queries are scaled, not the scores: S / H times fewer products.
-    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
-    scores = scores.astype(wide)
-    if bias is not None:
-        scores = scores + bias.astype(wide)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if drops:
+    weights = attention_weights(query, key, bias=bias, mask=mask, scale=scale)
+    if drops and keep is not None:
+        weights = keep_where(weights, keep, dropout_rate)
+    elif drops:
         weights = dropout(weights, dropout_rate, rng)
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
@@ -116,6 +133,58 @@ def update_cache(
     start = (0, position, 0, 0)
     keys.value = lax.dynamic_update_slice(keys.value, key, start)
     values.value = lax.dynamic_update_slice(values.value, value, start)
+    return keys.value, values.value
+
+
+def attend_cached(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attend` over keys `[B, N, H, S]` and values `[B, N, S, H]`, as `write_cache` keeps them.
+
+    For one or a few queries a token these are plain matrix products; with `[B, S, N, H]` all of the
+    cache is transposed for every token (on a CPU four times slower).
+
+    Args and returns as in `attend`, without dropout.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("btnh,bnhs->bnts", query * scale if scale != 1 else query, key)
+    scores = scores.astype(wide)
+    if bias is not None:
+        scores = scores + bias.astype(wide)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnts,bnsh->btnh", weights, value)
+
+
+def head_major(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[B, S, N, H]` -> `[B, N, H, S]`, `[B, N, S, H]`, for `attend_cached`."""
+    return jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3))
+
+
+def write_cache(
+    module: nn.Module,
+    key: jax.Array,
+    value: jax.Array,
+    position: jax.Array | int,
+    length: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`update_cache` in the layout of `attend_cached`; rows are axis -4 of its leaves as well."""
+    batch, _, heads, width = key.shape
+    keys = module.variable("cache", "key", jnp.zeros, (batch, heads, width, length), key.dtype)
+    values = module.variable(
+        "cache", "value", jnp.zeros, (batch, heads, length, width), value.dtype
+    )
+    key, value = head_major(key, value)
+    keys.value = lax.dynamic_update_slice(keys.value, key, (0, 0, 0, position))
+    values.value = lax.dynamic_update_slice(values.value, value, (0, 0, position, 0))
     return keys.value, values.value
 
 

@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.layers.depthwise import depthwise_conv
+from jaxmodels.layers.depthwise import depthwise_conv, unfused
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
 # A network's first convolution sees an image's three channels.
 _FEW_CHANNELS = 4
+# Up to this many input channels a 1x1 convolution is faster as multiply-adds on a CPU.
+_NARROW = 8
+# Up to this many filters a stem is faster as multiply-adds than as one matrix product.
+_FEW_FILTERS = 32
 
 
 def _xla_conv(x, kernel, strides, padding, groups):
@@ -52,13 +56,96 @@ def _gathered_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> ja
     return jnp.concatenate(windows, -1) @ kernel.reshape(-1, features)
 
 
+@unfused(2, 3)
+def _tapped_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
+    """Convolution over few channels as one fused loop of multiply-adds over the filters.
+
+    A third of the time of the matrix product on a CPU (224 px, 8 to 32 filters), and the order of
+    additions (row, column, channel) of PyTorch's CPU kernels.
+    """
+    batch, height, width, channels = x.shape
+    kh, kw = kernel.shape[:2]
+    out_h, out_w = ((n + 2 * pad - k) // stride + 1 for n, k in ((height, kh), (width, kw)))
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y = None
+    for i in range(kh):
+        for j in range(kw):
+            last = (batch, i + (out_h - 1) * stride + 1, j + (out_w - 1) * stride + 1, channels)
+            window = lax.slice(x, (0, i, j, 0), last, (1, stride, stride, 1))
+            for c in range(channels):
+                term = window[..., c : c + 1] * kernel[i, j, c]
+                # The new product first: of two products the first is the one that is fused.
+                y = term if y is None else term + y
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _stem_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
+    few = kernel.shape[-1] <= _FEW_FILTERS and x.dtype == jnp.float32
+    return _by_platform(x, kernel, stride, pad, _tapped_conv if few else _gathered_conv)
+
+
+def _by_platform(x, kernel, stride, pad, on_cpu):
+    strides, padding = (stride, stride), ((pad, pad), (pad, pad))
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: on_cpu(x, kernel, stride, pad),
+        default=partial(_xla_conv, strides=strides, padding=padding, groups=1),
+    )
+
+
+def _stem_conv_forward(x, kernel, stride, pad):
+    return _stem_conv(x, kernel, stride, pad), (x, kernel)
+
+
+def _stem_conv_backward(stride, pad, saved, dy):
+    # The kernel's gradient is a matrix product whatever the forward pass was.
+    form = partial(_by_platform, stride=stride, pad=pad, on_cpu=_gathered_conv)
+    return jax.vjp(form, *saved)[1](dy)
+
+
+_stem_conv.defvjp(_stem_conv_forward, _stem_conv_backward)
+
+
+@unfused()
+def _summed_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = None
+    for c in range(x.shape[-1]):
+        term = x[..., c : c + 1] * kernel[c]
+        y = term if y is None else term + y
+    return y
+
+
+@jax.custom_vjp
+def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x [..., I] @ kernel [I, O]`; with few channels one fused loop on a CPU.
+
+    There it takes 0.6 to 0.9 of the matrix product's time and adds channels in PyTorch's order.
+    """
+    if x.shape[-1] > _NARROW or x.dtype not in (jnp.float32, jnp.float64):
+        return x @ kernel
+    return lax.platform_dependent(x, kernel, cpu=_summed_product, default=jnp.matmul)
+
+
+def _pointwise_forward(x, kernel):
+    return _pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(saved, dy):
+    return jax.vjp(jnp.matmul, *saved)[1](dy)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+
+
 class Conv(nn.Module):
     """2-D convolution, x [B, H, W, I] -> [B, H', W', O], kernel [kh, kw, I / groups, O].
 
     `padding` is symmetric and numerical as in PyTorch (never XLA's "SAME"); None means
     kernel_size // 2. A 1x1 kernel stays 4-D and is computed as `x @ kernel[0, 0]`; groups equal
-    to the number of channels take the depthwise form; a stem (few channels, a stride) is a matrix
-    product on a CPU.
+    to the number of channels take the depthwise form; a stem (few channels, a stride) is a fused
+    loop or a matrix product on a CPU.
     """
 
     features: int
@@ -87,16 +174,11 @@ class Conv(nn.Module):
         pad = k // 2 if self.padding is None else self.padding
         strides, padding = (self.strides, self.strides), ((pad, pad), (pad, pad))
         if k == 1 and self.strides == 1 and self.groups == 1 and pad == 0:
-            y = x @ kernel[0, 0]
+            y = _pointwise(x, kernel[0, 0])
         elif self.groups == channels == self.features:
             y = depthwise_conv(x, kernel, strides, padding)
         elif self.groups == 1 and 1 < self.strides and k > 1 and channels <= _FEW_CHANNELS:
-            y = lax.platform_dependent(
-                x,
-                kernel,
-                cpu=partial(_gathered_conv, stride=self.strides, pad=pad),
-                default=partial(_xla_conv, strides=strides, padding=padding, groups=1),
-            )
+            y = _stem_conv(x, kernel, self.strides, pad)
         else:
             y = _xla_conv(x, kernel, strides, padding, self.groups)
         if self.use_bias:

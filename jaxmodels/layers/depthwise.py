@@ -191,7 +191,7 @@ def _grouped_products(x, dy, kernel_size, strides, padding):
 # CPU: shifted multiply-adds on [B, H, W*C].
 
 
-def _unfused(*static: int) -> Callable[[Callable], Callable]:
+def unfused(*static: int) -> Callable[[Callable], Callable]:
     """Compile a function apart, so that its arguments and results really are written to memory.
 
     XLA's CPU pipeline drops optimization barriers before it fuses: without this it computes a whole
@@ -236,7 +236,7 @@ def _taps(size: int, outputs: int, kernel: int, stride: int, low: int) -> tuple[
     )
 
 
-@_unfused(1, 2, 3, 4, 5)
+@unfused(1, 2, 3, 4, 5)
 def _padded_rows(x, outputs, kernel_size, strides, padding, dtype):
     """Pad exactly as far as windows reach: `[B, rows, columns * C]` (columns with stride 1).
 
@@ -257,7 +257,7 @@ def _padded_rows(x, outputs, kernel_size, strides, padding, dtype):
     )
 
 
-@_unfused(1, 2, 3, 4, 5)
+@unfused(1, 2, 3, 4, 5)
 def _padded_image(x, outputs, kernel_size, strides, padding, dtype):
     """Pad exactly as far as windows reach: `[B, rows, columns, C]`, for columns with a stride."""
     reach = [
@@ -279,7 +279,7 @@ def _window(padded, tap, outputs, strides):
     )
 
 
-@_unfused(1, 2)
+@unfused(1, 2)
 def _repeated_taps(kernel, width, dtype):
     """Every tap repeated along a row, `[kh, kw, width * C]`."""
     kh, kw, _, channels = kernel.shape
@@ -287,7 +287,7 @@ def _repeated_taps(kernel, width, dtype):
     return taps.reshape(kh, kw, width * channels)
 
 
-@_unfused(2, 3, 4, 5, 6)
+@unfused(2, 3, 4, 5, 6)
 def _multiply_add(rows, taps, shape, strides, tap_rows, tap_columns, dtype):
     batch, out_h, out_w, channels = shape
     total = None
@@ -301,19 +301,21 @@ def _multiply_add(rows, taps, shape, strides, tap_rows, tap_columns, dtype):
                 (1, strides[0], 1),
             )
             term = window * taps[i, j]
-            total = term if total is None else total + term
+            # The new product first: of two products the first is the one that is fused, and
+            # PyTorch's CPU kernels round the first tap and fuse the second.
+            total = term if total is None else term + total
     if total is None:
         return jnp.zeros(shape, dtype)
     return total.reshape(shape).astype(dtype)
 
 
-@_unfused(2, 3, 4, 5, 6)
+@unfused(2, 3, 4, 5, 6)
 def _strided_multiply_add(padded, kernel, outputs, strides, tap_rows, tap_columns, dtype):
     """One fused loop over the output. Splitting columns into phases first costs 4 to 5 times it."""
     total = jnp.zeros((padded.shape[0], *outputs, padded.shape[3]), padded.dtype)
     for i in tap_rows:
         for j in tap_columns:
-            total = total + _window(padded, (i, j), outputs, strides) * kernel[i, j, 0]
+            total = _window(padded, (i, j), outputs, strides) * kernel[i, j, 0] + total
     return total.astype(dtype)
 
 
@@ -358,7 +360,7 @@ def _shifted_transpose(dy, kernel, size, strides, padding):
     return _shifted(_dilated(dy, strides), kernel[::-1, ::-1], (1, 1), back)
 
 
-@_unfused(1)
+@unfused(1)
 def _dilated(dy, strides):
     """Zeros between the elements along H and W, `strides - 1` of them."""
     if strides == (1, 1):
@@ -403,7 +405,7 @@ def _kernel_of(sums, kernel_size, channels, dtype):
     return jnp.stack([sums.get(tap, nothing) for tap in taps]).reshape(*kernel_size, 1, channels)
 
 
-@_unfused(2, 3, 4, 5, 6)
+@unfused(2, 3, 4, 5, 6)
 def _products_by_image(padded, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """One variadic reduction over (H, W) for all taps, then over B: shorter sums round less."""
     outputs, channels = dy.shape[1:3], dy.shape[3]
@@ -414,7 +416,7 @@ def _products_by_image(padded, dy, kernel_size, strides, tap_rows, tap_columns, 
     return _kernel_of(sums, kernel_size, channels, dtype)
 
 
-@_unfused(2, 3, 4, 5, 6)
+@unfused(2, 3, 4, 5, 6)
 def _products_by_reduction(rows, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """One variadic reduction over (B, H) for all taps, so that x and dy are read once."""
     batch, out_h, out_w, channels = dy.shape
@@ -434,7 +436,7 @@ def _products_by_reduction(rows, dy, kernel_size, strides, tap_rows, tap_columns
     return _kernel_of(dict(zip(taps, sums, strict=True)), kernel_size, channels, dtype)
 
 
-@_unfused(2, 3, 4, 5, 6)
+@unfused(2, 3, 4, 5, 6)
 def _products_by_loop(rows, dy, kernel_size, strides, tap_rows, tap_columns, dtype):
     """A loop over blocks of rows; the running sums, `[kh, W*C]` a kernel column, stay in cache.
 

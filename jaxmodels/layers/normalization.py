@@ -23,6 +23,9 @@ class BatchNorm(nn.Module):
     is the device's own, unless `axis_name` names the mapped axis: then statistics are those of
     all devices, equal to the global batch's.
 
+    `mask`, bool over x's axes but the last, keeps padding rows out of the statistics (graphs); it
+    is None for whole batches and does nothing in evaluation.
+
     Raises ValueError when training sees one value per channel, whose variance says nothing.
     """
 
@@ -33,7 +36,9 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, mask: jax.Array | None = None
+    ) -> jax.Array:
         features, axes = x.shape[-1], tuple(range(x.ndim - 1))
         wide = jnp.promote_types(jnp.float32, self.param_dtype)
         scale = self.param("scale", nn.initializers.ones, (features,), self.param_dtype)
@@ -44,10 +49,18 @@ class BatchNorm(nn.Module):
         # Statistics in float32 or wider: bfloat16 means over B*H*W values lose all their digits.
         x = jnp.asarray(x, jnp.promote_types(self.dtype, wide))
         if not train or self.is_initializing():
-            # One multiply-add in PyTorch's order, so that its rounding is ours: networks without
-            # shortcuts amplify the difference of the two orders a hundredfold.
-            multiplier = scale / jnp.sqrt(running_var.value + self.epsilon)
-            y = x * multiplier + (bias - running_mean.value * multiplier)
+            # One multiply-add in PyTorch's order and rounding: networks without shortcuts amplify
+            # the difference of two orders a hundredfold. The two bounds change no finite number;
+            # they keep the compiler from an approximate 1 / sqrt and from an unrounded product.
+            tiny, lowest = jnp.finfo(wide).tiny, jnp.finfo(wide).min
+            deviation = jnp.maximum(jnp.sqrt(running_var.value + self.epsilon), tiny)
+            multiplier = scale * (1 / deviation)
+            shift = jnp.maximum(running_mean.value * multiplier, lowest)
+            y = x * multiplier + (bias - shift)
+        elif mask is not None:
+            mean, var, count = self._masked_statistics(x, mask[..., None].astype(x.dtype), axes)
+            self._track(running_mean, running_var, mean, var * count / jnp.maximum(count - 1, 1))
+            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
         else:
             count = math.prod(x.shape[:-1])
             mean = x.mean(axes)
@@ -63,13 +76,25 @@ class BatchNorm(nn.Module):
                     f"{'/'.join(self.path)}: batch statistics need more than one value per "
                     f"channel, got x {x.shape}; use a larger batch or image"
                 )
-            if self.is_mutable_collection("batch_stats"):
-                keep, new = 1 - self.momentum, self.momentum
-                unbiased = var * (count / (count - 1))
-                running_mean.value = keep * running_mean.value + new * mean.astype(wide)
-                running_var.value = keep * running_var.value + new * unbiased.astype(wide)
+            self._track(running_mean, running_var, mean, var * (count / (count - 1)))
             y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.astype(self.dtype)
+
+    def _masked_statistics(self, x, mask, axes):
+        def total(values):
+            values = values.sum(axes)
+            return values if self.axis_name is None else lax.psum(values, self.axis_name)
+
+        count = jnp.maximum(total(mask), 1)
+        mean = total(x * mask) / count
+        return mean, total(jnp.square(x - mean) * mask) / count, count
+
+    def _track(self, running_mean, running_var, mean, unbiased) -> None:
+        if self.is_mutable_collection("batch_stats"):
+            keep, new = 1 - self.momentum, self.momentum
+            kind = running_mean.value.dtype
+            running_mean.value = keep * running_mean.value + new * mean.astype(kind)
+            running_var.value = keep * running_var.value + new * unbiased.astype(kind)
 
 
 class LayerNorm(nn.Module):

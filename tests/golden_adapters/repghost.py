@@ -41,6 +41,8 @@ CLASSES: dict[str, tuple[str, dict[str, str | None]]] = {
     ),
     "SELayer": ("vision.ghostnet:GhostSqueezeExcite", {"channel": "features"}),
     "GhostNet": ("vision.ghostnet", {"width_mult": "width"}),
+    "mobilenet_v3_small": ("vision.mobilenetv3:mobilenet_v3_small", {"width_mult": "width"}),
+    "mobilenet_v3_large": ("vision.mobilenetv3:mobilenet_v3_large", {"width_mult": "width"}),
 }
 COST_COLUMNS = (
     "enable_se",

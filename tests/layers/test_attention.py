@@ -51,6 +51,30 @@ def test_cached_attention_step_by_step_equals_all_at_once_and_rows_can_be_reorde
     np.testing.assert_array_equal(swapped["cache"]["key"], x[::-1])
 
 
+class HeadMajor(nn.Module):
+    @nn.compact
+    def __call__(self, x, position):
+        kept = attention.write_cache(self, x, 2 * x, position, 6)
+        mask = attention.causal_mask(x.shape[1], 6, position)
+        return attention.attend_cached(x, *kept, mask=mask, bias=jnp.ones((1, 1, 1, 6)))
+
+
+def test_the_head_major_cache_gives_the_same_attention_and_has_its_rows_on_the_same_axis():
+    x = draw(2, 6, 3, 4)
+    whole = attention.attend(x, x, 2 * x, mask=attention.causal_mask(6))
+    state, outputs = {}, []
+    for position in range(0, 6, 2):
+        y, state = HeadMajor().apply(
+            state, x[:, position : position + 2], position, mutable=["cache"]
+        )
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-6)
+    swapped = attention.reorder_cache(state, jnp.array([1, 0]))["cache"]
+    key, value = attention.head_major(x[::-1], 2 * x[::-1])
+    np.testing.assert_array_equal(swapped["key"], key)
+    np.testing.assert_array_equal(swapped["value"], value)
+
+
 def test_dropout_keeps_the_mean_and_drop_path_drops_whole_rows():
     x = jnp.ones((4000, 3))
     dropped = dropout.dropout(x, 0.25, jax.random.key(0))
@@ -93,3 +117,22 @@ def test_norms_give_unit_variance_and_unit_mean_square():
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-3)
     z = RMSNorm().apply({"params": {"scale": jnp.full(64, 2.0)}}, draw(4, 64))
     np.testing.assert_allclose(jnp.square(z).mean(-1), 4, atol=1e-4)
+
+
+def test_masks_of_one_draw_are_independent_and_keep_their_share():
+    masks = dropout.keep_masks(jax.random.key(0), 0.25, [(200, 100), (200, 100), (7,)])
+    rates = [float(mask.mean()) for mask in masks[:2]]
+    np.testing.assert_allclose(rates, 0.75, atol=0.01)
+    assert abs(float((masks[0] & masks[1]).mean()) - 0.75**2) < 0.015
+    flat = np.asarray(masks[0], float).ravel() - 0.75
+    for lag in (1, 2, 100):  # no pattern along the counter, within a mask or between two keys
+        assert abs(np.mean(flat[lag:] * flat[:-lag])) < 0.01
+    other = dropout.keep_masks(jax.random.key(1), 0.25, [(200, 100)])[0]
+    assert abs(float((masks[0] & other).mean()) - 0.75**2) < 0.015
+    np.testing.assert_allclose(
+        np.unique(dropout.keep_where(jnp.ones(7), masks[2], 0.25)), [0, 4 / 3], rtol=1e-6
+    )
+    assert dropout.keep_masks(None, 0.25, [(3,)]) == [None]
+    q = draw(1, 2, 3, 4)
+    keep = jnp.zeros((1, 3, 2, 2), bool)
+    np.testing.assert_array_equal(attention.attend(q, q, q, keep=keep, dropout_rate=0.5), 0)

@@ -34,3 +34,29 @@ def test_a_stem_equals_xlas_convolution_with_both_gradients(size, channels, kern
     np.testing.assert_allclose(y, wanted, atol=1e-4)
     for a, b in zip(pull(jnp.cos(wanted)), pull_wanted(jnp.cos(wanted)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [3, 40])
+def test_a_narrow_1x1_and_a_wide_stem_equal_the_matrix_product_twice_differentiated(features):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 4, 5, 4)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(1, 1, 4, features)), jnp.float32)
+
+    def ours(x, weights):
+        return Conv(features).apply({"params": {"kernel": weights}}, x)
+
+    def curvature(function):
+        def slope(x):
+            return jax.grad(lambda w: jnp.sin(function(x, w)).sum())(weights)
+
+        return jax.value_and_grad(lambda x: jnp.square(slope(x)).sum())(x)
+
+    for a, b in zip(curvature(ours), curvature(lambda x, w: x @ w[0, 0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    stem = jnp.asarray(rng.normal(size=(3, 3, 4, features)), jnp.float32)
+    y = Conv(features, 3, strides=2).apply({"params": {"kernel": stem}}, x)
+    wanted = lax.conv_general_dilated(
+        x, stem, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(y, wanted, atol=1e-4)

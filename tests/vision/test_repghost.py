@@ -261,7 +261,7 @@ def test_folded_module_is_one_depthwise_convolution_with_no_batch_norm_after(mon
 
 def test_folded_network_has_no_concatenation_and_one_depthwise_convolution_a_module(monkeypatch):
     folded = kinds(RepGhostNet(width=0.5, deploy=True), monkeypatch)
-    assert "concatenate" not in folded
+    assert "concatenate" not in folded[folded.index("sqrt") :]  # the stem's form for CPUs has some
     strided, projections = 4, 5
     assert folded.count("depthwise") == 32 + strided + projections
     # One BatchNorm each: stem, last, 32 primaries, strided depthwise; two each projection.

@@ -6,10 +6,14 @@
 - `OPTIONS`: the options it knows with their defaults; `VARIANTS`: variant name -> options;
 - `SPLITS`: (training split, evaluation split, ...);
 - `element_spec(options)`: name -> `jax.ShapeDtypeStruct` of one example, without any data;
+- optional `eval_element_spec(options)`: the same for evaluation, where it differs (whole graphs);
 - `split_sizes(options)`: split -> number of examples, without data where that is known;
 - `source(split, options)`: a picklable random-access sequence of raw examples;
 - `train_transform(options)`: picklable `(example, rng) -> example`;
-- `eval_transform(options)`: picklable `example -> example`.
+- `eval_transform(options)`: picklable `example -> example`;
+- optional `IN_ORDER = True`: training examples come in their order, never shuffled;
+- optional `stages(options)`: [(first step, options)] where options change during a run: at each of
+  these steps the data begin anew, in a new order, under the new options.
 
 Options known to every family are in `COMMON_OPTIONS`.
 """
@@ -120,17 +124,71 @@ def train_batches(
     """
     module, options = resolve(data)
     local = _local_batch_size(batch_size, process_index, process_count)
+    stages = module.stages(options) if hasattr(module, "stages") else [(0, options)]
+    if len(stages) == 1:
+        return _stage_batches(
+            data, module, stages[0][1], seed, local, start_step, process_index, process_count
+        )
+    return _StagedBatches(
+        stages,
+        start_step,
+        lambda number, step: _stage_batches(
+            data,
+            module,
+            stages[number][1],
+            # A new shuffle at every stage; the first keeps the seed itself.
+            seed if not number else _stream_seed(seed, 2 + number),
+            local,
+            step,
+            process_index,
+            process_count,
+        ),
+    )
+
+
+def _stage_batches(data, module, options, seed, local, start_step, process_index, process_count):
     split = module.SPLITS[0]
     examples = module.source(split, options)
     if len(examples) == 0:
         raise ValueError(f"{data['name']}: split {split!r} holds no examples")
     # Grain permutes numbers and the map reads: a fifth faster for small examples than `source`.
     ds = grain.MapDataset.range(len(examples))
-    ds = ds.shuffle(seed=_stream_seed(seed, _SHUFFLE)).repeat(None)
+    if not getattr(module, "IN_ORDER", False):
+        ds = ds.shuffle(seed=_stream_seed(seed, _SHUFFLE))
+    ds = ds.repeat(None)
     read = functools.partial(_random_example, examples, module.train_transform(options))
     ds = ds.random_map(read, seed=_stream_seed(seed, _AUGMENT))
-    ds = ds.batch(local)[process_index + start_step * process_count :: process_count]
+    # Without `drop_remainder` Grain rounds the endless length up through a float, past what fits.
+    ds = ds.batch(local, drop_remainder=True)
+    ds = ds[process_index + start_step * process_count :: process_count]
     return _prefetched(ds, module, options, local)
+
+
+class _StagedBatches(Iterator[Batch]):
+    """Batches of a family whose options change at known steps, opened stage by stage."""
+
+    def __init__(self, stages, step: int, make: Callable[[int, int], Iterator[Batch]]):
+        self._starts = [start for start, _ in stages]
+        self._step, self._make = step, make
+        self._number = self._stage_of(step)
+        self._open = make(self._number, step - self._starts[self._number])
+
+    def _stage_of(self, step: int) -> int:
+        return max(i for i, start in enumerate(self._starts) if start <= step)
+
+    def __next__(self) -> Batch:
+        number = self._stage_of(self._step)
+        if number != self._number:
+            self._open.close()
+            self._number = number
+            self._open = self._make(number, self._step - self._starts[number])
+        batch = next(self._open)
+        self._step += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends worker threads and processes."""
+        self._open.close()
 
 
 def eval_batches(
@@ -155,9 +213,8 @@ def eval_batches(
     examples = module.source(split, options)
     count = len(examples)
     padded = math.ceil(count / batch_size) * batch_size
-    blank = {
-        key: np.zeros(spec.shape, spec.dtype) for key, spec in module.element_spec(options).items()
-    }
+    specs = getattr(module, "eval_element_spec", module.element_spec)(options)
+    blank = {key: np.zeros(spec.shape, spec.dtype) for key, spec in specs.items()}
     read = functools.partial(_masked_example, examples, module.eval_transform(options), blank)
     ds = grain.MapDataset.range(padded).map(read)
     ds = ds.batch(local)[process_index::process_count]

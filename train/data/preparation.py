@@ -8,7 +8,7 @@ import io
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
 
@@ -60,6 +60,38 @@ def prepare(builder_class: type, path: str | None = None, **arguments) -> tfds.c
             "(or TFDS_DATA_DIR) to a folder that can be written"
         ) from error
     return builder
+
+
+def prepare_folder(
+    name: str, path: str | None, fill: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
+    """The folder `name` under `data_directory(path)`, filled by `fill(folder)` on first use.
+
+    As with `prepare`, one process fills it while the others wait, under a temporary name, so that
+    nothing half-written is ever found. Raises OSError naming `data.options.path`.
+    """
+    directory = data_directory(path)
+    folder = directory / name
+    if folder.is_dir():
+        return folder
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _lock(directory / f".{name}.lock"):
+            if not folder.is_dir():
+                part = directory / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                fill(part)
+                part.rename(folder)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:
+            raise  # a file of the user's that is not there, not a folder that cannot be written
+        reason = error.strerror or error
+        raise OSError(
+            f"cannot prepare {name} in {directory}: {reason}; set data.options.path (or "
+            "TFDS_DATA_DIR) to a folder that can be written"
+        ) from error
+    return folder
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:

@@ -1,0 +1,202 @@
+"""LEAD: a small dual encoder and its teacher, distilled layer by layer, both trained.
+
+small     python -m train --config configs/lead.py --workdir runs/lead
+          API documentation: warm-up of a 4x64 dual-encoder teacher, negatives mined by it, warm-up
+          of the 2x64 student on them, LEAD from both. Not yet run to its end.
+late      the same with a late-interaction (ColBERT) teacher; cross with a cross encoder.
+paper     python -m train --config configs/lead.py:paper --workdir DIR
+              --config.data.options.path=/path/to/msmarco
+          12-layer dual encoder to 6-layer DistilBERT; paper_late and paper_cross for 12CB and 12CE,
+          paper_large for 24CB to 12 layers (published MRR@10: 12CB to 6 37.8, 24CB to 12 40.4).
+
+student     the DistilBERT dual encoder alone, for a checkpoint of it:
+          python -m train.retrieve --config configs/lead.py:student --checkpoint FILE --output DIR
+
+One command runs every stage, skips what is finished and goes on in the middle of a stage. The
+config itself is the last stage (`order=()` trains that alone, from `task_args.student_from` and
+`teacher_from`; `dry_run` compiles it):
+
+W_miner, M   the negative miner, and the 100 negatives of every training query that it finds
+W_teacher, W_student   warm-up of both models alone, on those negatives
+L            LEAD
+"""
+
+from train.defaults import default_config
+from train.encoding import retrieve_keys
+
+PRESETS = ("small", "late", "cross", "paper", "paper_late", "paper_cross", "paper_large", "student")
+TEACHERS = {
+    "dual": "retrieval.dual_encoder",
+    "late": "retrieval.late_interaction",
+    "cross": "retrieval.cross_encoder",
+}
+
+
+def get_config(preset: str = "small"):
+    """The experiment `preset`."""
+    if preset not in PRESETS:
+        raise ValueError(f"configs/lead.py: no preset {preset!r}; known: {', '.join(PRESETS)}")
+    config = default_config()
+    config.task = "lead"
+    config.model = "retrieval.dual_encoder"
+    config.data.name = "ranked_lists"
+    config.optimizer.name = "adam"  # the published AdamW has weight decay 0
+    config.optimizer.args.eps = 1e-8
+    config.optimizer.clip_norm = 2.0
+    config.optimizer.clip_groups = ("teacher",)
+    config.schedule.update(name="polynomial", end=0.0, power=1.0, warmup_inside=False)
+    config.seed = 888
+    config.eval.split = "validation"
+    config.retrieve = retrieve_keys()
+    kind = {"late": "late", "cross": "cross", "paper_late": "late", "paper_cross": "cross"}
+    kind = kind.get(preset, "late" if preset == "paper_large" else "dual")
+    config.task_args = {
+        "teacher": TEACHERS[kind],
+        "teacher_args": {},
+        "student_from": "",
+        "teacher_from": "",
+        "layers": 5,
+        "selection": "random",
+        "reselect_every": 10,
+        "temperature": 1.0,
+        "layer_temperature": 10.0,
+        "reweight": True,
+        "train_teacher": True,
+        "student_scale": 1.0,
+        "teacher_scale": 1.0,
+    }
+    rows = () if kind == "dual" else (kind,)
+    config.data.options = {"layout": "lead", "rows": rows}
+    paper = preset.startswith("paper") or preset == "student"
+    (_paper if paper else _small)(config, preset, kind)
+    if preset == "student":
+        config.task, config.task_args, config.order = "ranking", {"start_from": ""}, ()
+    return config
+
+
+def _tower(width, blocks, heads, **others):
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        **others,
+    }
+
+
+def _small(config, preset, kind):
+    del preset
+    shared = {
+        "vocab_size": 4000,
+        "max_position_embeddings": 96,
+        "pooler": False,
+        # Small and from scratch: BERT's 0.02 leaves nearly nothing of a text in its vector.
+        "initializer_range": 0.125,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    tower = {**shared, "share_weight": True}
+    config.model_args = _tower(64, 2, 4, **tower)
+    teacher = _tower(64, 4, 4, **(shared if kind == "cross" else tower))
+    config.task_args.update(
+        layers=2, teacher_args=teacher, student_scale=64**-0.25, teacher_scale=64**-0.25
+    )
+    config.data.options.update(query_length=20, document_length=40, number_neg=1)
+    if kind == "cross":
+        config.data.options.number_neg = 3
+    config.log_every = 25
+    config.steps, config.batch_size = 100, 64
+    config.schedule.update(peak=1e-3, warmup_steps=10)
+    _stages(config, kind, teacher, tower, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
+
+
+def _paper(config, preset, kind):
+    large = preset == "paper_large"
+    bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True, "scan_layers": True}
+    if large:
+        config.model_args = _tower(768, 12, 12, **bert, share_weight=True)
+        teacher = _tower(1024, 24, 16, **bert, type_vocab_size=4)
+    else:
+        config.model_args = _tower(768, 6, 12, **bert, architecture="distilbert", share_weight=True)
+        teacher = _tower(768, 12, 12, **bert)
+    miner = _tower(768, 12, 12, **bert, share_weight=True)
+    if kind == "cross":
+        teacher["binary_head"] = False
+        config.optimizer.accumulate = 10
+    else:
+        teacher["share_weight"] = True
+    config.task_args.teacher_args = teacher
+    config.data.name = "ranked_lists"
+    config.data.options.update(
+        collection="psgs",
+        lists="train.json",
+        vocabulary="vocab.txt",
+        query_length=32,
+        document_length=256,
+        number_neg=7 if kind == "cross" else 1,
+        workers=8,
+    )
+    config.steps = 100_000 if kind == "cross" else 50_000
+    # Eight GPUs with the scripts' default of 8 queries each, times the micro-batches.
+    config.batch_size = 64 * config.optimizer.accumulate
+    peak = 2e-5 if kind == "late" else 5e-5
+    config.schedule.update(peak=peak, warmup_steps=config.steps // 10)
+    config.log_every = 100
+    config.checkpoint.every = 1000
+    rate = 1e-5 if kind == "cross" or large else 2e-5
+    _stages(config, kind, teacher, miner, {"miner": 20_000, "warm": 20_000}, rate, 1.0)
+
+
+def _stages(config, kind, teacher, miner, steps, rate, scale):
+    """Order of work of the official README: negatives, warm-ups, then LEAD."""
+
+    def warm(name, count, uses, peak, rows=(), **changes):
+        config.stages[name] = {
+            "kind": "train",
+            "given": "",
+            "uses": uses,
+            "changes": {
+                "task": "ranking",
+                "task_args": {"score_scale": scale, "start_from": ""},
+                "steps": count,
+                "schedule": {"peak": peak, "warmup_steps": count // 10},
+                "optimizer": {"clip_groups": (), "accumulate": changes.pop("accumulate", 1)},
+                "data": {"options": {"rows": rows}},
+                **changes,
+            },
+        }
+
+    mined = {"data": {"options": {"lists": "M"}}}
+    # Student and miner at 2e-5; cross encoders and large teachers at half of it.
+    others = rate if scale != 1.0 else 2e-5
+    batch = config.batch_size // config.optimizer.accumulate
+    warm("W_miner", steps["miner"], {}, others, model_args=miner, batch_size=batch)
+    config.stages.M = {
+        "kind": "mine",
+        "given": "",
+        "uses": {"encoder": "W_miner"},
+        "changes": {"depth": 200, "count": 100, "queries": 0},
+    }
+    # From scratch the dual-encoder teacher goes on from the miner, which is the same network.
+    same = {"task_args": {"start_from": "W_miner"}} if scale != 1.0 and kind == "dual" else {}
+    warm(
+        "W_teacher",
+        steps["warm"],
+        {**mined, **same},
+        rate,
+        () if kind == "dual" else (kind,),
+        model=TEACHERS[kind],
+        model_args=teacher,
+        accumulate=config.optimizer.accumulate,
+    )
+    warm("W_student", steps["warm"], mined, others, batch_size=batch)
+    config.stages.L = {
+        "kind": "train",
+        "given": "",
+        "uses": {
+            "task_args": {"student_from": "W_student", "teacher_from": "W_teacher"},
+            **mined,
+        },
+        "changes": {},
+    }
+    config.order = ("W_miner", "M", "W_teacher", "W_student", "L")

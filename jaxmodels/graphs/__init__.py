@@ -1,0 +1,1 @@
+"""Graph networks on padded edge lists, and the systems built on them."""

@@ -1,0 +1,1 @@
+"""Language models: encoders, encoder-decoders, and how text is generated from them."""

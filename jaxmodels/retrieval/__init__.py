@@ -1,0 +1,1 @@
+"""Dense retrieval: encoders of queries and documents, their losses, exact search and metrics."""

@@ -1,0 +1,100 @@
+"""MeGuide's cases: backbones by PyTorch Geometric's names, metrics and the guided sampler."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+import jaxmodels
+from jaxmodels.graphs import guidance, guided_sampler
+from jaxmodels.graphs.graph import make_graph
+
+RENAMED = {"in": "in_features"}
+# What a case says about its data and not about the network.
+ABOUT_DATA = ("num_nodes", "num_edges", "directed", "edge_weight")
+
+
+def run(case):
+    """Every output of the case, in the case's own layout."""
+    return run_metrics(case) if case.model.startswith("metrics") else run_network(case)
+
+
+def network_arguments(case):
+    """Constructor arguments of the case's network under our names."""
+    return {
+        RENAMED.get(name, name): value
+        for name, value in case.config.items()
+        if name not in ABOUT_DATA
+    }
+
+
+def run_network(case):
+    module, variables = jaxmodels.load("graphs.gnn", case.weights, **network_arguments(case))
+    graph = make_graph(
+        case.inputs["edge_index"],
+        case.config["num_nodes"],
+        edge_weight=case.inputs.get("edge_weight"),
+        edge_type=case.inputs.get("edge_type"),
+        pad_edges=None,
+    )
+    forward = jax.jit(functools.partial(module.apply, method="intermediates"))
+    return forward(variables, case.inputs["x"], graph)
+
+
+def run_metrics(case):
+    config, inputs = case.config, case.inputs
+    x, y, edges = inputs["x"], inputs["y"], inputs["edges"].T
+    graph = guidance.undirected(edges, config["num_nodes"])
+    scores = guidance.node_scores(graph, x)
+    out = {
+        "fs_edge": guidance.feature_smoothness(graph, x),
+        "fs_edge_raw": guidance.feature_smoothness(graph, x, scale=False),
+        "fs_formula": guidance.feature_smoothness(graph, x, variant="formula"),
+        "node_scores": scores,
+        "label_smoothness": guidance.label_smoothness(graph, y),
+    }
+    curves = {
+        "label_full": {"labels": y},
+        "label_masked": {"labels": y, "mask": inputs["label_mask"]},
+        "feature": {"features": x},
+    }
+    for name, similarity in curves.items():
+        for suffix, tau in (("", 0.0), ("_tau", config["tau"])):
+            found = guidance.connection_failure_distance(
+                graph, **similarity, k_max=config["k_max"], tau=tau
+            )
+            out[f"cfd_{name}{suffix}"] = np.int64(found.distance)
+        out[f"curve_{name}"], out[f"base_{name}"] = found.curve, found.base
+    guided = guidance.subgraph_size(graph, int(out["cfd_label_full"]), limits=None)
+    out |= {"hop_cap": np.int64(guided.hop_cap), "subgraph_size": np.int64(guided.size)}
+    out["ball_size"] = guided.ball_sizes.astype(np.int64)
+    for i, sample in enumerate(config["samples"]):
+        nodes, steps = _sampled(graph.graph, scores, inputs["gumbel"], sample)
+        inside = guided_sampler.induced_edges(edges, nodes, config["num_nodes"])
+        out[f"sample{i}.nodes"], out[f"sample{i}.steps"] = nodes, steps
+        out[f"sample{i}.induced_edges"] = inputs["edges"][inside]
+    return out
+
+
+def _sampled(graph, scores, gumbel, sample):
+    """The jitted sampler's answer, once the host's is the same."""
+    options = {name: sample[name] for name in ("ratio", "beta", "eps")}
+    options |= {"hops": sample["hop"], "gumbel": gumbel}
+    found = jax.jit(
+        lambda graph, scores: guided_sampler.sample_subgraph(
+            graph, scores, sample["seed_node"], sample["size"], **options
+        )
+    )(graph, scores)
+    count = int(found.count)
+    nodes, steps = guided_sampler.sample_on_host(
+        guided_sampler.adjacency(graph),
+        np.asarray(scores),
+        sample["seed_node"],
+        sample["size"],
+        **options,
+    )
+    np.testing.assert_array_equal(nodes, found.nodes[:count])
+    np.testing.assert_array_equal(steps, np.trim_zeros(np.asarray(found.steps), "b"))
+    return np.asarray(found.nodes[:count], np.int64), steps

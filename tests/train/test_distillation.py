@@ -1,0 +1,370 @@
+"""LEAD and PROD as runs: published file formats, joint training, frozen models, resuming."""
+
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import lead as lead_configs
+from configs import prod as prod_configs
+from tests.train import retrieval_files
+from tests.train.stoppable_runs import assert_bit_identical, state_of
+from train.data import pipeline
+from train.loop import Plan, fit
+from train.naming import ConfigError
+from train.progression import run_progression
+from train.step import make_train_step
+
+
+@pytest.fixture(scope="module")
+def marco(tmp_path_factory):
+    return retrieval_files.write_marco(tmp_path_factory.mktemp("marco"))
+
+
+@pytest.fixture(scope="module")
+def psgs(tmp_path_factory):
+    return retrieval_files.write_psgs(tmp_path_factory.mktemp("psgs"))
+
+
+def single(config):
+    """The config as one run."""
+    config.order = ()
+    return config
+
+
+def rows(workdir: Path, kind: str):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+# -- PROD ------------------------------------------------------------------------------------------
+
+
+def prod_stage(marco, **changes):
+    config = single(retrieval_files.reduce(prod_configs.get_config("paper"), marco))
+    config.steps, config.checkpoint.every = 20, 10
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def stage_run(marco, tmp_path_factory):
+    """Twenty steps of PROD's third stage, at reduced size."""
+    workdir = tmp_path_factory.mktemp("stage")
+    numbers = fit(prod_stage(marco), workdir)
+    return workdir, numbers
+
+
+def test_the_papers_stage_runs_twenty_steps_on_marco_files(stage_run):
+    workdir, numbers = stage_run
+    seen = rows(workdir, "train")
+    assert [r["step"] for r in seen] == [5, 10, 15, 20]
+    assert all(np.isfinite([r["loss"], r["hard"], r["soft"]]).all() for r in seen)
+    assert all(r["regularizer"] > 0 for r in seen)
+    assert 0 <= numbers["validation_mrr@10"] <= 1
+
+
+def test_frozen_models_keep_every_byte_and_have_no_optimizer_memory(stage_run, marco):
+    workdir, _ = stage_run
+    late = state_of(workdir, 20)
+    fresh = Plan(prod_stage(marco)).fresh()
+    first = {
+        "/".join(("extra", *(k.key for k in path))): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(fresh.extra)[0]
+    }
+    assert {k.split("/")[1] for k in first} == {"teacher", "frozen"}
+    for name, value in first.items():
+        assert late[name].tobytes() == value.tobytes(), name
+    moments = [k for k in late if k.startswith("opt_state/")]
+    assert moments and not [k for k in moments if "teacher" in k or "frozen" in k]
+    trained = [k for k in late if k.startswith("params/")]
+    # What the stage began with is the frozen copy, not the student of the last step.
+    changed = [k for k in trained if (late[k] != late[f"extra/frozen/{k[7:]}"]).any()]
+    assert len(changed) > len(trained) / 2
+
+
+def test_a_stage_that_goes_on_from_its_middle_ends_bit_for_bit_the_same(stage_run, marco, tmp_path):
+    workdir, _ = stage_run
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    shutil.rmtree(again / "checkpoints" / "20")
+    fit(prod_stage(marco), again)
+    assert_bit_identical(state_of(workdir, 20), state_of(again, 20))
+
+
+def test_a_stages_run_serves_as_a_plain_dual_encoder(stage_run, marco, tmp_path):
+    from train.ranker_search import ranker_of_run, search
+
+    workdir, numbers = stage_run
+    ranker = ranker_of_run(workdir)
+    found = ranker.retrieval_set("validation")
+    ranking = search(ranker, found.query_rows, 24)
+    assert found.measure(ranking)["mrr@10"] == pytest.approx(numbers["validation_mrr@10"])
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(found.query_texts) + "\n")
+    config = prod_stage(marco)
+    task = Plan(config).task
+    header, *rows_ = task.predict({"params": ranker.params}, questions, config)
+    assert header == ("query", "rank", "document", "score") and len(rows_) == 4 * 10
+    assert [r[2] for r in rows_[:10]] == [found.document_ids[d] for d in ranking[0, :10]]
+    encoder = task.encoder({"params": ranker.params}, "encode_queries", 8, 4, None)
+    np.testing.assert_allclose(
+        encoder(found.query_rows), ranker.encoder("queries")(found.query_rows), atol=1e-5
+    )
+
+
+def test_a_pretrained_encoder_starts_student_and_cross_encoder(marco, tmp_path):
+    import jaxmodels
+    from jaxmodels.interop import catalog, checkpoint
+
+    tower = {**retrieval_files.TOWER, "num_hidden_layers": 3}
+    module, variables = jaxmodels.load("language.bert", **tower)
+    file = tmp_path / "encoder.safetensors"
+    checkpoint.write_safetensors(file, catalog.export("language.bert", module, variables))
+    config = prod_stage(marco, **{"task_args.student_from": str(file)})
+    config.task_args.teacher_from = str(file)
+    state = Plan(config).fresh()
+    words = variables["params"]["embeddings"]["word_embeddings"]["embedding"]
+    for tree in (
+        state.params["question_model"],
+        state.params["ctx_model"],
+        state.extra["frozen"]["ctx_model"],
+        state.extra["teacher"]["encoder"],
+    ):
+        found = tree["embeddings"]["word_embeddings"]["embedding"]
+        np.testing.assert_array_equal(found, words)
+    config.task_args.student_from = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="student_from: no file or directory"):
+        Plan(config).fresh()
+
+
+def test_random_negatives_differ_between_epochs_and_descending_ones_never(marco):
+    def of(sampling, seed):
+        config = prod_stage(marco)
+        config.data.options.update(sampling=sampling, rows=())
+        batches = pipeline.train_batches(config.data, batch_size=11, seed=seed)
+        epochs = [next(batches)["doc_ids"] for _ in range(3)]
+        batches.close()
+        # By query: the order of queries is another in every epoch.
+        return [e[np.lexsort(e[:, 0].T)] for e in epochs]
+
+    first, second, third = of("random", 1)
+    assert (first != second).any() and (second != third).any()
+    chex.assert_trees_all_equal(of("random", 1), [first, second, third])
+    assert (of("random", 2)[0] != first).any()
+    hardest = of("descend", 1)
+    chex.assert_trees_all_equal(hardest[0], hardest[1], hardest[2])
+
+
+def short_progression(marco):
+    """Warm-up, mining, cross encoder, selection and the last distillation, two steps each."""
+    config = retrieval_files.reduce(prod_configs.get_config("paper"), marco)
+    config.order = ("W1_student", "M4", "C2", "D1", "D2")
+    stages = config.stages
+    stages.M4.uses.encoder = "W1_student"
+    stages.M4.changes.update(depth=8, count=6)
+    stages.C2.uses.data.options.lists = "M4"
+    stages.C2.changes.model_args.update(retrieval_files.TOWER)
+    # The official rule wants a teacher that knows something; this one takes any that is better.
+    stages.D1.changes.update(rule="nq", window=8, depth=8)
+    stages.D2.uses.task_args.student_from = "W1_student"
+    config.task_args.teacher_args = {**retrieval_files.TOWER}
+    return config
+
+
+def test_one_command_runs_a_progression_and_a_change_runs_only_what_hangs_on_it(marco, tmp_path):
+    config = short_progression(marco)
+    numbers = run_progression(config, tmp_path, command="python -m train ...")
+    assert numbers["M4.queries"] == retrieval_files.QUERIES and numbers["D1.selected"] >= 1
+    assert "D2.validation_mrr@10" in numbers and "| D1 |" in (tmp_path / "report.md").read_text()
+    lists = json.loads((tmp_path / "D1" / "lists.json").read_text())
+    mined = {e["query_id"]: e for e in json.loads((tmp_path / "M4" / "lists.json").read_text())}
+    assert [mined[e["query_id"]] for e in lists] == lists
+    buckets = json.loads((tmp_path / "D1" / "buckets.json").read_text())
+    assert buckets["student.top1"] + buckets["student.2t15"] <= retrieval_files.QUERIES
+    before = {n: (tmp_path / n / "stage.json").stat().st_mtime_ns for n in config.order}
+    assert run_progression(config, tmp_path)["D2.loss"] == numbers["D2.loss"]
+    config.stages.D1.changes.window = 7
+    run_progression(config, tmp_path)
+    after = {n: (tmp_path / n / "stage.json").stat().st_mtime_ns for n in config.order}
+    assert [n for n in config.order if after[n] != before[n]] == ["D1", "D2"]
+    config.stages.D1.changes.update(rule="marco", window=1)
+    with pytest.raises(ConfigError, match=r"no confusing query among 12 .*a wider window"):
+        run_progression(config, tmp_path)
+
+
+# -- LEAD ------------------------------------------------------------------------------------------
+
+
+def lead_config(psgs, preset, **changes):
+    config = single(retrieval_files.reduce(lead_configs.get_config(preset), psgs))
+    config.task_args.layers = 2
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def batch_of(config):
+    batches = pipeline.train_batches(config.data, batch_size=config.batch_size, seed=0)
+    batch = next(batches)
+    batches.close()
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_the_papers_late_interaction_run_makes_twenty_steps_on_its_files(psgs, tmp_path):
+    config = lead_config(psgs, "paper_late", steps=20)
+    numbers = fit(config, tmp_path)
+    seen = rows(tmp_path, "train")
+    assert [r["step"] for r in seen] == [5, 10, 15, 20]
+    for name in ("loss", "student", "teacher", "response", "layers"):
+        assert np.isfinite([r[name] for r in seen]).all(), name
+    assert 0 <= numbers["validation_mrr@10"] <= 1
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper_cross"])
+def test_teacher_and_student_move_and_redraws_compile_nothing(psgs, preset):
+    config = lead_config(psgs, preset)
+    config.task_args.reselect_every = 1
+    plan = Plan(config)
+    traces = []
+
+    def step(state, batch):
+        traces.append(1)
+        return plan.step(state, batch)
+
+    compiled = jax.jit(step)
+    start = state = plan.fresh()
+    batch, drawn = batch_of(config), set()
+    for _ in range(3):
+        chosen = plan.task.selected(state.extra["progress"]["micro_batches"])
+        drawn.add(tuple(np.concatenate(chosen).tolist()))
+        state, _ = compiled(state, batch)
+    assert len(traces) == 1 and len(drawn) > 1
+    for part in ("teacher", "question_model"):
+        moved = jax.tree.map(
+            lambda a, b: bool((a != b).any()), start.params[part], state.params[part]
+        )
+        assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2, part
+
+
+def test_each_model_is_clipped_on_its_own():
+    from train.optimizers import clip_by_group_norms
+
+    clip = clip_by_group_norms(2.0, ("^teacher",))
+    grads = {"teacher": {"w": jnp.full(4, 50.0)}, "a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(clipped["teacher"]["w"], np.full(4, 1.0), rtol=1e-6)
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0]], [1.2, 1.6], rtol=1e-6)
+
+
+def test_a_frozen_teacher_is_no_parameter_and_stays_as_it_is(psgs):
+    config = lead_config(psgs, "paper")
+    config.task_args.train_teacher = False
+    with pytest.raises(ConfigError, match="clip_groups names the teacher"):
+        Plan(config)
+    config.optimizer.clip_groups = ()
+    plan = Plan(config)
+    state = plan.fresh()
+    assert "teacher" not in state.params
+    step = make_train_step(plan.task, plan.optimizer)
+    new = jax.jit(step)(state, batch_of(config))[0]
+    chex.assert_trees_all_equal(new.extra["teacher"], state.extra["teacher"])
+
+
+def test_a_mesh_of_eight_computes_what_one_device_does(psgs):
+    losses = {}
+    for name, axes in {"one": (1, 1), "eight": (4, 2)}.items():
+        config = lead_config(psgs, "paper_late", batch_size=8)
+        config.parallel.data, config.parallel.fsdp = axes
+        plan = Plan(config, jax.devices()[: axes[0] * axes[1]])
+        batch = {k: np.asarray(v) for k, v in batch_of(config).items()}
+        _, metrics = plan.run.step(plan.run.place(plan.fresh()), plan.run.put(batch))
+        losses[name] = jax.device_get(metrics)
+    chex.assert_trees_all_close(losses["one"], losses["eight"], rtol=2e-5, atol=1e-6)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+PROD_MISTAKES = {
+    "distillation needs a teacher": {"task_args": {"kd_weight": 0.9}},
+    "lwf is on but lwf_weight is not set": {"task_args.lwf_weight": None},
+    "the regularizer belongs to cross-encoder teachers": {
+        "task_args.teacher": "retrieval.dual_encoder"
+    },
+    "did you mean 'KD_softmax'": {"task_args.kd_type": "KD_softmx"},
+    "needs dkd_alpha and dkd_beta": {"task_args.kd_type": "DKD"},
+    "cross-encoder stages need at least one negative": {"data.options.number_neg": 0},
+    "use jit": {"parallel.mode": "pmap"},
+    "is no dual encoder": {"model": "retrieval.cross_encoder"},
+}
+LEAD_MISTAKES = {
+    "3 layers cannot be selected: the student has 2, the teacher 3": {"task_args.layers": 3},
+    "did you mean 'last'": {"task_args.selection": "lst"},
+    "temperature must be positive": {"task_args.temperature": 0.0},
+    "LEAD needs a teacher": {"task_args": {}},
+    "needs at least one negative": {"data.options.number_neg": 0},
+    "attention maps are compared between towers": {"task_args.attention_weight": 1.0},
+}
+
+
+def change(config, changes):
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return config
+
+
+@pytest.mark.parametrize("message", PROD_MISTAKES)
+def test_a_mistake_in_prods_config_is_named(marco, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan(change(prod_stage(marco), PROD_MISTAKES[message]))
+
+
+@pytest.mark.parametrize("message", LEAD_MISTAKES)
+def test_a_mistake_in_leads_config_is_named(psgs, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan(change(lead_config(psgs, "paper_cross"), LEAD_MISTAKES[message]))
+
+
+def lists_with(marco, tmp_path, **changes):
+    entries = json.loads((marco / "marco_train.json").read_text())
+    entries[1].update(changes)
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps(entries))
+    config = prod_stage(marco)
+    config.data.options.lists = str(file)
+    return pipeline.resolve(config.data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neg_id": ["1", "2"]}, "query '101': document '1' is positive and negative"),
+        ({"neg_id": [1, 2]}, "query '101': document '1' is positive and negative"),
+        ({"neg_id": ["x"]}, "query '101': no document 'x' in the collection"),
+        ({"query_id": 100}, "query id '100' in entries 0 and 1"),
+    ],
+)
+def test_training_lists_that_contradict_themselves_are_refused(marco, tmp_path, changes, message):
+    family, options = lists_with(marco, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        family.source("train", options)
+
+
+def test_lists_keep_string_ids_numbers_and_lead_shifts_by_one(psgs, marco):
+    from train.data.judged_texts import read_collection, read_lists
+
+    texts = read_collection("psgs", str(psgs))
+    assert texts.document_ids[0] == "0" and texts.texts[0] == retrieval_files.texts()[0][0]
+    assert texts.judgments["validation"]["2"] == {"2": 1}
+    entry = read_lists(psgs / "train.json", texts)[3]
+    assert entry.positives == (3,) and entry.negatives[:2] == (4, 5)
+    other = read_collection("marco", str(marco))
+    assert other.titles[:2] == ["w0", ""]

@@ -1,0 +1,194 @@
+"""Pairs of texts for generation, as fairseq-preprocess binarizes them.
+
+`data.options.path` is a folder with `train.SRC-TGT.SRC.bin/.idx`, the same for TGT, `valid` beside
+`train`, and `dict.SRC.txt`, `dict.TGT.txt`. `fairseq_pairs:docstring_summaries` makes such a folder
+from installed Python packages (the rest of a docstring -> its first sentence), in `path`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.language.span_corruption import EOS_ID, PAD_ID, check_ids, padded
+from train.data import docstring_files
+from train.data.fairseq_files import Dictionary, Tokenizer, TokenSequences, dictionary_size
+
+# source_lang, target_lang: "" infers them from the files. max_source, max_target: longer texts are
+# truncated, their end token kept. left_pad_source: fairseq's default. vocab_size: what the model
+# expects, 0 for anything. reverse_target: the target is the source backwards (a toy task on real
+# text, of max_target - 1 tokens).
+OPTIONS: dict[str, Any] = {
+    "source_lang": "",
+    "target_lang": "",
+    "max_source": 720,
+    "max_target": 48,
+    "left_pad_source": True,
+    "vocab_size": 0,
+    "corpus": "",
+    "packages": docstring_files.PACKAGES,
+    "pieces": docstring_files.PIECES,
+    "reverse_target": False,
+}
+_DOCSTRINGS = {
+    "corpus": "docstrings",
+    "max_source": 120,
+    "max_target": 32,
+    "vocab_size": dictionary_size(docstring_files.PIECES),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "docstring_summaries": _DOCSTRINGS,
+    "reversed_docstrings": {
+        **_DOCSTRINGS,
+        "reverse_target": True,
+        "max_source": 12,
+        "max_target": 12,
+    },
+}
+SPLITS = ("train", "valid")
+
+
+def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`source` int32 [S], `previous` and `targets` int32 [T]; `</s>` ends both texts."""
+    source, target = options["max_source"], options["max_target"]
+    if source < 2 or target < 2:
+        raise ValueError(f"data.options: max_source {source} and max_target {target}, wanted >= 2")
+    return {
+        "source": jax.ShapeDtypeStruct((source,), np.int32),
+        "previous": jax.ShapeDtypeStruct((target,), np.int32),
+        "targets": jax.ShapeDtypeStruct((target,), np.int32),
+    }
+
+
+def folder(options: Mapping[str, Any]) -> tuple[pathlib.Path, str, str]:
+    """(folder, source language, target language).
+
+    Raises ValueError naming `data.options.path` where there is no binarized pair.
+    """
+    source, target = options["source_lang"], options["target_lang"]
+    if options["corpus"] == "docstrings":
+        made = docstring_files.corpus(
+            options["path"], tuple(options["packages"]), options["pieces"]
+        )
+        return made / "summaries", docstring_files.SOURCE, docstring_files.TARGET
+    root = pathlib.Path(options["path"] or "").expanduser()
+    found = sorted(root.glob("train.*-*.*.idx")) if options["path"] and root.is_dir() else []
+    if not found:
+        raise ValueError(
+            f"data.options.path = {options['path']!r}: wanted a folder of fairseq-preprocess with "
+            "train.SRC-TGT.SRC.idx and dict.SRC.txt"
+        )
+    if not source or not target:
+        source, _, target = found[0].name.split(".")[1].partition("-")
+    return root, source, target
+
+
+def dictionary(options: Mapping[str, Any]) -> Dictionary:
+    """The dictionary that both sides share.
+
+    Raises ValueError where the two sides differ or its size is not the model's.
+    """
+    root, source, target = folder(options)
+    ours, theirs = (Dictionary.read(root / f"dict.{side}.txt") for side in (source, target))
+    if ours.symbols != theirs.symbols:
+        raise ValueError(
+            f"{root}: dict.{source}.txt ({len(ours)} entries) and dict.{target}.txt "
+            f"({len(theirs)}) differ; GanLM shares one dictionary"
+        )
+    if options["vocab_size"] and options["vocab_size"] != len(ours):
+        raise ValueError(
+            f"{root / f'dict.{source}.txt'}: {len(ours)} entries with sentinels and filler, "
+            f"data.options.vocab_size is {options['vocab_size']}"
+        )
+    return ours
+
+
+def tokenizer(options: Mapping[str, Any]) -> Tokenizer:
+    """For text that is not binarized; the folder then also needs `spm.model`."""
+    return Tokenizer(folder(options)[0] / "spm.model", dictionary(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Sequence):
+    """Two binarized sets side by side."""
+
+    source: TokenSequences
+    target: TokenSequences
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.source[index], self.target[index]
+
+
+def source(split: str, options: Mapping[str, Any]) -> Pairs:
+    """Token pairs (source [L], target [L']) of a split, both ending in `</s>`."""
+    root, ours, theirs = folder(options)
+    sides = [TokenSequences(root / f"{split}.{ours}-{theirs}.{side}") for side in (ours, theirs)]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(f"{root}: {split} has {len(sides[0])} sources and {len(sides[1])} targets")
+    return Pairs(*sides)
+
+
+def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
+    """Pairs of each split."""
+    return {split: len(source(split, options)) for split in SPLITS}
+
+
+def source_row(tokens: np.ndarray, length: int, left_pad: bool = True) -> np.ndarray:
+    """int32 [length]: truncated before its `</s>`, padded on the left or right."""
+    tokens = np.asarray(tokens)
+    tokens = tokens[:-1] if len(tokens) and tokens[-1] == EOS_ID else tokens
+    row = np.asarray([*tokens[: length - 1], EOS_ID], np.int32)
+    if not left_pad:
+        return padded(row, length)
+    return np.concatenate([np.full(length - len(row), PAD_ID, np.int32), row])
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTransform:
+    """(source, target) tokens -> `source` [S], `previous` [T] from `</s>`, `targets` [T]."""
+
+    vocab_size: int
+    max_source: int
+    max_target: int
+    left_pad_source: bool
+    reverse_target: bool
+
+    def __call__(self, pair, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        del rng
+        tokens, target = pair
+        check_ids(tokens, self.vocab_size)
+        check_ids(target, self.vocab_size)
+        if self.reverse_target:
+            words = tokens[tokens != EOS_ID][: min(self.max_source, self.max_target) - 1]
+            tokens, target = np.append(words, EOS_ID), np.append(words[::-1], EOS_ID)
+        targets = source_row(target, self.max_target, left_pad=False)
+        previous = padded(np.append(EOS_ID, targets[targets != PAD_ID][:-1]), self.max_target)
+        return {
+            "source": source_row(tokens, self.max_source, self.left_pad_source),
+            "previous": previous,
+            "targets": targets,
+        }
+
+
+def train_transform(options: Mapping[str, Any]) -> PairTransform:
+    """Nothing random."""
+    return PairTransform(
+        len(dictionary(options)),
+        options["max_source"],
+        options["max_target"],
+        options["left_pad_source"],
+        options["reverse_target"],
+    )
+
+
+def eval_transform(options: Mapping[str, Any]) -> PairTransform:
+    """As in training."""
+    return train_transform(options)

@@ -1,0 +1,278 @@
+"""Collections of documents and judged queries, from the docstring corpus or from files on disk.
+
+On-disk formats, blanks being tabs:
+
+- `marco` (PROD): `para.txt` (id, text), `para.title.txt` (id, title), `train.query.txt` and
+  `dev.query.txt` (id, query), `qrels.train.tsv` (query, 0, document, 1), `qrels.dev.tsv` (query,
+  document); training lists are JSON: [{query_id, query_string, pos_id: [], neg_id: []}].
+- `marcodoc` (PROD): the same with `msmarco-docs.tsv` (id, url, title, body), a document being
+  `url<sep>title<sep>body` cut at 10,000 characters.
+- `psgs` (LEAD): `psgs_w100.tsv` (id + 1, text, title: ids are shifted by one), training lists
+  [{question, positive_ctxs: [], hard_negative_ctxs: []}], `test.csv` (question, [document ids]).
+
+Ids are strings throughout: 1 and "1" are the same document, "D1" is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.spelling import did_you_mean
+from train.data.retrieval_files import Corpus, read_judgments, read_queries
+
+_LONGEST_DOCUMENT = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedTexts:
+    """Documents, and the queries of every split with their judgments.
+
+    Attributes:
+      document_ids, titles, texts: of D documents; a missing title is "".
+      queries: split -> {query id: text}.
+      judgments: split -> {query id: {document id: grade}}.
+    """
+
+    document_ids: Sequence[str]
+    titles: Sequence[str]
+    texts: Sequence[str]
+    queries: Mapping[str, Mapping[str, str]]
+    judgments: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+    @functools.cached_property
+    def rows(self) -> dict[str, int]:
+        """Document id -> row."""
+        return {document: row for row, document in enumerate(self.document_ids)}
+
+    def row(self, document: Any, where: str) -> int:
+        """The row of a document id. Raises ValueError for an unknown one."""
+        try:
+            return self.rows[str(document)]
+        except KeyError:
+            raise ValueError(f"{where}: no document {str(document)!r} in the collection") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedList:
+    """One training entry: a query, its positive rows and its negative rows, hardest first."""
+
+    query_id: str
+    query: str
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+
+
+def docstrings(path: str | None) -> JudgedTexts:
+    """The docstring corpus: a synopsis finds its own docstring (2), and `See Also` ones (1)."""
+    from train.data import docstring_corpus
+
+    found, links, splits = docstring_corpus.read(path)
+    queries: dict[str, dict[str, str]] = {split: {} for split in docstring_corpus.SPLITS}
+    judgments: dict[str, dict[str, dict[str, int]]] = {s: {} for s in docstring_corpus.SPLITS}
+    for entry, targets, split in zip(found, links, splits):
+        queries[split][entry.name] = entry.query
+        judgments[split][entry.name] = {found[t].name: 1 for t in targets} | {entry.name: 2}
+    names = [entry.name for entry in found]
+    return JudgedTexts(names, [""] * len(names), [e.text for e in found], queries, judgments)
+
+
+def marco(path: str | None) -> JudgedTexts:
+    """MS MARCO passages in PROD's files."""
+    folder = _folder(path)
+    titles, texts = (read_queries(folder / f"para{kind}.txt") for kind in (".title", ""))
+    return JudgedTexts(
+        list(texts),
+        [titles.get(i, "") for i in texts],
+        list(texts.values()),
+        *_marco_queries(folder),
+    )
+
+
+def marcodoc(path: str | None) -> JudgedTexts:
+    """MS MARCO documents in PROD's files: url, title and body in one text."""
+    folder = _folder(path)
+    whole = read_queries(folder / "msmarco-docs.tsv")
+    texts = [
+        "<sep>".join(part.rstrip() for part in text.split("\t"))[:_LONGEST_DOCUMENT]
+        for text in whole.values()
+    ]
+    return JudgedTexts(list(whole), [""] * len(whole), texts, *_marco_queries(folder))
+
+
+def _marco_queries(folder: Path):
+    named = {"train": "train", "validation": "dev"}
+    return (
+        {split: read_queries(folder / f"{name}.query.txt") for split, name in named.items()},
+        {split: read_judgments(folder / f"qrels.{name}.tsv") for split, name in named.items()},
+    )
+
+
+def psgs(path: str | None) -> JudgedTexts:
+    """LEAD's `psgs_w100.tsv`, whose ids are one too high, and `test.csv`."""
+    folder = _folder(path)
+    corpus = Corpus(folder / "psgs_w100.tsv", "psgs")
+    queries: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
+    judgments: dict[str, dict[str, dict[str, int]]] = {"train": {}, "validation": {}}
+    tests = folder / "test.csv"
+    if tests.is_file():
+        with open(tests, encoding="utf-8", newline="") as opened:
+            for number, row in enumerate(csv.reader(opened, delimiter="\t"), 1):
+                try:
+                    answers = ast.literal_eval(row[1])
+                except (ValueError, SyntaxError, IndexError):
+                    raise ValueError(f"{tests} line {number}: wanted question, [ids]") from None
+                query = row[2] if len(row) > 2 else str(number - 1)
+                queries["validation"][query] = row[0]
+                judgments["validation"][query] = {str(a): 1 for a in answers}
+    return JudgedTexts(corpus.ids, _Field(corpus, 0), _Field(corpus, 1), queries, judgments)
+
+
+class _Field(Sequence):
+    """Titles (0) or texts (1) of a corpus file, read when asked for."""
+
+    def __init__(self, corpus: Corpus, field: int):
+        self._corpus, self._number = corpus, field
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def __getitem__(self, row):
+        return self._corpus.document(row)[self._number]
+
+
+COLLECTIONS: dict[str, Callable[[str | None], JudgedTexts]] = {
+    "docstrings": docstrings,
+    "marco": marco,
+    "marcodoc": marcodoc,
+    "psgs": psgs,
+}
+
+
+def read_collection(name: str, path: str | None) -> JudgedTexts:
+    """The collection `name`, read once a process.
+
+    Raises ValueError for an unknown name, OSError naming `data.options.path` when it is not there.
+    """
+    if name not in COLLECTIONS:
+        raise ValueError(
+            f"data.options.collection: {name!r}{did_you_mean(name, COLLECTIONS)}; "
+            f"known: {', '.join(COLLECTIONS)}"
+        )
+    return _read(name, path)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(name: str, path: str | None) -> JudgedTexts:
+    return COLLECTIONS[name](path)
+
+
+# -- training lists --------------------------------------------------------------------------------
+
+
+def read_lists(file: str | os.PathLike, texts: JudgedTexts) -> list[RankedList]:
+    """Training lists in PROD's or LEAD's JSON; entries without positive or negative are left out.
+
+    Raises ValueError for unknown documents, positives among the negatives (naming the query), ids
+    that coincide once 1 and "1" are the same.
+    """
+    with open(file, encoding="utf-8") as opened:
+        entries = json.load(opened)
+    found, seen = [], {}
+    for number, entry in enumerate(entries):
+        query_id, query, positives, negatives = _entry(entry, number, file)
+        if query_id in seen:
+            raise ValueError(
+                f"{file}: query id {query_id!r} in entries {seen[query_id]} and {number} (ids are "
+                "compared as text: 1 and '1' are the same)"
+            )
+        seen[query_id] = number
+        where = f"{file}, query {query_id!r}"
+        both = set(positives) & set(negatives)
+        if both:
+            raise ValueError(f"{where}: document {min(both)!r} is positive and negative")
+        if positives and negatives:
+            found.append(
+                RankedList(
+                    query_id,
+                    query,
+                    tuple(texts.row(d, where) for d in positives),
+                    tuple(texts.row(d, where) for d in negatives),
+                )
+            )
+    if not found:
+        raise ValueError(f"{file}: none of {len(entries)} entries has a positive and a negative")
+    return found
+
+
+def _entry(entry: Mapping[str, Any], number: int, file) -> tuple[str, str, list[str], list[str]]:
+    try:
+        if "query_string" in entry:
+            fields = (entry["query_id"], entry["query_string"], entry["pos_id"], entry["neg_id"])
+        else:
+            fields = (
+                entry.get("query_id", number),
+                entry["question"],
+                entry["positive_ctxs"],
+                entry["hard_negative_ctxs"],
+            )
+    except KeyError as error:
+        raise ValueError(f"{file}: entry {number} has no {error}") from None
+    query_id, query, positives, negatives = fields
+    return str(query_id), query, [_id(d) for d in positives], [_id(d) for d in negatives]
+
+
+def _id(document: Any) -> str:
+    return str(document["passage_id"] if isinstance(document, Mapping) else document)
+
+
+def write_lists(file: str | os.PathLike, lists: Iterable[RankedList], texts: JudgedTexts) -> None:
+    """PROD's JSON of training lists, written whole or not at all."""
+    ids = texts.document_ids
+    entries = [
+        {
+            "query_id": e.query_id,
+            "query_string": e.query,
+            "pos_id": [ids[d] for d in e.positives],
+            "neg_id": [ids[d] for d in e.negatives],
+        }
+        for e in lists
+    ]
+    part = Path(f"{file}.part")
+    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def positives_of(
+    texts: JudgedTexts, split: str, queries: Sequence[str], level: int = 1
+) -> np.ndarray:
+    """Rows of relevant documents, int64 [Q, R], best grade first, -1 padding."""
+    lists = []
+    for query in queries:
+        grades = texts.judgments[split].get(query, {})
+        lists.append(
+            [
+                texts.row(d, f"judgments of {query!r}")
+                for d, g in sorted(grades.items(), key=lambda item: -item[1])
+                if g >= level
+            ]
+        )
+    table = np.full((len(lists), max(map(len, lists), default=1) or 1), -1, np.int64)
+    for row, relevant in zip(table, lists):
+        row[: len(relevant)] = relevant
+    return table
+
+
+def _folder(path: str | None) -> Path:
+    if not path or not Path(path).is_dir():
+        raise FileNotFoundError(f"data.options.path: no folder {path!r}")
+    return Path(path)
