@@ -8,7 +8,7 @@ Presets, with what they answer (wall times on two idle cores, see docs/theory.md
   failures           the failure table, row by row                            minutes
   completion         test error and effective rank against alpha per depth    minutes
   edge_of_stability  the step sizes from 0.1 to 3 (in units of 1/lambda_max)  minutes
-  optimizers         seven methods at L = 2 and 3                             minutes
+  optimizers         eight methods at L = 2 and 3                             minutes
   real_matrices      digits, wine, breast cancer, camera, two graphs          minutes
   depth_selection    which completion of a 2 x 2 diagonal depth selects       minutes
   divergent_norm     2 x 2 completion whose norm must diverge                 seconds
@@ -46,12 +46,15 @@ def get_config(preset: str = "run") -> ml_collections.ConfigDict:
             "optimizers": 4,
             "depth_selection": 20,
         }[preset]
-        config.lanes = 64
+        config.lanes = 32
         config.chunk = 128
         config.limit_minutes = 0.0  # 0: until all runs are done; the rest waits for the next start
         return config
     if preset == "real_matrices":
-        config.names = "digits,wine,breast_cancer,camera,karate,les_miserables"
+        config.names = (
+            "digits,wine,breast_cancer,camera,wine_classes,breast_cancer_worst,"
+            "karate,les_miserables"
+        )
         config.depth = 3
         config.alpha = 1e-3
         config.hidden = 0.3

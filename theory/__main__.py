@@ -69,8 +69,8 @@ def main() -> int:
 
         workdir = Path(WORKDIR.value)
         presets.execute(CONFIG.value, workdir, lambda text: print(text, file=sys.stderr))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; start the same command to go on", file=sys.stderr)

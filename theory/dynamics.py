@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 
 from theory import landscape
 from theory.closed_form import lr_from_eta_hat, separability, warn_separability
-from theory.factorization import Factors, check_factors, warn_bottleneck
+from theory.factorization import Factors, check_factors, product, warn_bottleneck
 from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
 from theory.problem import Problem, check_spectrum
 from theory.quantities import DEFAULT_RECORD, NEED_TARGET, QUANTITIES, measure
@@ -261,7 +262,8 @@ def simulate(
     factors: tuple of W_j [n_j, n_{j-1}]; lr, or eta_hat (default 0.3) for the dimensionless step;
     record: names of `QUANTITIES`; sigma: reference spectrum of the stages, for which the streaming
     detectors then judge every step (default: the target's singular values above 1e-10, for
-    noise-free targets; pass () for none); alpha: only for the separability index and its warning.
+    noise-free targets; pass () for none); alpha: for the separability index and its warning, by
+    default from the size of the initial product.
     Raises ValueError with one line for bad input.
     """
     if (factors is None) == (state is None):
@@ -291,9 +293,13 @@ def simulate(
                 "'factors' and call hessian_spectrum(..., method='lanczos')"
             )
     index = None
-    if spectrum and alpha is not None:
-        index = separability(spectrum, depth, alpha)
-        warn_separability(index)
+    if spectrum and depth >= 2 and state is None:
+        if alpha is None:
+            # Every initialization has ||W||_F near alpha sqrt(n_L).
+            alpha = float(np.linalg.norm(np.asarray(product(given)))) / math.sqrt(dims[-1])
+        index = separability(spectrum, depth, alpha) if alpha > 0 else None
+        if index is not None:
+            warn_separability(index)
     if state is None:
         factors = tuple(jnp.asarray(w, dtype) for w in factors)
         state = init_state(

@@ -198,6 +198,7 @@ OPTIMIZER_ROWS = (
     ("group_rmsprop", {}, 3e-3),
     ("rmsprop", {}, 1e-3),
     ("adam", {}, 1e-3),
+    ("adam", {"beta2": 0.99}, 1e-3),  # as in the reference's recorded Adam trajectory
 )
 
 
@@ -220,7 +221,7 @@ def optimizers(
                         seed=first_seed + 1_000 * L + 100 * R + s,
                         optimizer=name,
                         optimizer_kwargs=hyper,
-                        label={"method": name if lr is None else f"{name} {lr:g}"},
+                        label={"method": _method_label(name, hyper, lr)},
                     )
                     if lr is not None:
                         row.update(lr=lr, eta_hat=None, cap=12_000)
@@ -228,6 +229,11 @@ def optimizers(
                         row.update(eta_hat=0.3 * (1.0 - hyper["mom"]))
                     grid.append(row)
     return make_specs(grid)
+
+
+def _method_label(name: str, hyper: dict[str, Any], lr: float | None) -> str:
+    label = name if lr is None else f"{name} {lr:g}"
+    return f"{label} beta2 {hyper['beta2']}" if "beta2" in hyper else label
 
 
 def completion(

@@ -42,10 +42,13 @@ def _shade(axis, report: StageReport | None, last: int) -> None:
     ranks = [report.rank_path[0], *report.rank_path[1:]]
     for i, (left, right, rank) in enumerate(zip(edges, edges[1:], ranks)):
         axis.axvspan(left, right, color=SHADES[i % 2], zorder=0, lw=0)
+        share = (right - left) / max(last - edges[0], 1)
+        if share < 0.02:
+            continue  # too narrow for a label that could be read
         axis.text(
             0.5 * (left + right),
             1.005,
-            f"rank {rank}",
+            f"rank {rank}" if share > 0.08 else str(rank),
             transform=axis.get_xaxis_transform(),
             ha="center",
             va="bottom",

@@ -115,10 +115,11 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
         if lr is not None and eta_hat == 0.3:
             eta_hat = None  # the preset's default gives way to an explicit lr
         scale = float(problem.scale)
+        rate = dynamics.check_rate(lr, eta_hat, depth, sigma[0] if sigma else None)
         if lr is None and config.problem != "reconstruction":
             # eta_hat is in units of the target's curvature; the loss's prefactor goes to lr.
-            lr, eta_hat = lr_from_eta_hat(eta_hat, depth, sigma[0]) / scale, None
-        rate = lr or lr_from_eta_hat(eta_hat, depth, sigma[0])
+            lr, eta_hat = rate / scale, None
+            rate = lr
         steps = run_length(config, sigma, depth, rate * scale)
         every = config.record_every or max(1, steps // (150 if config.curvature else 400))
         record = list(RUN_RECORD)
@@ -143,6 +144,7 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
         )
         report = stages(trajectory)
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    notes = list(dict.fromkeys(notes))
     for note in notes:
         say(f"warning: {note}")
     certificates = {}
@@ -287,6 +289,8 @@ class Progress:
 
 def run_sweep(config: Any, workdir: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Sweep presets: records.jsonl as runs end, then tables, figures, report."""
+    if config.seeds < 1:
+        raise ValueError(f"seeds: {config.seeds} must be at least 1")
     specs = getattr(experiments, config.experiment)(seeds=config.seeds)
     workdir.mkdir(parents=True, exist_ok=True)
     deadline = None
@@ -467,6 +471,8 @@ def run_real_matrices(config: Any, workdir: Path, say: Callable[[str], None]) ->
             hidden = round((1 - config.hidden) * matrix.size)
             mask = _mask(key, matrix.shape, hidden)
             problem = make_problem("completion", target=matrix, mask=mask)
+        elif real.task == "regression":
+            problem = make_problem("regression", target=matrix, **real.data)
         else:
             problem = make_problem("reconstruction", target=matrix)
             if real.task == "symmetric":
@@ -476,7 +482,10 @@ def run_real_matrices(config: Any, workdir: Path, say: Callable[[str], None]) ->
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 factors = initialize(key, dims, init, alpha=config.alpha, target=matrix)
-                lr = lr_from_eta_hat(0.3, depth, 1.0) / float(problem.scale)
+                curvature = float(problem.scale)
+                if real.task == "regression":
+                    curvature *= np.linalg.norm(real.data["X"], 2) ** 2
+                lr = lr_from_eta_hat(0.3, depth, 1.0) / curvature
                 trajectory = simulate(
                     problem,
                     factors,

@@ -230,7 +230,10 @@ def spectrum(name: str, rank: int, explicit: Sequence[float] | None = None) -> t
             raise ValueError("spectrum: `explicit` needs the key sigma")
         return check_spectrum(explicit)
     if name.startswith("geometric(") and name.endswith(")"):
-        ratio = float(name[len("geometric(") : -1])
+        try:
+            ratio = float(name[len("geometric(") : -1])
+        except ValueError:
+            ratio = float("nan")
         if not 0 < ratio <= 1:
             raise ValueError(f"spectrum: the ratio of {name} must lie in (0, 1]")
         return tuple(ratio**i for i in range(rank))

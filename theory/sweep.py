@@ -405,7 +405,7 @@ def sweep(
     specs: Iterable[RunSpec],
     path: Path | str | None = None,
     *,
-    lanes: int = 64,
+    lanes: int = 32,
     chunk: int = 128,
     mesh: Mesh | None = None,
     dtype: Any = None,
@@ -415,12 +415,16 @@ def sweep(
     """Run all specs and return their records, in the order of the specs.
 
     path: `records.jsonl` to append to and to resume from; lanes: runs advanced together (rounded
-    up to the number of devices); chunk: K steps between looks; progress(done, total, steps per
-    second); deadline: `time.monotonic()` value after which no new chunk is started (the finished
-    runs are kept, the rest is left for the next call).
-    Raises ValueError where two specs share an id.
+    up to the number of devices, and to 16 on each where lanes are last), few where lengths differ
+    much, since the longest run is advanced step by step to its end; chunk: K steps between looks;
+    progress(done, total, steps per second); deadline: `time.monotonic()` value after which no new
+    chunk is started (the finished runs are kept, the rest is left for the next call).
+    Raises ValueError where two specs share an id, and for lanes or chunk below 1.
     """
     specs = list(specs)
+    for name, value in (("lanes", lanes), ("chunk", chunk)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} must be at least 1")
     ids = [spec.id for spec in specs]
     if len(set(ids)) != len(ids):
         raise ValueError("id: two runs of the sweep share an id")

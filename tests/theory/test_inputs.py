@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from theory import simulate
+from configs.dmf import get_config
+from theory import presets, simulate
 from theory.factorization import initialize, warn_bottleneck
 from theory.problem import check_spectrum, make_problem, random_problem
 from theory.stages import stages
+from theory.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 KEY = jax.random.key(0)
@@ -163,6 +165,55 @@ def test_a_tiny_alpha_is_refused_in_float32():
     with pytest.raises(ValueError, match="x64"):
         initialize(KEY, (3, 3, 3), alpha=1e-6)
     assert initialize(KEY, (3, 3, 3), alpha=1e-3)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": -1.0}, "alpha: -1.0 must be positive"),
+        ({"factor_scale": 0.1}, "give alpha or factor_scale, not both"),
+        ({"lr": -0.1}, "lr: -0.1 must be positive"),
+        ({"lr": 0.1, "eta_hat": 0.4}, "give lr or eta_hat, not both"),
+        ({"eta_hat": -1.0}, "eta_hat: -1.0 must be positive"),
+        ({"steps": -5}, "steps: -5 must be at least 1"),
+        ({"steps": 10, "record_every": 11}, "record_every: 11 must lie in 1"),
+        ({"rank": 0}, "rank: 0 must be at least 1"),
+        ({"rank": 11}, "sigma: rank 11 exceeds"),
+        ({"spectrum": "flat"}, "spectrum: unknown 'flat'"),
+        ({"spectrum": "geometric(x)"}, "spectrum: the ratio"),
+        ({"spectrum": "explicit"}, "needs the key sigma"),
+        ({"spectrum": "explicit", "sigma": (1.0, 0.0)}, "must be positive"),
+        ({"problem": "denoising"}, "unknown kind 'denoising'"),
+        ({"problem": "completion", "observed": 2.0}, "observed: 200 entries of 100"),
+        ({"optimizer": "sgd"}, "optimizer: unknown 'sgd'"),
+        ({"optimizer_kwargs": {"mom": 0.9}}, "takes no 'mom'"),
+        ({"init": "gausian"}, "init: unknown 'gausian'"),
+        ({"init": "custom"}, "custom: init 'custom' needs"),
+        ({"symmetry": "skew"}, "symmetry: unknown 'skew'"),
+        ({"loss_norm": "sum"}, "loss_norm: 'sum' is not one of"),
+        ({"dims": (3, 0, 3)}, "dims: .* positive widths"),
+    ],
+)
+def test_a_wrong_value_of_a_config_is_one_line_before_anything_runs(values, message, tmp_path):
+    config = get_config("demo")
+    with config.unlocked():
+        config.update(values)
+    with pytest.raises(ValueError, match=message) as caught:
+        presets.execute(config, tmp_path, lambda text: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_hessian_is_not_recorded_beyond_its_limit():
+    wide = initialize(KEY, (32, 32, 32), alpha=1e-2)
+    target = make_problem("reconstruction", target=np.eye(32))
+    with pytest.raises(ValueError, match=r"N = 2048 exceeds 2000; .*lanczos"):
+        simulate(target, wide, lr=0.1, steps=5, record=("hessian",))
+
+
+def test_a_sweep_needs_lanes_and_a_chunk():
+    for name in ("lanes", "chunk"):
+        with pytest.raises(ValueError, match=f"{name}: 0 must be at least 1"):
+            sweep([], **{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +15,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.dmf import PRESETS, get_config
-from theory import experiments, presets, sweep
+from theory import experiments, lanes, presets, sweep
+from theory.optimizers import gradients
 from theory.streaming import detector_init, detector_report, detector_update
+
+ROOT = Path(__file__).parents[2]
 
 
 def specs(count=6):
@@ -41,7 +49,8 @@ def single(spec):
 
 def test_refilled_lanes_on_several_devices_give_the_single_runs_and_resume_after_a_kill(tmp_path):
     path = tmp_path / "records.jsonl"
-    mesh = sweep.device_mesh(jax.devices()[:2])
+    mesh = sweep.device_mesh()
+    assert mesh.devices.size == 8
     records = sweep.sweep(specs(), path, lanes=2, chunk=32, mesh=mesh)
     assert [r["id"] for r in records] == [s.id for s in specs()]
     for spec, record in list(zip(specs(), records))[1:2]:
@@ -58,6 +67,56 @@ def test_refilled_lanes_on_several_devices_give_the_single_runs_and_resume_after
     assert len(rows) == 6 and {r["status"] for r in rows} <= {"converged", "max_steps"}
     escapes = list(csv.DictReader((tmp_path / "escapes.csv").open()))
     assert len(escapes) == sum(len(r["escapes"]) for r in records)
+
+
+KILLED = """
+import jax, sys
+jax.config.update("jax_enable_x64", True)
+from tests.theory.test_sweep import specs
+from theory import sweep
+sweep.sweep(specs(), sys.argv[1], lanes=2, chunk=4, mesh=sweep.device_mesh(jax.devices()[:1]))
+"""
+
+
+def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_records(tmp_path):
+    path = tmp_path / "records.jsonl"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT)
+    while child.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = len(sweep.read_records(path))
+    assert 1 <= kept
+    mesh = sweep.device_mesh(jax.devices()[:1])
+    resumed = sweep.sweep(specs(), path, lanes=2, chunk=4, mesh=mesh)
+    assert len(path.read_text().splitlines()) >= len(resumed) == 6
+    assert resumed == sweep.sweep(specs(), lanes=2, chunk=4, mesh=mesh)
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "completion"])
+def test_lanes_last_take_the_steps_of_lanes_first(kind):
+    made = sweep.make_specs(
+        [dict(L=3, sigma=(1.0, 0.5), alpha=0.1, seed=s) for s in range(16)], dim=5, problem=kind
+    )
+    first = sweep.draw_lanes(made, 5, jnp.float64)
+    last = sweep.draw_lanes(made, 5, jnp.float64, -1)
+    wanted = jax.jit(jax.vmap(gradients))(first.problem, first.state.factors)
+    found = jax.jit(lambda p, w: gradients(p, w, lanes.matmul))(last.problem, last.state.factors)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(jnp.moveaxis(a, -1, 0), b, atol=1e-15)
+    # A width, a method or a backend for which the lanes stay first takes the same runs.
+    assert lanes.lanes_last((5,) * 4, kind, made[0].optimizer, "cpu")
+    assert not lanes.lanes_last((50,) * 4, kind, made[0].optimizer, "cpu")
+    assert not lanes.lanes_last((5,) * 4, kind, made[0].optimizer, "tpu")
+
+
+def test_a_sweep_with_its_lanes_first_gives_the_same_stages(monkeypatch):
+    mesh = sweep.device_mesh(jax.devices()[:2])
+    usual = sweep.sweep(specs(2), lanes=2, chunk=64, mesh=mesh)
+    monkeypatch.setattr(lanes, "LAST_UP_TO", {})
+    for a, b in zip(usual, sweep.sweep(specs(2), lanes=2, chunk=64, mesh=mesh), strict=True):
+        assert a["activation_steps"] == b["activation_steps"] and a["steps"] == b["steps"]
+        assert a["final_loss"] == pytest.approx(b["final_loss"], rel=1e-9)
 
 
 def test_two_runs_with_one_id_are_refused():
