@@ -27,7 +27,7 @@ bench: $(VENV)/installed  ## needs the extra `torch` for the PyTorch columns
 
 lock:  ## resolve again (needs uv): one universal file for Python 3.11 and for 3.12 and later
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header \
-	  --extra dev --extra tpu --extra tensorboard --extra retrieval --extra video -q -o requirements.lock
+	  --extra dev --extra tpu --extra tensorboard --extra retrieval --extra video --extra medical -q -o requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist runs
