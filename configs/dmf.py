@@ -83,6 +83,7 @@ def get_config(preset: str = "run") -> ml_collections.ConfigDict:
     config.steps = 0  # 0: the flow's time to learn the last mode, and a third more
     config.record_every = 0  # 0: about 400 rows (150 with curvature)
     config.curvature = preset == "run"
+    config.inertia_tolerance = 0.0  # Hessian eigenvalues up to this count as zero
     config.certify = preset == "run"
     if preset == "divergent_norm":
         config.problem = "divergent_norm"

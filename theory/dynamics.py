@@ -111,14 +111,18 @@ def run(
     record_every: int,
     record: tuple[str, ...] = DEFAULT_RECORD,
     unroll: int = 1,
+    inertia_tolerance: Any = 0.0,
 ) -> Run:
     """`steps` updates from a state (pure, jittable, vmappable over all array arguments).
 
     Rows are taken before updates 0, record_every, 2 record_every, ... and once more at the end.
     """
 
+    def look(state):
+        return measure(problem, optimizer, lr, state, record, inertia_tolerance)
+
     def chunk(state, _):
-        row = measure(problem, optimizer, lr, state, record)
+        row = look(state)
         state, info = advance(problem, optimizer, lr, state, record_every, unroll)
         return state, (row, {"loss": info.loss, "grad_norm": info.grad_norm})
 
@@ -129,10 +133,10 @@ def run(
         rows.append(row)
         trace.append({name: value.reshape(-1) for name, value in part.items()})
     if rest:
-        rows.append(jax.tree.map(lambda x: x[None], measure(problem, optimizer, lr, state, record)))
+        rows.append(jax.tree.map(lambda x: x[None], look(state)))
         state, info = advance(problem, optimizer, lr, state, rest, unroll)
         trace.append({"loss": info.loss, "grad_norm": info.grad_norm})
-    rows.append(jax.tree.map(lambda x: x[None], measure(problem, optimizer, lr, state, record)))
+    rows.append(jax.tree.map(lambda x: x[None], look(state)))
     loss, _product, grads = gradients(problem, state.factors)
     last = {"loss": loss[None], "grad_norm": jnp.sqrt(squared_norm(grads))[None]}
     trace.append(last)
@@ -256,6 +260,7 @@ def simulate(
     alpha: float | None = None,
     state: State | None = None,
     unroll: int = 1,
+    inertia_tolerance: float = 0.0,
 ) -> Trajectory:
     """Run the discrete dynamics from `factors` (or continue a `state` bit for bit).
 
@@ -263,7 +268,8 @@ def simulate(
     record: names of `QUANTITIES`; sigma: reference spectrum of the stages, for which the streaming
     detectors then judge every step (default: the target's singular values above 1e-10, for
     noise-free targets; pass () for none); alpha: for the separability index and its warning, by
-    default from the size of the initial product.
+    default from the size of the initial product; inertia_tolerance: recorded Hessian eigenvalues
+    up to max(1e-10 lambda_max, this) in absolute value count as zero.
     Raises ValueError with one line for bad input.
     """
     if (factors is None) == (state is None):
@@ -310,7 +316,12 @@ def simulate(
             keep_gradient="gradient_cosine" in record,
         )
     start = state
-    result = _jitted_run(problem, optimizer, rate, state, steps, record_every, record, unroll)
+    if not inertia_tolerance >= 0:
+        raise ValueError(f"inertia_tolerance: {inertia_tolerance} must not be negative")
+    result = _jitted_run(
+        *(problem, optimizer, rate, state, steps, record_every, record, unroll),
+        jnp.asarray(inertia_tolerance, dtype),
+    )
     closed = None
     if result.state.detector is not None:
         closed = _jitted_close(problem, result.state)

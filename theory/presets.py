@@ -114,10 +114,10 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
         lr, eta_hat = config.lr or None, config.eta_hat or None
         if lr is not None and eta_hat == 0.3:
             eta_hat = None  # the preset's default gives way to an explicit lr
-        scale = float(problem.scale)
+        scale = float(problem.sharpness)
         rate = dynamics.check_rate(lr, eta_hat, depth, sigma[0] if sigma else None)
         if lr is None and config.problem != "reconstruction":
-            # eta_hat is in units of the target's curvature; the loss's prefactor goes to lr.
+            # eta_hat is in units of the target's curvature; that of the loss goes to lr.
             lr, eta_hat = rate / scale, None
             rate = lr
         steps = run_length(config, sigma, depth, rate * scale)
@@ -141,6 +141,7 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
             record=record,
             sigma=sigma if sigma else None,
             alpha=alpha if sigma else None,
+            inertia_tolerance=config.inertia_tolerance,
         )
         report = stages(trajectory)
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
@@ -482,10 +483,7 @@ def run_real_matrices(config: Any, workdir: Path, say: Callable[[str], None]) ->
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 factors = initialize(key, dims, init, alpha=config.alpha, target=matrix)
-                curvature = float(problem.scale)
-                if real.task == "regression":
-                    curvature *= np.linalg.norm(real.data["X"], 2) ** 2
-                lr = lr_from_eta_hat(0.3, depth, 1.0) / curvature
+                lr = lr_from_eta_hat(0.3, depth, 1.0) / float(problem.sharpness)
                 trajectory = simulate(
                     problem,
                     factors,

@@ -82,6 +82,20 @@ class Problem:
         """G = d ell / dW, [out, in]."""
         return self.value_and_gradient(product)[1]
 
+    @property
+    def sharpness(self) -> jax.Array:
+        """Largest eigenvalue of the second derivative of ell in W, a scalar.
+
+        A step eta_hat / (L sigma_1^(2 - 2 / L)) for a unit curvature becomes one for this loss when
+        divided by it.
+        """
+        if self.kind == "sensing":
+            A = self.data["A"]
+            return self.scale * jnp.linalg.norm(A.reshape(A.shape[0], -1), 2) ** 2
+        if self.kind == "regression":
+            return self.scale * jnp.linalg.norm(self.data["X"], 2) ** 2
+        return self.scale
+
     def curvature(self, direction: jax.Array) -> jax.Array:
         """C[D], the (constant) second derivative of ell applied to D [out, in]."""
         if self.kind == "reconstruction":
@@ -310,6 +324,55 @@ def add_noise(key: jax.Array, array: jax.Array, noise_std: float) -> jax.Array:
     return array + noise_std * jax.random.normal(key, array.shape, array.dtype)
 
 
+def random_data(
+    kind: str,
+    key_data: jax.Array,
+    key_noise: jax.Array,
+    target: jax.Array,
+    noise_std: Any = 0.0,
+    count: int = 0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(target, data) of a problem of `kind` for a clean target [out, in] (pure, jittable).
+
+    count: observed entries of completion, measurements m of sensing, samples N of regression.
+    Noise is added to the target (reconstruction, completion), to y, or to Y.
+    """
+    shape, dtype = target.shape, target.dtype
+    if kind == "reconstruction":
+        return add_noise(key_noise, target, noise_std), {}
+    if kind == "completion":
+        mask = observed_mask(key_data, shape, count, dtype)
+        return add_noise(key_noise, target, noise_std), {"mask": mask}
+    if kind == "sensing":
+        A = sensing_matrices(key_data, count, shape, dtype)
+        y = jnp.einsum("moi,oi->m", A, target)
+        return target, {"A": A, "y": add_noise(key_noise, y, noise_std)}
+    if kind == "regression":
+        X = jax.random.normal(key_data, (shape[1], count), dtype)
+        return target, {"X": X, "Y": add_noise(key_noise, target @ X, noise_std)}
+    raise ValueError(f"problem: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+
+
+def data_count(
+    kind: str,
+    shape: tuple[int, int],
+    rank: int,
+    *,
+    observed: float = 0.7,
+    measurements: int | None = None,
+    samples: int = 40,
+) -> int:
+    """`count` of `random_data`: observed entries, measurements or samples of a random problem.
+
+    measurements: None for three times the degrees of freedom of a matrix of that rank.
+    """
+    if kind == "completion":
+        return max(1, round(observed * shape[0] * shape[1]))
+    if kind == "sensing":
+        return measurements or 3 * rank * (shape[0] + shape[1] - rank)
+    return samples if kind == "regression" else 0
+
+
 def random_problem(
     key: jax.Array,
     kind: str,
@@ -335,25 +398,16 @@ def random_problem(
     target = spectrum_target(
         key_m, shape, jnp.asarray(sigma, dtype or jnp.result_type(float)), symmetry=symmetry
     )
-
-    def noisy(array):
-        return add_noise(key_noise, array, noise_std) if noise_std else array
-
-    if kind == "reconstruction":
-        return make_problem(kind, target=noisy(target), loss_norm=loss_norm)
-    if kind == "completion":
-        count = max(1, round(observed * shape[0] * shape[1]))
-        mask = observed_mask(key_data, shape, count, target.dtype)
-        return make_problem(kind, target=noisy(target), mask=mask, loss_norm=loss_norm)
-    if kind == "sensing":
-        freedom = len(sigma) * (shape[0] + shape[1] - len(sigma))
-        A = sensing_matrices(key_data, measurements or 3 * freedom, shape, target.dtype)
-        y = noisy(jnp.einsum("moi,oi->m", A, target))
-        return make_problem(kind, target=target, A=A, y=y, loss_norm=loss_norm)
-    if kind == "regression":
-        X = jax.random.normal(key_data, (shape[1], samples), target.dtype)
-        return make_problem(kind, target=target, X=X, Y=noisy(target @ X), loss_norm=loss_norm)
-    raise ValueError(f"problem: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    count = data_count(
+        kind,
+        shape,
+        len(sigma),
+        observed=observed,
+        measurements=measurements,
+        samples=samples,
+    )
+    target, data = random_data(kind, key_data, key_noise, target, noise_std, count)
+    return make_problem(kind, target=target, loss_norm=loss_norm, **data)
 
 
 def determinant_completion() -> Problem:

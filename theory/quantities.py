@@ -30,6 +30,7 @@ class Point(NamedTuple):
     grads: Factors
     svd: tuple[jax.Array, jax.Array, jax.Array] | None
     singular_values: jax.Array
+    inertia_tolerance: Any = 0.0
 
 
 def effective_rank(s: jax.Array) -> jax.Array:
@@ -130,7 +131,7 @@ def _adjusted_lr(point: Point) -> jax.Array:
 def _hessian(point: Point) -> dict[str, jax.Array]:
     matrix = landscape.hessian(point.problem, point.state.factors)
     values, vectors = jnp.linalg.eigh(matrix)
-    tau = 1e-10 * values[-1]
+    tau = jnp.maximum(1e-10 * values[-1], point.inertia_tolerance)
     flat = jnp.concatenate([g.ravel() for g in point.grads])
     norm = jnp.linalg.norm(flat)
     return {
@@ -193,7 +194,12 @@ DEFAULT_RECORD = (
 
 
 def measure(
-    problem: Problem, optimizer: Optimizer, lr: Any, state: Any, record: Sequence[str]
+    problem: Problem,
+    optimizer: Optimizer,
+    lr: Any,
+    state: Any,
+    record: Sequence[str],
+    inertia_tolerance: Any = 0.0,
 ) -> dict[str, jax.Array]:
     """The recorded row at a state: a flat dict of arrays (pure)."""
     loss, product, grads = gradients(problem, state.factors)
@@ -203,7 +209,9 @@ def measure(
         s = vectors[1]
     else:
         s = jnp.linalg.svd(product, compute_uv=False)
-    point = Point(problem, optimizer, lr, state, loss, product, grads, vectors, s)
+    point = Point(
+        problem, optimizer, lr, state, loss, product, grads, vectors, s, inertia_tolerance
+    )
     row: dict[str, jax.Array] = {"step": state.step}
     for name in record:
         value = QUANTITIES[name](point)

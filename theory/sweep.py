@@ -28,7 +28,7 @@ from theory.dynamics import CONVERGED, STATUS, State, init_state
 from theory.factorization import random_factors
 from theory.lanes import MULTIPLE, compiler_options, lanes_last, matmul
 from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
-from theory.problem import Problem, check_spectrum, observed_mask, spectrum_target
+from theory.problem import Problem, check_spectrum, data_count, random_data, spectrum_target
 from theory.quantities import effective_rank
 from theory.stages import StageReport
 from theory.streaming import detector_report, update_lanes
@@ -44,6 +44,7 @@ class RunSpec:
     sigma: the target's spectrum; lr or eta_hat; cap: most steps (None: the benchmark's
     6 (1.5 t_R + 500)); stop: loss at which the run counts as converged and ends (None: 1e-4
     sigma_R^2 in the loss's units; negative: never); observed: share of entries for completion;
+    measurements: of sensing (None: three times the degrees of freedom); samples: of regression;
     target: an explicit matrix as nested tuples instead of a random one (with `mask` for
     completion).
     """
@@ -63,6 +64,8 @@ class RunSpec:
     optimizer: Optimizer = GD
     noise_std: float = 0.0
     observed: float = 0.7
+    measurements: int | None = None
+    samples: int = 40
     target: tuple | None = None
     mask: tuple | None = None
     label: tuple[tuple[str, Any], ...] = ()
@@ -73,7 +76,11 @@ class RunSpec:
 
     @property
     def step_size(self) -> float:
-        """lr, from eta_hat where that is given (completion: times the observed count)."""
+        """lr, from eta_hat where that is given (completion: times the observed count).
+
+        Sensing and regression: in units of the drawn problem's curvature, by which the sweep
+        divides it.
+        """
         if self.lr is not None:
             return self.lr
         rate = lr_from_eta_hat(self.eta_hat, self.depth, self.sigma[0])
@@ -81,16 +88,24 @@ class RunSpec:
 
     @property
     def loss_scale(self) -> float:
-        """Prefactor of the loss: 1 for reconstruction, 1 / |Omega| for completion."""
-        if self.problem == "reconstruction":
+        """Curvature of the loss where it is known beforehand: 1 / |Omega| for completion."""
+        if self.problem != "completion":
             return 1.0
         if self.mask is not None:
             return 1.0 / float(np.sum(self.mask))
-        return 1.0 / self.observed_count
+        return 1.0 / self.data_count
 
     @property
-    def observed_count(self) -> int:
-        return max(1, round(self.observed * self.dims[0] * self.dims[-1]))
+    def data_count(self) -> int:
+        """Observed entries, measurements or samples."""
+        return data_count(
+            self.problem,
+            (self.dims[-1], self.dims[0]),
+            len(self.sigma),
+            observed=self.observed,
+            measurements=self.measurements,
+            samples=self.samples,
+        )
 
     @property
     def steps(self) -> int:
@@ -121,7 +136,8 @@ class RunSpec:
             self.init,
             self.symmetry,
             self.optimizer,
-            self.observed_count if self.problem == "completion" else 0,
+            self.data_count,
+            self.lr is None,
             self.target is not None,
         )
 
@@ -154,27 +170,30 @@ def _draw(spec: RunSpec, width: int, numbers: dict[str, jax.Array]) -> Lanes:
         target = spectrum_target(
             key_target, shape, numbers["sigma"], symmetry=spec.symmetry, signs=signs
         )
-    noise = jax.random.normal(key_noise, shape, dtype)
-    noisy = target + numbers["noise_std"] * noise
+    target, data = random_data(
+        spec.problem, key_mask, key_noise, target, numbers["noise_std"], spec.data_count
+    )
+    scale = jnp.ones((), dtype)
     if spec.problem == "completion":
         if spec.mask is not None:
-            mask = numbers["mask"]
-        else:
-            mask = observed_mask(key_mask, shape, spec.observed_count, dtype)
-        problem = Problem(noisy, {"mask": mask}, 1.0 / jnp.sum(mask), "completion", "half_mean")
-    elif spec.problem == "reconstruction":
-        problem = Problem(noisy, {}, jnp.ones((), dtype))
-    else:
-        raise ValueError(f"problem: sweeps take reconstruction or completion, not {spec.problem!r}")
+            data["mask"] = numbers["mask"]
+        scale = 1.0 / jnp.sum(data["mask"])
+    elif spec.problem != "reconstruction":
+        scale = scale / spec.data_count
+    norm = "half_sum" if spec.problem == "reconstruction" else "half_mean"
+    problem = Problem(target, data, scale, spec.problem, norm)
+    rate = numbers["lr"]
+    if spec.lr is None and spec.problem in ("sensing", "regression"):
+        rate = rate / problem.sharpness
     factors = random_factors(
         key_init, spec.dims, spec.init, numbers["factor_scale"], target=target, dtype=dtype
     )
-    state = init_state(spec.optimizer, factors, numbers["lr"], sigma=numbers["sigma"])
+    state = init_state(spec.optimizer, factors, rate, sigma=numbers["sigma"])
     zero = jnp.zeros((), dtype)
     return Lanes(
         problem,
         state,
-        numbers["lr"],
+        rate,
         numbers["cap"],
         numbers["stop"],
         jnp.asarray(False),
@@ -199,10 +218,12 @@ def _static(spec: RunSpec) -> RunSpec:
         alpha=1.0,
         seed=0,
         eta_hat=None,
-        lr=None,
+        lr=None if spec.lr is None else 1.0,
         cap=0,
         stop=0.0,
         noise_std=0.0,
+        # Resolved, since its default depends on the rank, which is blanked.
+        measurements=spec.data_count if spec.problem == "sensing" else None,
         target=blank,
         mask=masked,
         label=(),
@@ -354,7 +375,7 @@ def make_record(spec: RunSpec, lane: Lanes, report: StageReport) -> dict[str, An
         "sigma": list(spec.sigma),
         "alpha": spec.alpha,
         "eta_hat": spec.eta_hat,
-        "lr": spec.step_size,
+        "lr": float(lane.lr),
         "optimizer": spec.optimizer.name,
         "init": spec.init,
         "problem": spec.problem,

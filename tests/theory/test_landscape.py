@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from theory.dynamics import simulate
 from theory.factorization import gauge_transform, product, random_factors
 from theory.landscape import (
     classify_critical_point,
@@ -127,3 +128,25 @@ def test_near_critical_test_follows_its_formula():
 def test_inertia_counts_signs_with_a_relative_tolerance():
     assert inertia([-1.0, -1e-12, 0.0, 1e-11, 2.0]) == (1, 3, 1)
     assert inertia([-0.1, 1.0], tau=0.2) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharpness_is_the_largest_curvature_of_the_loss(kind):
+    problem = case(kind, 2)[0]
+    rows, cols = problem.shape
+    basis = jnp.eye(rows * cols).reshape(-1, rows, cols)
+    matrix = jax.vmap(problem.curvature)(basis).reshape(rows * cols, -1)
+    assert float(problem.sharpness) == pytest.approx(np.linalg.eigvalsh(matrix)[-1])
+
+
+def test_recorded_inertia_takes_a_tolerance_of_ones_own():
+    problem, factors, _ = case("reconstruction", 2)
+    common = dict(lr=0.01, steps=1, record=("hessian",), sigma=())
+    exact, coarse = (
+        simulate(problem, factors, inertia_tolerance=tau, **common).rows for tau in (0.0, 1e6)
+    )
+    values = hessian_spectrum(problem, factors).eigenvalues
+    assert tuple(exact["inertia"][0]) == inertia(values) and exact["inertia"][0][0] > 0
+    assert tuple(coarse["inertia"][0]) == (0, len(values), 0)
+    with pytest.raises(ValueError, match=r"inertia_tolerance: -1\.0 must not be negative"):
+        simulate(problem, factors, inertia_tolerance=-1.0, **common)

@@ -119,6 +119,32 @@ def test_a_sweep_with_its_lanes_first_gives_the_same_stages(monkeypatch):
         assert a["final_loss"] == pytest.approx(b["final_loss"], rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["sensing", "regression"])
+def test_sensing_and_regression_sweep_as_single_runs(kind):
+    made = sweep.make_specs(
+        [dict(L=2, sigma=(1.0, 0.4)[: 1 + s], alpha=1e-3, seed=s, cap=300) for s in range(2)],
+        dim=4,
+        problem=kind,
+    )
+    mesh = sweep.device_mesh(jax.devices()[:1])
+    records = sweep.sweep(made, lanes=2, chunk=32, mesh=mesh)
+    for spec, record in zip(made, records, strict=True):
+        report, steps, loss = single(spec)
+        assert record["steps"] == steps and record["n_stages"] == report.n_stages == record["R"]
+        assert record["activation_steps"] == list(report.activation_steps)
+        assert record["final_loss"] == pytest.approx(loss, rel=1e-9)
+        lane = sweep.draw_lanes([spec], spec.width, jnp.float64)
+        problem = jax.tree.map(lambda x: x[0], lane.problem)
+        wanted = spec.eta_hat / 2 / float(problem.sharpness)
+        assert record["lr"] == pytest.approx(wanted) and record["relative_error"] < 0.2
+    assert (
+        sweep.make_specs([dict(L=2, sigma=(1.0,), alpha=1e-3, seed=0, lr=0.1)], problem=kind)[
+            0
+        ].shape_key()
+        != made[0].shape_key()
+    )
+
+
 def test_two_runs_with_one_id_are_refused():
     with pytest.raises(ValueError, match="share an id"):
         sweep.sweep([*specs(1), *specs(1)])
