@@ -25,11 +25,13 @@ on_one_worker = pytest.mark.xdist_group("dense_retrieval")
 
 @pytest.fixture(scope="module")
 def marco(tmp_path_factory):
-    """Sixteen passages on eight topics, eight training and four dev queries."""
+    """Two passages on each of eight topics; eight training and sixteen dev queries, each of which
+    both passages of its topic answer."""
     folder = tmp_path_factory.mktemp("marco")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TOPICS, "about", "the", "what", "is"]
     texts = [
-        f"{TOPICS[i % 8]}\tthe {TOPICS[i % 8]} is the {TOPICS[(i + 3) % 8]}" for i in range(16)
+        f"{TOPICS[i % 8]}\tthe {TOPICS[i % 8]} is the {TOPICS[(i + 3 + i // 8) % 8]}"
+        for i in range(16)
     ]
     files = {
         "vocab.txt": "\n".join(words),
@@ -37,10 +39,12 @@ def marco(tmp_path_factory):
         "train.query.txt": "\n".join(f"{100 + i}\twhat is the {t}" for i, t in enumerate(TOPICS)),
         "qrels.train.tsv": "\n".join(f"{100 + i}\t0\t{i}\t1" for i in range(8)),
         "qidpidtriples.train.full.2.tsv": "\n".join(
-            f"{100 + i}\t{i}\t{(i + n) % 8}" for i in range(8) for n in (1, 3)
+            f"{100 + i}\t{i}\t{(i + n) % 8 + 8}" for i in range(8) for n in (1, 3)
         ),
-        "dev.query.txt": "\n".join(f"{200 + i}\tabout {TOPICS[i]}" for i in range(4)),
-        "qrels.dev.tsv": "\n".join(f"{200 + i}\t{i}" for i in range(4)),
+        "dev.query.txt": "\n".join(
+            f"{200 + i}\twhat {('is', 'about')[i // 8]} the {TOPICS[i % 8]}" for i in range(16)
+        ),
+        "qrels.dev.tsv": "\n".join(f"{200 + i}\t{i % 8 + n}" for i in range(16) for n in (0, 8)),
         # Not in the order of the documents.
         "pseudo_queries.tsv": "\n".join(
             f"{i}\tabout {TOPICS[i % 8]}\twhat is {TOPICS[i % 8]}\tthe {TOPICS[(i + 3) % 8]}"
@@ -64,12 +68,14 @@ def flags_of(marco):
         "--config.model_args.max_position_embeddings=24",
         "--config.model_args.initializer_range=0.2",
         "--config.model_args.pooler=False",
+        "--config.model_args.hidden_dropout_prob=0.0",
+        "--config.model_args.attention_probs_dropout_prob=0.0",
         f"--config.data.options.path={marco}",
         "--config.data.options.workers=0",
         "--config.data.options.query_length=8",
         "--config.data.options.document_length=20",
         "--config.data.options.negatives=3",
-        "--config.data.options.curriculum_steps=20",
+        "--config.data.options.curriculum_steps=80",
         "--config.batch_size=4",
         "--config.eval.batch_size=8",
         "--config.precision=float32",
@@ -83,14 +89,14 @@ def flags_of(marco):
 
 @pytest.fixture(scope="module")
 def paper_run(marco, tmp_path_factory):
-    """Twenty steps of `:paper` at reduced size, on four devices."""
+    """Eighty steps of `:paper` at reduced size, on four devices: all parts of the curriculum."""
     workdir = tmp_path_factory.mktemp("paper")
     run = [
-        "--config.steps=20",
-        "--config.schedule.peak=0.02",
+        "--config.steps=80",
+        "--config.schedule.peak=0.006",
         "--config.schedule.warmup_steps=2",
-        "--config.log_every=5",
-        "--config.checkpoint.every=10",
+        "--config.log_every=20",
+        "--config.checkpoint.every=40",
     ]
     whole, traces = DenseRetrieval.loss, []
 
@@ -115,14 +121,15 @@ def test_paper_recipe_learns_on_published_files(paper_run):
     rows = rows_of(workdir)
     losses = [r["loss"] for r in rows if r["kind"] == "train"]
     assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
-    assert rows[-1]["mrr@10"] > 0
+    # In random order it is 0.30: two of sixteen passages answer a query.
+    assert rows[-1]["mrr@10"] > 0.55
 
 
 @on_one_worker
 def test_resumed_in_the_middle_of_a_part_it_ends_as_it_did(paper_run, tmp_path):
     workdir, flags, run = paper_run
     shutil.copytree(workdir, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "20")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "80")
     assert main(["train", *flags, *run, f"--workdir={tmp_path / 'again'}"]) == 0
     drop = "examples_per_s"
     wanted, got = (
@@ -140,7 +147,7 @@ def test_encoding_goes_on_where_it_was_killed_and_the_run_is_evaluated(paper_run
     first = capsys.readouterr().out
     assert "shard 3/3" in first and "| mrr@10 |" in first
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert report["queries"] == 4
+    assert report["queries"] == 16
     # The same measure as at the end of training, from shards, one of them encoded again.
     assert report["measures"]["mrr@10"] == pytest.approx(rows_of(workdir)[-1]["mrr@10"])
     lines = (tmp_path / "run.trec").read_text()
@@ -208,7 +215,7 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
         f"--config.retrieve.judgments={marco / 'qrels.dev.tsv'}",
     ]
     assert retrieve.main(["retrieve", *arguments]) == 0
-    assert "4 queries, 10 documents each" in capsys.readouterr().out
+    assert "16 queries, 10 documents each" in capsys.readouterr().out
     (marco / "qa.csv").write_text("what is the banana\t['banana']\t1\nabout\t['nothing']\t2\n")
     by_answer = [a for a in arguments if "retrieve.queries=" not in a]
     by_answer += [f"--config.retrieve.answers={marco / 'qa.csv'}"]
