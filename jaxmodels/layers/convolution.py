@@ -19,7 +19,7 @@ _FEW_CHANNELS = 4
 # Up to this many input channels a 1x1 convolution is faster as multiply-adds on a CPU.
 _NARROW = 8
 # Up to this many filters a stem is faster as multiply-adds than as one matrix product.
-_FEW_FILTERS = 32
+_FEW_FILTERS = 16
 
 
 def _xla_conv(x, kernel, strides, padding, groups):
@@ -37,8 +37,8 @@ def _gathered_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> ja
     """Convolution with a stride over few channels as one matrix product.
 
     A window's row is contiguous in memory, `kw * C` values every `stride * C`: whole steps of the
-    row are taken by reshaping. On a CPU this halves the time of XLA's convolution over 3 channels
-    (224 px, 3x3, stride 2: 6.8 -> 3.4 ms forward, 11.4 -> 8.0 ms for the kernel's gradient).
+    row are taken by reshaping. On a CPU this takes 0.5 to 0.9 of the time of XLA's convolution over
+    3 channels (`benchmarks/results/convolution.md`).
     """
     batch, height, width, channels = x.shape
     kh, kw, _, features = kernel.shape
@@ -60,8 +60,9 @@ def _gathered_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> ja
 def _tapped_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
     """Convolution over few channels as one fused loop of multiply-adds over the filters.
 
-    A third of the time of the matrix product on a CPU (224 px, 8 to 32 filters), and the order of
-    additions (row, column, channel) of PyTorch's CPU kernels.
+    A quarter to a half of the time of the matrix product on a CPU up to 16 filters
+    (`benchmarks/results/convolution.md`), and the order of additions (row, column, channel) of
+    PyTorch's CPU kernels.
     """
     batch, height, width, channels = x.shape
     kh, kw = kernel.shape[:2]
