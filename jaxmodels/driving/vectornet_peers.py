@@ -93,7 +93,7 @@ class ResidualVectorNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes that generic code initializes with: vectors, vector_mask, valid_len, identifier."""
+        """Shapes to initialize with: vectors, vector_mask, valid_len, identifier."""
         return (
             jax.ShapeDtypeStruct((1, 4, 3, self.in_channels), jnp.float32),
             jax.ShapeDtypeStruct((1, 4, 3), jnp.bool_),

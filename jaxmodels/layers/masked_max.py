@@ -24,16 +24,11 @@ def masked_max(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _max_and_index(x, mask):
-    # One pass that keeps the value and its place together; fused, it reads x once.
-    lowest = jnp.finfo(x.dtype).min
-    top = jnp.full((*x.shape[:-2], x.shape[-1]), lowest, x.dtype)
-    index = jnp.full(top.shape, -1, jnp.int32)
-    for v in range(x.shape[-2]):
-        here = x[..., v, :]
-        better = mask[..., v, None] & ((here > top) | (index < 0))
-        top = jnp.where(better, here, top)
-        index = jnp.where(better, v, index)
-    return jnp.where(index >= 0, top, 0), index
+    valid = mask[..., None]
+    index = jnp.argmax(jnp.where(valid, x, -jnp.inf), axis=-2).astype(jnp.int32)
+    top = jnp.take_along_axis(x, index[..., None, :], axis=-2)[..., 0, :]
+    found = mask.any(-1)[..., None]
+    return jnp.where(found, top, 0), jnp.where(found, index, -1)
 
 
 def _forward(x, mask):
