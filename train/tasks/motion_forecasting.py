@@ -248,12 +248,12 @@ def from_config(config) -> MotionForecasting:
     """The task of a config; the model must fit what the data gives."""
     from train.data import motion_scenes, pipeline
 
-    family, options = pipeline.resolve(config.data)
-    if family is not motion_scenes:
+    if config.data.name and pipeline.load(config.data.name) is not motion_scenes:
         raise ConfigError(
             f"config.data.name: {config.data.name!r}; the task motion_forecasting takes "
             "motion_scenes"
         )
+    _, options = pipeline.resolve(config.data)
     model, inputs = build_model(config), options["inputs"]
     if (inputs == "raster") != hasattr(model, "in_ch") or not hasattr(model, "horizon"):
         wanted = "driving.raster_convnet" if inputs == "raster" else "driving.vectornet"
