@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from train import predict
+from train import forecast_figures, predict
 from train.__main__ import main
 from train.command_line import read_flags, stop_with_one_line
-from train.data import motion_files, motion_scenes, pipeline, traffic_simulator
+from train.data import motion_files, motion_scenes, pipeline
 from train.loop import Plan
 from train.tasks.motion_forecasting import constant_velocity
 
@@ -125,6 +125,11 @@ def test_the_paper_recipe_runs_twenty_steps_on_argoverse_files_and_predicts(argo
     assert (sequence, step, seconds) == ("0", "1", "0.1")
     # City coordinates, near where the vehicle was last seen.
     assert np.hypot(*(np.array([float(x), float(y)]) - found.tracks[found.target, 19])) < 20
+
+    picture = tmp_path / "forecasts.png"
+    arguments[-1] = f"--output={picture}"
+    assert forecast_figures.main(["figures", *flags, *arguments]) == 0
+    assert picture.stat().st_size > 20_000
 
 
 def test_the_raster_baseline_trains_by_the_same_recipe(argoverse, tmp_path):
