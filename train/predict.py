@@ -20,8 +20,11 @@ FLAGS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Load a checkpoint and write the task's predictions as CSV."""
+def load_run(argv: list[str]) -> tuple:
+    """Config, paths, task and variables of a checkpoint, from the command line of `FLAGS`.
+
+    Raises `ConfigError` where the input is not there or the task has no prediction procedure.
+    """
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
     from train.initialization import starting_variables
     from train.loop import Plan, compilation_cache
@@ -35,7 +38,13 @@ def main(argv: list[str]) -> int:
     if not hasattr(plan.task, "predict"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
-    rows = plan.task.predict({"params": params, **extra}, paths["input"], config)
+    return config, paths, plan.task, {"params": params, **extra}
+
+
+def main(argv: list[str]) -> int:
+    """Load a checkpoint and write the task's predictions as CSV."""
+    config, paths, task, variables = load_run(argv)
+    rows = task.predict(variables, paths["input"], config)
     output = Path(paths["output"])
     part = output.with_name(output.name + ".part")
     with open(part, "w", newline="") as file:

@@ -45,7 +45,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint we read; the message names the file and what is wrong."""
+    """A checkpoint that cannot be read or does not fit; the message names what is wrong."""
 
 
 @dataclass

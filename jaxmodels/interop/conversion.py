@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.interop.checkpoint import CheckpointError
 from jaxmodels.spelling import closest, did_you_mean
 
 COLLECTIONS = ("params", "batch_stats", "buffers")
@@ -51,7 +52,7 @@ _PROFILER_LEFTOVER = re.compile(r"(.*\.)?total_(ops|params)")
 TRAVELLING_LEAF = "num_batches_tracked"
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(CheckpointError):
     """A checkpoint and a model do not fit; the message lists every entry that does not."""
 
 

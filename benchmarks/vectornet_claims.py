@@ -1,0 +1,125 @@
+"""VectorNet's claims: `python -m benchmarks.vectornet_claims [--cells NAME ...] [--seeds N]`.
+
+Every cell is a preset of configs/vectornet.py with some keys changed; the scenes are the same for
+all cells and seeds, a seed draws the parameters, the order of examples and the hidden nodes. A
+finished run is a row of `results/vectornet_runs.csv` and is not repeated; `results/
+vectornet_claims.md` is written from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, machine, markdown, versions
+
+RUNS = RESULTS / "vectornet_runs.csv"
+MEASURES = ("ADE", "DE@1s", "DE@2s", "DE@3s", "miss_rate")
+EXTRA = ("node_loss", "node_loss_of_mean")
+COLUMNS = ("cell", "seed", "steps", "seconds", *MEASURES, *EXTRA)
+BASELINE = "constant velocity"
+LONG = {"steps": 2400, "schedule.boundaries": (960, 1440, 1920)}
+# Cell -> preset, changed keys, seeds.
+CELLS: dict[str, tuple[str, dict, int]] = {
+    "map and agents": ("small", {}, 5),
+    "target's track only": ("track", {}, 5),
+    "no map": ("no_map", {}, 3),
+    "map and agents, id_scale 1": ("small", {"model_args.id_scale": 1.0}, 3),
+    "node completion": ("complete", {}, 3),
+    "map and agents, 2400 steps": ("small", LONG, 3),
+    "node completion, 2400 steps": ("complete", LONG, 3),
+    "raster ConvNet": ("raster", {}, 3),
+}
+
+
+def main() -> None:
+    """Run what is missing, write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vectornet_claims", description=__doc__
+    )
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), help="names of cells")
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for cell in arguments.cells:
+            done = {(row["cell"], int(row["seed"])) for row in rows()}
+            if seed < CELLS[cell][2] and (cell, seed) not in done:
+                run_cell(cell, seed)
+                write_table()
+    write_table()
+
+
+def run_cell(cell: str, seed: int) -> None:
+    """Train and append a row; the first run also records constant velocity."""
+    from configs import vectornet
+    from train.loop import compilation_cache, fit
+
+    compilation_cache()
+    preset, changes, _ = CELLS[cell]
+    config = vectornet.get_config(preset)
+    config.update_from_flattened_dict({**changes, "seed": seed, "checkpoint.every": 0})
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = fit(config, folder)
+    found = {"cell": cell, "seed": seed, "steps": config.steps}
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    found |= {name: round(numbers[name], 5) for name in (*MEASURES, *EXTRA) if name in numbers}
+    new = [found]
+    if not any(row["cell"] == BASELINE for row in rows()):
+        baseline = {name: round(numbers[f"constant_velocity_{name}"], 5) for name in MEASURES}
+        new.insert(0, {"cell": BASELINE, "seed": 0, "steps": 0, "seconds": 0, **baseline})
+    fresh = not RUNS.exists()
+    with open(RUNS, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(new)
+
+
+def rows() -> list[dict[str, str]]:
+    """The runs so far."""
+    if not RUNS.exists():
+        return []
+    with open(RUNS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table() -> Path:
+    """`results/vectornet_claims.md`: medians over seeds, and the ratios that are claimed."""
+    table, median = [], {}
+    for cell in (BASELINE, *CELLS):
+        found = [row for row in rows() if row["cell"] == cell]
+        if not found:
+            continue
+        values = {
+            name: [float(row[name]) for row in found if row[name]] for name in (*MEASURES, *EXTRA)
+        }
+        median[cell] = statistics.median(values["DE@3s"])
+        middle = [f"{statistics.median(v):.3g}" if v else "" for v in values.values()]
+        spread = f"{min(values['DE@3s']):.2f}-{max(values['DE@3s']):.2f}"
+        table.append([cell, len(found), *middle, spread])
+    ratios = ""
+    main_cell = median.get("map and agents")
+    for other in (BASELINE, "target's track only", "no map", "raster ConvNet"):
+        if main_cell and other in median:
+            ratios += f"- over {other}: {main_cell / median[other]:.2f}\n"
+    path = RESULTS / "vectornet_claims.md"
+    path.write_text(
+        "# VectorNet on simulated traffic\n\n"
+        f"`python -m benchmarks.vectornet_claims`, on {machine()}. Versions: {versions()}.\n"
+        "1,500 training and 300 validation scenes, batch 32, Adam 1e-3, x 0.3 after 40, 60 and 80 "
+        "% of the steps; 600 steps unless the name says otherwise. Medians over seeds, metres; the "
+        "last column is the range of DE@3s.\n\n"
+        + markdown(["model", "seeds", *MEASURES, *EXTRA, "DE@3s range"], table)
+        + "\nDE@3s of `map and agents`:\n\n"
+        + ratios
+    )
+    return path
+
+
+if __name__ == "__main__":
+    main()

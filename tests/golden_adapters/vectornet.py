@@ -1,0 +1,124 @@
+"""VectorNet's cases: the network and its peers, the ConvNet, features, losses, metrics."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxmodels
+from jaxmodels.driving import forecast_objective, forecasting_metrics, vectorization
+from jaxmodels.interop.conversion import to_torch
+
+# Sizes of a case's data, which are no arguments of a network.
+ABOUT_DATA = ("B", "P", "V", "resolution")
+
+
+def run(case) -> dict[str, Any]:
+    """Every wanted output of one case, in PyTorch's layouts."""
+    if case.model in FUNCTIONS:
+        return FUNCTIONS[case.model](case)
+    arguments = {k: v for k, v in case.config.items() if k not in ABOUT_DATA}
+    if case.model == "ConvNetBaseline":
+        return convnet(case, arguments)
+    if case.model == "HGNN" or "in_channels" in arguments:
+        return peer(case, arguments)
+    return network(case, arguments)
+
+
+def network(case, arguments):
+    module, variables = jaxmodels.load("driving.vectornet", case.weights, **arguments)
+    given = case.inputs
+    scene = [given[name] for name in ("vectors", "vector_mask", "target_index")]
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(params):
+        outputs = module.apply(
+            {"params": params}, *scene, given.get("node_mask"), method="intermediates"
+        )
+        losses = forecast_objective.objective(
+            outputs, given["future_offsets"], given["future_valid"], given.get("node_mask")
+        )
+        return losses.total, (outputs, losses)
+
+    (loss, (outputs, losses)), grads = step(variables["params"])
+    gradients = to_torch({"params": grads})
+    return {
+        **outputs,
+        "loss": loss,
+        "loss_traj": losses.trajectory,
+        "loss_node": losses.node,
+        **{f"grad.{key}": value for key, value in gradients.items()},
+    }
+
+
+def peer(case, arguments):
+    name = "HGNN" if case.model == "HGNN" else "ResidualVectorNet"
+    module, variables = jaxmodels.load(f"driving.vectornet_peers:{name}", case.weights, **arguments)
+    forward = jax.jit(functools.partial(module.apply, method="intermediates"))
+    return forward(variables, **case.inputs)
+
+
+def convnet(case, arguments):
+    module, variables = jaxmodels.load("driving.raster_convnet", case.weights, **arguments)
+    forward = jax.jit(functools.partial(module.apply, method="intermediates"))
+    image = np.transpose(case.inputs["image"], (0, 2, 3, 1))
+    outputs = dict(forward(variables, image, case.inputs["cells"]))
+    outputs["feature_map"] = np.transpose(outputs["feature_map"], (0, 3, 1, 2))
+    return outputs
+
+
+def features(case):
+    given = case.inputs
+    options = {k: v for k, v in case.config.items() if k != "slow_target"}
+    scene = vectorization.vectorize(
+        given["tracks_xy"],
+        given["tracks_valid"],
+        int(given["target"]),
+        given["lanes"],
+        given["lane_attr"],
+        **options,
+    )
+    return {name: np.asarray(getattr(scene, name)) for name in case.wanted}
+
+
+def losses(case):
+    given = case.inputs
+    trajectory = (given["offsets"], given["future"], given["future_valid"])
+    node = (given["node_pred"], given["node_target"])
+    return {
+        "nll_unit": forecast_objective.gaussian_nll(*trajectory),
+        "nll_scale": forecast_objective.gaussian_nll(*trajectory, given["log_scale"]),
+        "huber_d1": forecast_objective.node_loss(*node, given["node_mask"]),
+        "huber_d05": forecast_objective.node_loss(*node, given["node_mask"], 0.5),
+        "huber_empty": forecast_objective.node_loss(*node, np.zeros_like(given["node_mask"])),
+        "positions": forecast_objective.positions_of(given["offsets"]),
+        "smooth_l1_mean": forecast_objective.smooth_l1_mean(*node),
+        "mse_mean": forecast_objective.mse_mean(*trajectory[:2]),
+    }
+
+
+def metrics(case):
+    given = case.inputs
+    outputs = dict(forecasting_metrics.displacement_errors(given["pred"][:, 0], given["gt"]))
+    outputs["minADE_true"] = forecasting_metrics.smallest_average_error(given["pred"], given["gt"])
+    for key in case.wanted:
+        if not key.startswith("k"):
+            continue
+        guesses, ranking, horizon, name = key.split(".")
+        found = forecasting_metrics.guess_metrics(
+            given["pred"],
+            given["gt"],
+            guesses=int(guesses[1:]),
+            horizon=int(horizon[1:]),
+            probability=given["prob"] if ranking == "prob" else None,
+            miss_threshold=case.config["miss_threshold"],
+        )
+        outputs[key] = found[name]
+    return outputs
+
+
+FUNCTIONS = {"features": features, "losses": losses, "metrics": metrics}
