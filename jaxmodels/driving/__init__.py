@@ -1,0 +1,1 @@
+"""Driving: motion forecasting and LiDAR-first detection."""
