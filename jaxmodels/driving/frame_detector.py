@@ -1,7 +1,7 @@
 """Full-frame detector: a YOLOv3-style head over the patch classifier's backbone.
 
-J. Redmon, A. Farhadi, "YOLOv3: An Incremental Improvement", arXiv 1804.02767: three anchors at each of
-the strides 8, 16, 32, finer maps seeing upsampled coarser ones. It is the baseline "camera
+J. Redmon, A. Farhadi, "YOLOv3: An Incremental Improvement", arXiv 1804.02767: three anchors at
+each of the strides 8, 16, 32, finer maps seeing upsampled coarser ones. It is the baseline "camera
 inference only" and the safety net that finds what LiDAR clusters miss.
 """
 
@@ -206,7 +206,7 @@ def detection_loss(
     rows = jnp.arange(len(boxes))[:, None]
     for raw, own_anchors, stride in zip(heads, anchors, STRIDES):
         own = np.asarray(own_anchors, np.float32)
-        batch, height, width, channels = raw.shape
+        batch, height, width, _ = raw.shape
         raw = raw.astype(jnp.float32)
         grid = raw.reshape(batch, height, width, len(own), -1)
         predicted = jax.lax.stop_gradient(decode(raw, own, stride)[0])

@@ -17,7 +17,7 @@ BUCKETS = (32, 64, 96, 128, 192, 256)
 def grow_boxes(
     boxes: jax.Array, width: int, height: int, share: float = 0.15, least: float = 8.0
 ) -> jax.Array:
-    """Boxes [N, 4] grown on every side by `share` of that side, at least `least` pixels, clipped."""
+    """Boxes [N, 4] grown at every edge by `share` of the side, at least `least` pixels, clipped."""
     side = boxes[:, 2:] - boxes[:, :2]
     margin = jnp.maximum(side * share, least)
     limit = jnp.asarray([width, height] * 2, boxes.dtype)

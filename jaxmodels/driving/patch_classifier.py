@@ -1,7 +1,7 @@
 """ResNet on image patches: what an object is, and optionally how its box should be corrected.
 
 K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning", CVPR 2016, with the names and the layout
-of huggingface/transformers `models/resnet` (the stride of a bottleneck sits in its 3x3); torchvision's
+of huggingface/transformers `models/resnet` (a bottleneck's stride sits in its 3x3); torchvision's
 names are read too. The paper of the pipeline, arXiv 2111.09799, does not say which network it ran.
 """
 
