@@ -241,3 +241,10 @@ def detection_loss(
         first += len(own)
     terms = {name: value / len(boxes) for name, value in total.items()}
     return sum(terms.values()), terms
+
+
+def resize_image(image: jax.Array, size: int) -> jax.Array:
+    """An image [H, W, 3], uint8 or in 0..1, as the detector takes it: [size, size, 3] in 0..1."""
+    scaled = image.astype(jnp.float32)
+    scaled = scaled / 255 if image.dtype == jnp.uint8 else scaled
+    return jax.image.resize(scaled, (size, size, image.shape[2]), "linear", antialias=True)

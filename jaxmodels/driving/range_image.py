@@ -262,3 +262,34 @@ def check_mounting(extrinsic: Any, what: str = "extrinsic") -> np.ndarray:
             "inverted, sensor -> vehicle is wanted"
         )
     return matrix
+
+
+def points_to_range_image(points: Any, sensor: Sensor) -> tuple[np.ndarray, np.ndarray]:
+    """Points [P, 3] of the sensor's frame as a range image [H, W], on the host.
+
+    Each point goes to the nearest beam and column, the nearest point of a pixel stays. Points
+    outside the beams (by more than half a gap) or the columns are left out.
+
+    Returns: meters float32 [H, W], 0 for none, and the index of each pixel's point, int64, -1.
+    """
+    points = np.asarray(points, np.float64)
+    distance = np.linalg.norm(points, axis=-1)
+    safe = np.maximum(distance, 1e-9)
+    up, turn = np.arcsin(points[:, 2] / safe), np.arctan2(points[:, 1], points[:, 0])
+    rows = sensor.rows
+    middles = (rows[:-1] + rows[1:]) / 2
+    row = np.searchsorted(-middles, -up)
+    margin = np.abs(np.diff(rows))
+    inside = (up <= rows[0] + margin[0] / 2) & (up >= rows[-1] - margin[-1] / 2)
+    half = math.radians(sensor.half_angle)
+    column = np.floor((1 - turn / half) / 2 * sensor.columns).astype(np.int64)
+    if sensor.wraps:
+        column %= sensor.columns
+    inside &= (column >= 0) & (column < sensor.columns) & (distance > 0)
+    image = np.zeros(sensor.shape, np.float32)
+    index = np.full(sensor.shape, -1, np.int64)
+    kept = np.flatnonzero(inside)
+    kept = kept[np.argsort(-distance[kept], kind="stable")]
+    image[row[kept], column[kept]] = distance[kept]
+    index[row[kept], column[kept]] = kept
+    return image, index
