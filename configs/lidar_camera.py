@@ -53,9 +53,9 @@ def _patches(config):
     config.model_args = {"box_head": True}
     config.data.name = "driving_patches"
     config.data.options.image_size = 64
-    config.steps, config.batch_size = 800, 64
+    config.steps, config.batch_size = 500, 64
     config.schedule.peak = 0.05
-    config.log_every, config.eval.every, config.checkpoint.every = 50, 400, 400
+    config.log_every, config.eval.every, config.checkpoint.every = 50, 250, 250
 
 
 def _detector(config):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _YAW_STEPS = 90  # degrees 0..89
+_STRAIGHT = 1e-12  # sine of the least turn at a vertex
 _CLOSEST = 0.01  # meters; nearer points count as this near an edge
 
 
@@ -69,11 +70,10 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
         kept: list[int] = []
         for i in indices:
             while len(kept) > 1:
-                (ax, ay), (bx, by) = (
-                    points[kept[-1]] - points[kept[-2]],
-                    points[i] - points[kept[-2]],
-                )
-                if ax * by - ay * bx > 0:
+                edge, way = points[kept[-1]] - points[kept[-2]], points[i] - points[kept[-2]]
+                turn = edge[0] * way[1] - edge[1] * way[0]
+                # Rounding must not make corners of a straight line.
+                if turn > _STRAIGHT * np.sqrt((edge @ edge) * (way @ way)):
                     break
                 kept.pop()
             kept.append(i)

@@ -193,6 +193,7 @@ def detection_loss(
     Args:
       boxes: [B, N, 4] pixels of the input. classes: int [B, N]. mask: bool [B, N].
     """
+    boxes, classes, mask = map(jnp.asarray, (boxes, classes, mask))
     sizes = boxes[..., 2:] - boxes[..., :2]
     center = (boxes[..., :2] + boxes[..., 2:]) / 2
     mask = mask & (sizes > 0).all(-1)
@@ -205,7 +206,7 @@ def detection_loss(
     first = 0
     rows = jnp.arange(len(boxes))[:, None]
     for raw, own_anchors, stride in zip(heads, anchors, STRIDES):
-        own = np.asarray(own_anchors, np.float32)
+        own = jnp.asarray(own_anchors, jnp.float32)
         batch, height, width, _ = raw.shape
         raw = raw.astype(jnp.float32)
         grid = raw.reshape(batch, height, width, len(own), -1)

@@ -57,6 +57,7 @@ def merge_patches(
     Args:
       boxes: [N, 4]. distance: [N]. valid: bool [N].
     """
+    boxes, distance, valid = map(jnp.asarray, (boxes, distance, valid))
     n = len(boxes)
     order = jnp.argsort(jnp.where(valid, distance, jnp.inf), stable=True)
     ranked = boxes[order]

@@ -238,10 +238,12 @@ def standardize(x: jax.Array) -> jax.Array:
 
 def box_deltas(boxes: jax.Array, targets: jax.Array) -> jax.Array:
     """What `box_head` should say so that `refine_boxes(boxes, ...)` gives `targets`; [N, 4]."""
+    xp = boxes.__array_namespace__()
     center, size = _center_size(boxes)
     aim, extent = _center_size(targets)
-    ratio = jnp.maximum(extent, 1e-3) / jnp.maximum(size, 1e-3)
-    return jnp.concatenate([(aim - center) / jnp.maximum(size, 1e-3), jnp.log(ratio)], axis=-1)
+    size = xp.maximum(size, 1e-3)
+    ratio = xp.maximum(extent, 1e-3) / size
+    return xp.concatenate([(aim - center) / size, xp.log(ratio)], axis=-1)
 
 
 def refine_boxes(boxes: jax.Array, deltas: jax.Array) -> jax.Array:

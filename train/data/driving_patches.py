@@ -241,10 +241,11 @@ def _cut(example: Mapping[str, Any], window: np.ndarray, size: int) -> dict[str,
     columns = _weights(low[0], high[0], stored.shape[1], size)
     rows = _weights(low[1], high[1], stored.shape[0], size)
     pixels = stored.astype(np.float32) / np.float32(255)
-    image = np.einsum("yi,ijc,xj->yxc", rows, pixels, columns, optimize=True)
+    image = (rows @ pixels.reshape(len(pixels), -1)).reshape(size, -1, 3)
+    image = np.matmul(columns, image)
     deltas = patch_classifier.box_deltas(window[None].astype(np.float32), example["box"][None])
     return {
-        "image": image.astype(np.float32),
+        "image": image,
         "label": np.int32(example["label"]),
         "deltas": np.asarray(deltas, np.float32)[0],
     }

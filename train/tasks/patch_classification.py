@@ -21,6 +21,8 @@ from jaxmodels.driving.patch_classifier import BACKGROUND, CLASSES, refine_boxes
 from train.building import build_model
 from train.naming import ConfigError
 
+COLUMNS = tuple("file place class score x1 y1 x2 y2 depth rank source finish_ms".split())
+
 
 @dataclasses.dataclass(frozen=True)
 class PatchClassification:
@@ -142,10 +144,7 @@ class PatchClassification:
 
         frames = [driving_frames.load_frame(file) for file in files]
         state = classifier_pipeline.warm_up(frames[0])
-        rows = [
-            ("file", "place", "class", "score", "x1", "y1", "x2", "y2", "depth", "rank", "source")
-            + ("finish_ms",)
-        ]
+        rows = [COLUMNS]
         sources = {
             lidar_camera.FROM_PATCH: "patch",
             lidar_camera.FROM_FRAME: "frame",
@@ -176,6 +175,7 @@ class PatchClassification:
         del config
         import jaxmodels
         from jaxmodels.driving import lidar_camera
+        from jaxmodels.interop import catalog
         from train.checkpoints import load_params
 
         try:
@@ -186,7 +186,7 @@ class PatchClassification:
         if self.detector:
             found = Path(self.detector)
             if found.is_dir():
-                module = jaxmodels.interop.catalog.find(self.detector_model).build()
+                module = catalog.find(self.detector_model).build()
                 loaded = load_params(found, ema=False)
             else:
                 module, loaded = jaxmodels.load(self.detector_model, found)
