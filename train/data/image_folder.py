@@ -24,17 +24,23 @@ def images_below(
     module, options = pipeline.resolve(data)
     if not hasattr(module, "read_image"):
         raise ConfigError(f"config.data.name: {data['name']} has no way to read single images")
+    files = image_files(path)
+    for i in range(0, len(files), batch_size):
+        chosen = files[i : i + batch_size]
+        images = np.stack([_read(module, f, options) for f in chosen])
+        padding = [(0, batch_size - len(chosen))] + [(0, 0)] * (images.ndim - 1)
+        yield [str(f) for f in chosen], np.pad(images, padding)
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """`path` itself, or all images below it. Raises ConfigError where there are none."""
     path = Path(path)
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise ConfigError(f"--input {path}: no image files ({', '.join(SUFFIXES)})")
-    for i in range(0, len(files), batch_size):
-        chosen = files[i : i + batch_size]
-        images = np.stack([_read(module, f, options) for f in chosen])
-        padding = [(0, batch_size - len(chosen))] + [(0, 0)] * (images.ndim - 1)
-        yield [str(f) for f in chosen], np.pad(images, padding)
+    return files
 
 
 def _read(module, file: Path, options) -> np.ndarray:
