@@ -32,11 +32,15 @@ def main(argv: list[str]) -> int:
     with config.unlocked():
         config.init_from = paths["checkpoint"]
     plan = Plan(config)
-    if not hasattr(plan.task, "predict"):
+    writes_files = hasattr(plan.task, "predict_files")
+    if not writes_files and not hasattr(plan.task, "predict"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
-    rows = plan.task.predict({"params": params, **extra}, paths["input"], config)
-    output = Path(paths["output"])
+    output, variables = Path(paths["output"]), {"params": params, **extra}
+    if writes_files:
+        rows = plan.task.predict_files(variables, paths["input"], output.with_suffix(""), config)
+    else:
+        rows = plan.task.predict(variables, paths["input"], config)
     part = output.with_name(output.name + ".part")
     with open(part, "w", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -329,20 +329,21 @@ def plan_lowres(
     fullres: NetworkPlan,
     *,
     dataset_voxels: float,
+    share: float = LOWRES_SHARE,
     **arguments: Any,
 ) -> tuple[NetworkPlan, tuple[float, ...], tuple[int, ...]] | None:
     """(plan, spacing, median shape) of `3d_lowres`, or None when none is wanted.
 
-    One is wanted when a patch of the full resolution holds less than a quarter of the median
-    case. Spacing grows by 3 % at a time, first along axes more than twice finer than the coarsest,
-    until a patch holds a quarter; more than half of the full resolution's voxels is no use.
-    Remaining arguments are those of `plan_network`.
+    One is wanted when a patch of the full resolution holds less than `share` (a quarter) of the
+    median case. Spacing grows by 3 % at a time, first along axes more than twice finer than the
+    coarsest, until a patch holds that share; more than half of the full resolution's voxels is no
+    use. Remaining arguments are those of `plan_network`.
     """
     current = np.array(spacing, np.float64)
     full = float(np.prod(np.asarray(median_shape, np.float64)))
     plan, voxels, small = None, full, np.asarray(median_shape, np.float64)
     in_patch = math.prod(fullres.patch_size)
-    while in_patch / voxels < LOWRES_SHARE:
+    while in_patch / voxels < share:
         finer = current.max() / current > 2
         current[finer if finer.any() else slice(None)] *= LOWRES_STEP
         small = np.asarray(spacing) / current * np.asarray(median_shape)

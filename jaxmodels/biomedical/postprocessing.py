@@ -103,7 +103,7 @@ def apply(segmentation: np.ndarray, operations: Sequence[Operation]) -> np.ndarr
 def class_dice(
     predictions: Sequence[np.ndarray], references: Sequence[np.ndarray], labels: Sequence[int]
 ) -> np.ndarray:
-    """Mean Dice over cases of every label, [labels]; cases where neither map has it are left out."""
+    """Mean Dice over cases of every label [labels], without cases where neither map has it."""
     table = np.asarray(
         [[dice(r == k, p == k) for k in labels] for p, r in zip(predictions, references)], float
     ).reshape(len(predictions), len(labels))

@@ -21,5 +21,7 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   initialization, as models that other runs trained; not called on resuming;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
   to beat;
-- optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes.
+- optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes;
+- optional `predict_files(variables, path, folder, config) -> rows` in place of `predict`, where
+  predictions are files (label maps): they go into `folder`, the output without its ending.
 """
