@@ -264,6 +264,7 @@ def fold_config(
             "prior_labels": labels,
             "context": own["context"],
             "view": own["view"],
+            "report_cases": False,  # the next stage predicts them
         }
     )
     result.steps, result.batch_size = int(steps), int(own["batch_size"])

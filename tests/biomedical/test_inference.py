@@ -8,7 +8,7 @@ import pytest
 
 from jaxmodels.biomedical import sliding_window
 from jaxmodels.biomedical.unet import PlainConvUNet
-from jaxmodels.interop.catalog import initialize
+from tests.biomedical.networks import drawn
 from train import segmentation_inference as inference
 from train.data.medical_files import DataError
 
@@ -62,7 +62,7 @@ def test_one_compilation_serves_cases_of_all_sizes():
         n_conv_per_stage=(1, 1),
         n_conv_per_stage_decoder=(1,),
     )
-    variables = initialize(module)
+    variables = drawn(module)
     call = jax.jit(chex.assert_max_traces(lambda v, x: module.apply(v, x), n=1))
     for size in ((9, 30), (16, 16), (40, 17)):
         image = RNG.normal(size=(*size, 1)).astype(np.float32)
@@ -90,7 +90,7 @@ def network():
         n_conv_per_stage=(1, 1),
         n_conv_per_stage_decoder=(1,),
     )
-    return module, initialize(module)
+    return module, drawn(module)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".nii"])

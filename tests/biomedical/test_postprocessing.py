@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmodels.biomedical import components, ensembling, postprocessing
+from jaxmodels.biomedical import components, ensembling, metrics, postprocessing, ranking
 
 RNG = np.random.default_rng(2)
 
@@ -103,20 +103,32 @@ def test_weights_are_fitted_and_never_negative():
     assert (mixed.argmax(-1) == labels).mean() >= 0.95 * (good.argmax(-1) == labels).mean()
 
 
-def test_image_level_ensembles_combine_by_mean_rank_median_and_stacking():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 300)
-    noisy = [np.clip(0.5 + 0.2 * (2 * labels - 1) + 0.3 * rng.normal(size=300), 0.01, 0.99)
-             for _ in range(5)]  # fmt: skip
-    p = [np.stack([1 - n, n], -1) for n in noisy]
-    single = np.mean([((n > 0.5) == labels).mean() for n in noisy])
+def test_image_level_ensembles_of_out_of_fold_predictions_beat_the_mean_member():
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.naive_bayes import GaussianNB
+    from sklearn.neighbors import KNeighborsClassifier
+
+    data = load_breast_cancer()
+    x, labels = (data.data - data.data.mean(0)) / data.data.std(0), data.target
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    models = (LogisticRegression(max_iter=500), GaussianNB(), KNeighborsClassifier(9))
+    p = [cross_val_predict(m, x, labels, cv=folds, method="predict_proba") for m in models]
+    single = np.mean([metrics.auroc(labels, q[:, 1]) for q in p])
+    weights = ensembling.least_squares_weights(p, labels)
     for combined in (
-        ensembling.average(p)[:, 1] > 0.5,
-        ensembling.median(p)[:, 1] > 0.5,
-        ensembling.rank_average(noisy) > 0.5,
-        ensembling.stacked(ensembling.fit_stacking(p, labels), p)[:, 1] > 0.5,
+        ensembling.average(p)[:, 1],
+        ensembling.average(p, weights)[:, 1],
+        ensembling.median(p)[:, 1],
+        ensembling.rank_average([q[:, 1] for q in p]),
+        ensembling.stacked(ensembling.fit_stacking(p, labels), p)[:, 1],
     ):
-        assert (combined == labels).mean() > single
+        assert metrics.auroc(labels, combined) > single
+    # Ranking by the Brier score of every case: smaller is better, the ensemble is no worse.
+    rows = np.stack([(q[:, 1] - labels) ** 2 for q in (*p, ensembling.average(p, weights))])
+    found = ranking.bootstrap_ranking(rows, samples=100, larger_better=False)
+    assert found.full[3] == 1 and found.interval()[1, 1] == 4
 
 
 def test_members_of_other_shapes_or_classes_are_refused():

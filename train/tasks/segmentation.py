@@ -51,6 +51,7 @@ class Segmentation:
       image_weight: of the auxiliary loss of an image-level head (which classes a patch holds).
       mirror: test-time mirroring. step: of inference windows, in tiles. context: slices beside.
       view: axis whose slices a flat network sees.
+      report_cases: whether the report predicts whole held-out cases.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Segmentation:
     context: int = 0
     view: int = 0
     inference_batch: int = 4
+    report_cases: bool = True
 
     def __post_init__(self) -> None:
         augmentation.Augmentation.named(self.augment)
@@ -191,7 +193,7 @@ class Segmentation:
         """Baselines of the data, and the Dice of whole held-out cases by sliding window."""
         family, options = pipeline.resolve(config.data)
         numbers = dict(family.baselines(config.data)) if hasattr(family, "baselines") else {}
-        if hasattr(family, "held_out"):
+        if self.report_cases and hasattr(family, "held_out"):
             targets = list(family.dataset(options)["targets"].values())
             order = self.region_order or None
             rows = []
