@@ -95,6 +95,7 @@ def _pipeline(config):
     config.optimizer.args.momentum = 0.9
     config.schedule.peak = 0.1
     config.log_every = 50
+    config.checkpoint.update(every=100, keep=1)
     config.task_args = {"augment": "mirror"}
     config.challenge = ConfigDict(
         {

@@ -67,26 +67,27 @@ def rotation_range(patch: Sequence[int]) -> float:
     return math.radians(15) if max(plane) / min(plane) > 1.5 else math.radians(180)
 
 
-def enlarged_patch(patch: Sequence[int], smallest_scale: float = 0.7) -> tuple[int, ...]:
-    """The patch to read so that rotating and scaling find content: the rotated box, over 0.7."""
-    angle = rotation_range(patch)
-    if len(patch) == 3 and not dummy_2d(patch):
-        matrices = [_rotation_3d(*a) for a in ((angle, 0, 0), (0, angle, 0), (0, 0, angle))]
-        size = [max(float(abs(m[i]) @ jnp.asarray(patch, jnp.float32)) for m in matrices)
-                for i in range(3)]  # fmt: skip
+def enlarged_patch(patch: Sequence[int], smallest_scale: float = 0.85) -> tuple[int, ...]:
+    """The patch to read so that most rotations and scalings find content (nnU-Net's size).
+
+    The patch's extent turned by the largest angle (90 degrees at most) about every axis, over
+    `smallest_scale`, truncated; under dummy 2-D the first axis stays.
+    """
+    plane = list(patch[1:]) if dummy_2d(patch) else list(patch)
+    angle = min(math.pi / 2, rotation_range(patch))
+    c, s = math.cos(angle), math.sin(angle)
+    if len(plane) == 3:
+        x, y, z = plane
+        turned = (
+            max(abs(x * c - z * s), abs(x * c + y * s)),
+            max(abs(y * c + z * s), abs(y * c - x * s)),
+            max(abs(z * c - y * s), abs(z * c + x * s)),
+        )
     else:
-        plane = list(patch[-2:])
-        worst = min(angle, math.pi / 4)
-        turned = [
-            plane[0] * math.cos(worst) + plane[1] * math.sin(worst),
-            plane[1] * math.cos(worst) + plane[0] * math.sin(worst),
-        ]
-        size = [*patch[:-2], *(max(a, b) for a, b in zip(turned, plane))]
-    keep = 1 if dummy_2d(patch) else 0
-    return tuple(
-        int(n) if i < keep else math.ceil(s / smallest_scale)
-        for i, (n, s) in enumerate(zip(patch, size))
-    )
+        x, y = plane
+        turned = (abs(x * c + y * s), abs(y * c - x * s))
+    size = [int(max(n, t) / smallest_scale) for n, t in zip(plane, turned)]
+    return (*patch[: len(patch) - len(plane)], *size)
 
 
 def _rotation_2d(angle):

@@ -120,7 +120,8 @@ def test_rotation_ranges_and_enlarged_patches_follow_the_shape():
     assert augmentation.rotation_range((64, 64, 64)) == pytest.approx(np.radians(30))
     assert augmentation.dummy_2d((16, 64, 64)) and not augmentation.dummy_2d((32, 64, 64))
     assert augmentation.enlarged_patch((16, 64, 64))[0] == 16
-    assert min(augmentation.enlarged_patch((64, 64))) >= 64 / 0.7
+    assert augmentation.enlarged_patch((64, 64)) == (75, 75)
+    assert augmentation.enlarged_patch((128, 128, 128)) == (205, 205, 205)
     with pytest.raises(ValueError, match="no augmentation 'strong'"):
         augmentation.Augmentation.named("strong")
 

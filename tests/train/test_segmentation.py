@@ -162,9 +162,9 @@ def test_a_mistake_gets_one_line(flag, raw, tmp_path, capsys):
 def challenge_flags(raw, **more):
     flags = {
         "data.options.path": raw,
-        "challenge.configurations": ("2d", "3d_fullres", "3d_lowres", "3d_cascade"),
+        "challenge.configurations": ("3d_lowres", "3d_cascade"),
         "challenge.folds": 2,
-        "challenge.plan.memory_gb": 0.01,
+        "challenge.plan.memory_gb": 0.0004,
         "challenge.plan.base_features": 2,
         "challenge.plan.batch_size": 3,
         "challenge.plan.lowres_share": 0.9,
@@ -194,7 +194,7 @@ def test_one_command_leads_from_a_folder_to_a_submission_and_resumes(raw, tmp_pa
         np.testing.assert_array_equal(labels.affine, image.affine)
     # Every case is predicted once, by the model that did not see it.
     held = json.loads((workdir / "prepared" / "splits.json").read_text())
-    for name in ("2d", "3d_cascade"):
+    for name in ("3d_lowres", "3d_cascade"):
         recorded = json.loads((workdir / f"oof_{name}" / "folds.json").read_text())
         assert recorded == {case: k for k, one in enumerate(held) for case in one}
     # The cascade read what the low resolution predicted for cases it had not seen.
@@ -206,7 +206,9 @@ def test_one_command_leads_from_a_folder_to_a_submission_and_resumes(raw, tmp_pa
     capsys.readouterr()
     assert challenge.main(["challenge", *challenge_flags(raw), f"--workdir={workdir}"]) == 0
     said = capsys.readouterr().out
-    assert "train_2d_seed0_fold1: finished before" in said and "test: test prediction" in said
+    assert (
+        "train_3d_lowres_seed0_fold1: finished before" in said and "test: test prediction" in said
+    )
     assert "ensemble: finished before" in said
 
 

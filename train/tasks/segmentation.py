@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.biomedical import augmentation, losses, metrics
+from jaxmodels.biomedical.preprocessing import labels_of
 from train.building import build_model
 from train.data import pipeline
 from train.naming import ConfigError
@@ -199,7 +200,7 @@ class Segmentation:
             rows = []
             for _, image, label, _ in family.held_out(options):
                 p = predict_probabilities(self.model, [variables], image, self.windows())
-                rows.append(case_dice(label_map(p, order), np.asarray(label), targets))
+                rows.append(case_dice(labels_of(p, order), np.asarray(label), targets))
             per_class, mean = metrics.mean_over_cases(np.asarray(rows), warn=False)
             numbers["held_out_dice"] = mean
             if len(per_class) > 1:
@@ -218,13 +219,6 @@ class Segmentation:
             p = predict_probabilities(self.model, [variables], image, self.windows())
             rows.append((case, str(write(p, folder))))
         return rows
-
-
-def label_map(probabilities: np.ndarray, region_order=None) -> np.ndarray:
-    """Labels of probabilities; see `preprocessing.labels_of`."""
-    from jaxmodels.biomedical.preprocessing import labels_of
-
-    return labels_of(probabilities, region_order)
 
 
 def case_dice(prediction: np.ndarray, reference: np.ndarray, targets) -> list[float]:
