@@ -16,7 +16,7 @@ from train.naming import ConfigError  # noqa: E402
 FLAGS = {
     "checkpoint": "a run directory of ours or a PyTorch checkpoint file",
     "input": "what to predict on",
-    "output": "the file to write",
+    "output": "the file or folder to write",
 }
 
 
@@ -35,17 +35,20 @@ def load_run(argv: list[str]) -> tuple:
     with config.unlocked():
         config.init_from = paths["checkpoint"]
     plan = Plan(config)
-    if not hasattr(plan.task, "predict"):
+    if not hasattr(plan.task, "predict") and not hasattr(plan.task, "predict_files"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     return config, paths, plan.task, {"params": params, **extra}
 
 
 def main(argv: list[str]) -> int:
-    """Load a checkpoint and write the task's predictions as CSV."""
+    """Load a checkpoint and write the task's predictions: CSV, or files of the task's own."""
     config, paths, task, variables = load_run(argv)
-    rows = task.predict(variables, paths["input"], config)
     output = Path(paths["output"])
+    if hasattr(task, "predict_files"):
+        print(task.predict_files(variables, paths["input"], output, config))
+        return 0
+    rows = task.predict(variables, paths["input"], config)
     part = output.with_name(output.name + ".part")
     with open(part, "w", newline="") as file:
         csv.writer(file).writerows(rows)

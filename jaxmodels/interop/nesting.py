@@ -21,6 +21,7 @@ WEIGHT_SETS = (
     "model",
     "net",
     "network",
+    "network_weights",
     "params",
     "weights",
     "module",

@@ -1,0 +1,53 @@
+"""Triangles of the marching-cubes surface in every 2x2x2 neighborhood of a binary volume.
+
+Data of google-deepmind/surface-distance@1f805ce (`surface_distance/lookup_tables.py`, Apache
+License 2.0, Copyright DeepMind Technologies): for each of the 256 codes up to four triangle
+normals whose length is the triangle's area at unit spacing. Components are eighths from -4/8 to
+4/8, written as the letters a to i.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_LETTERS = (
+    "eeeeeeeeeeeefffeeeeeeeeeddfeeeeeeeeecceggeeeeeeefdfeeeeeeeeececgegeeeeeefdfddfeeeeeeieeg"
+    "ggfffeeedffeeeeeeeeefffdffeeeeeecegcegeeeeeeieeccgddfeeegcegceeeeeeeieegcgdfdeeeaeecggdf"
+    "feeeieeieeeeeeeefddeeeeeeeeeecceggeeeeeeddffddeeeeeeeaegggfffeeefdffddeeeeeeeeagggdddeee"
+    "ddffdffddeeedddcccgggfffdfffddeeeeeeecceggdffeeecegcegfddeeefffhhhecgcegfddgcegceeeehhhe"
+    "gcdddcgeaeedddcccfffaeedddccceeefdfeeeeeeeeeffffdfeeeeeeecgegceeeeeeeaeffdggceeefdffdfee"
+    "eeeefdfcecgegeeeecgegcfdfeeebbheggffdcecdfffdfeeeeeeffffdfdffeeeeeiccgddfeeeggcggcffdddf"
+    "fdfgcegceeeeieegcgdfdfdfegchbbdffggeaeeccgddfeeegcecgeeeeeeeeiecggfddeeeeiefdfcgceeeeiee"
+    "aeeeeeeegcecgefdfeeebbbcegdddcgefffeaecccdddeaecccdddeeedffgcecgeeeeeieggcddfddfbhbccedf"
+    "dcegeieggcddfeeegcecgegcegceccecceddfeeefffccecceeeeccecceeeeeeeddfeeeeeeeeefffddfeeeeee"
+    "ddfddfeeeeeeddfcceggeeeeecgecgeeeeeeeeigcgfdfeeeecgecgddfeeehbheccdfdggeddfdffeeeeeefffd"
+    "dfdffeeeddfcegcegeeeieeccgddfddfeiecgcfdfeeecgccgcdfddfdcechbbegcdffieecgcfdfeeeceggecee"
+    "eeeeeeicggdffeeeddfceggeceeececbhhccedffeeaggcddfeeeeeieeieeeeeeffffffgggeeifffgggeeieee"
+    "ceggecdffeeeeeigcgfdffdfcegcegceggecfdfgeggegeeegegbbhcgeddfeeigcgfdfeeefffgeggegeeegegg"
+    "egeeeeeeddffdfeeeeeefffddffdfeeeddfecgegceeeeaeffdggcddfecgecgfdfeeeeeigcgfdffdfecgecgec"
+    "gegceggeggfddeeedfffdfddfeeedfffdfddffffeeiccgddfddfffffdffddeeeeiecgcfdffdffffddffddeee"
+    "ecceggfffeeeffffddeeeeeeieegccfddeeecggdffcggfddhbheggdfdcegeaecggdffeeebbhgceeggddfdffc"
+    "ggeeieeefffeggeggeeeeggeggeeeeeeieegggfffffffdfddffffeeececgegfffeeeffffdfeeeeeecceggeff"
+    "feeefffddfeeeeeeffffffeeeeeefffeeeeeeeeefffeeeeeeeeeffffffeeeeeefffddfeeeeeecceggefffeee"
+    "ffffdfeeeeeececgegfffeeefdfddffffeeeieegggffffffeggeggeeeeeefffeggeggeeedffcggeeieeebbhg"
+    "ceeggddfeaecggdffeeehbheggdfdcegcggdffcggfddieegccfddeeeffffddeeeeeeecceggfffeeefffddffd"
+    "deeeeiecgcfdffdfffffdffddeeeeeiccgddfddfdfffdfddffffdfffdfddfeeeeggeggfddeeeecceggeggegg"
+    "eeigcgfdffdfecgecgfdfeeeeaeffdggcddfddfecgegceeefffddffdfeeeddffdfeeeeeegeggegeeeeeefffg"
+    "eggegeeeeeigcgfdfeeegegbbhcgeddffdfgeggegeeececgeggeggegeeigcgfdffdfceggecdffeeefffgggee"
+    "ieeeffffffgggeeieeieeieeeeeeeeaggcddfeeececbhhccedffddfceggeceeeeeicggdffeeeceggeceeeeee"
+    "ieecgcfdfeeecechbbegcdffcgccgcdfddfdeiecgcfdfeeeieeccgddfddfddfcegcegeeefffddfdffeeeddfd"
+    "ffeeeeeehbheccdfdggeecgecgddfeeeeeigcgfdfeeeecgecgeeeeeeddfcceggeeeeddfddfeeeeeefffddfee"
+    "eeeeddfeeeeeeeeeccecceeeeeeefffccecceeeeccecceddfeeecceccecceggeeieggcddfeeebhbccedfdceg"
+    "eieggcddfddfdffgcecgeeeeeaecccdddeeefffeaecccdddbbbcegdddcgegcecgefdfeeeeieeaeeeeeeeeief"
+    "dfcgceeeeiecggfddeeegcecgeeeeeeeaeeccgddfeeeegchbbdffggeieegcgdfdfdffdfgcegceeeeggcggcff"
+    "dddfeeiccgddfeeeffffdfdffeeedfffdfeeeeeebbheggffdcececgegcfdfeeefdfcecgegeeefdffdfeeeeee"
+    "eaeffdggceeeecgegceeeeeeffffdfeeeeeefdfeeeeeeeeeaeedddccceeeaeedddcccfffhhhegcdddcgefddg"
+    "cegceeeefffhhhecgcegcegcegfddeeeecceggdffeeedfffddeeeeeedddcccgggfffddffdffddeeeeeagggdd"
+    "deeefdffddeeeeeeeaegggfffeeeddffddeeeeeeecceggeeeeeefddeeeeeeeeeieeieeeeeeeeaeecggdffeee"
+    "ieegcgdfdeeegcegceeeeeeeieeccgddfeeecegcegeeeeeefffdffeeeeeedffeeeeeeeeeieegggfffeeefdfd"
+    "dfeeeeeececgegeeeeeefdfeeeeeeeeecceggeeeeeeeddfeeeeeeeeefffeeeeeeeeeeeeeeeeeeeee"
+)
+
+NEIGHBOR_NORMALS = (np.frombuffer(_LETTERS.encode(), np.uint8).astype(np.float64) - ord("e")) / 8
+NEIGHBOR_NORMALS = NEIGHBOR_NORMALS.reshape(256, 4, 3)
+NEIGHBOR_NORMALS.setflags(write=False)
