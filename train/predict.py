@@ -21,7 +21,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Load a checkpoint and write the task's predictions as CSV."""
+    """Load a checkpoint and write the task's predictions: CSV, or files of the task's own."""
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
     from train.initialization import starting_variables
     from train.loop import Plan, compilation_cache
@@ -32,10 +32,14 @@ def main(argv: list[str]) -> int:
     with config.unlocked():
         config.init_from = paths["checkpoint"]
     plan = Plan(config)
-    if not hasattr(plan.task, "predict"):
+    if not hasattr(plan.task, "predict") and not hasattr(plan.task, "predict_files"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
-    rows = plan.task.predict({"params": params, **extra}, paths["input"], config)
+    variables = {"params": params, **extra}
+    if hasattr(plan.task, "predict_files"):
+        print(plan.task.predict_files(variables, paths["input"], paths["output"], config))
+        return 0
+    rows = plan.task.predict(variables, paths["input"], config)
     output = Path(paths["output"])
     part = output.with_name(output.name + ".part")
     with open(part, "w", newline="") as file:

@@ -13,12 +13,12 @@ from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
 
 class TransposedConv(nn.Module):
-    """PyTorch's `ConvTranspose2d` with kernel = stride + 2 padding, x [B, H, W, I] -> [B, sH, sW, O].
+    """PyTorch's `ConvTranspose2d` where kernel = stride + 2 padding.
 
-    `kernel` [k, k, I, O] is flipped, as an input-dilated convolution has it: the rule
-    `TRANSPOSED_CONVOLUTION` of `interop/conversion.py` converts PyTorch's [I, O, k, k]. Output
-    phase (a, b) sees only every s-th tap, so that no product with a zero is computed; XLA's own
-    input-dilated form computes all of them on a CPU.
+    x [B, H, W, I] -> [B, sH, sW, O]. `kernel` [k, k, I, O] is flipped, as an input-dilated
+    convolution has it: the rule `TRANSPOSED_CONVOLUTION` of `interop/conversion.py` converts
+    PyTorch's [I, O, k, k]. Output phase (a, b) sees only every s-th tap, so that no product with a
+    zero is computed; XLA's own input-dilated form computes all of them on a CPU.
 
     Raises ValueError for sizes that do not give exactly `stride` times the input.
     """

@@ -37,7 +37,7 @@ def _residual_init() -> Initializer:
 
 
 class ResidualBlocks(nn.Module):
-    """A 3x3 convolution, leaky ReLU, then n blocks x + conv(relu(conv(x))); [B, H, W, I] -> [.., C]."""
+    """A 3x3 convolution, leaky ReLU, n blocks x + conv(relu(conv(x))); [B, H, W, I] -> C maps."""
 
     channels: int
     num_blocks: int
@@ -113,7 +113,7 @@ class BasicVSRPlusPlus(nn.Module):
     in the backward pass. `detect_mirror`: an even clip whose second half is the first reversed
     takes the backward flows, reversed, as its forward flows; this is decided for every call.
 
-    Raises ValueError for clips that are not [B,T,C,H,W] transposed to channels last, sides under
+    Raises ValueError for clips that are not [B,T,C,H,W] with channels moved last, sides under
     64 on the low-resolution grid, and channel counts that deformable groups do not divide.
     """
 
@@ -173,12 +173,11 @@ class BasicVSRPlusPlus(nn.Module):
         return self.intermediates(clip, train)["output"]
 
     def intermediates(self, clip: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """`flows_backward`, `flows_forward` [B, T-1, h, w, 2], each pass [B, T, h, w, C], `output`."""
+        """Flows `flows_*` [B, T-1, h, w, 2], each pass [B, T, h, w, C] by name, and `output`."""
         del train
         _check_clip(clip, self.is_low_res_input)
         if self.is_initializing() and clip.shape[1] == 1:
             clip = jnp.repeat(clip, 2, axis=1)  # one frame would leave the alignment unbuilt
-        batch, frames = clip.shape[:2]
         backward, forward = self.flows(clip)
         spatial = self._per_frame(self._features, clip)
         maps: dict[str, jax.Array] = {"flows_backward": backward, "flows_forward": forward}

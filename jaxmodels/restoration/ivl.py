@@ -178,6 +178,45 @@ def frame_windows(frames: int, tmp: int = 5) -> np.ndarray:
     return np.clip(around, 0, frames - 1)
 
 
+# The entry's own constants, on [0, 1]; studio range as BT.601, but rounded.
+_TO_YCBCR = np.array([[0.257, 0.504, 0.098], [-0.148, -0.291, 0.439], [0.439, -0.368, -0.071]])
+_OFFSET = np.array([0.063, 0.502, 0.502])
+
+
+def rgb_to_ycbcr(rgb: jax.Array) -> jax.Array:
+    """RGB [..., 3] in [0, 1] -> YCbCr [..., 3] with the entry's constants."""
+    matrix = jnp.asarray(_TO_YCBCR.T, rgb.dtype)
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.matmul(rgb, matrix, precision=exact) + jnp.asarray(_OFFSET, rgb.dtype)
+
+
+def ycbcr_to_rgb(ycbcr: jax.Array) -> jax.Array:
+    """The inverse of `rgb_to_ycbcr`, clamped to [0, 1]."""
+    matrix = jnp.asarray(np.linalg.inv(_TO_YCBCR).T, ycbcr.dtype)
+    exact = jax.lax.Precision.HIGHEST
+    rgb = jnp.matmul(ycbcr - jnp.asarray(_OFFSET, ycbcr.dtype), matrix, precision=exact)
+    return jnp.clip(rgb, 0, 1)
+
+
+def restore_rgb(module: MFVQESRY, variables, frames: jax.Array) -> jax.Array:
+    """RGB frames [B, tmp, H, W, 3] around one -> that frame [B, 4H, 4W, 3].
+
+    Luma by the network, chroma bicubic with corners aligned. (The released script converts the
+    interpolated picture instead of the restored one; this returns the restored one.) Sides are
+    padded by repeating the edge to what the network divides by, and cropped.
+    """
+    multiple = 2**module.nb_unet
+    height, width = frames.shape[2:4]
+    more = ((0, -height % multiple), (0, -width % multiple))
+    frames = jnp.pad(frames, ((0, 0), (0, 0), *more, (0, 0)), mode="edge")
+    ycbcr = rgb_to_ycbcr(frames)
+    y = module.apply(variables, jnp.moveaxis(ycbcr[..., 0], 1, -1))
+    chroma = ycbcr[:, module.tmp // 2, ..., 1:]
+    chroma = resize(chroma, y.shape[1:3], "bicubic", align_corners=True)
+    rgb = ycbcr_to_rgb(jnp.concatenate([y.astype(chroma.dtype), chroma], -1))
+    return rgb[:, : height * SCALE, : width * SCALE]
+
+
 MODEL = MFVQESRY
 
 VARIANTS: dict[str, dict[str, Any]] = {"ivl_aim2022": {}}

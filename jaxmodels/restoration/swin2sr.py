@@ -57,7 +57,7 @@ def relative_coords_table(window: int) -> np.ndarray:
     offsets = np.arange(-(window - 1), window, dtype=np.float32)
     table = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), -1) / np.float32(window - 1) * 8
     table = np.sign(table) * np.log2(np.abs(table) + 1) / np.log2(8)
-    return table[None].astype(np.float32)
+    return _constant(table[None].astype(np.float32))
 
 
 @functools.lru_cache(maxsize=32)
@@ -66,7 +66,7 @@ def relative_position_index(window: int) -> np.ndarray:
     rows, columns = np.divmod(np.arange(window * window), window)
     dy = rows[:, None] - rows[None] + window - 1
     dx = columns[:, None] - columns[None] + window - 1
-    return dy * (2 * window - 1) + dx
+    return _constant(dy * (2 * window - 1) + dx)
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,7 +77,8 @@ def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.
     run row by row.
     """
     if not shift:
-        return np.zeros((height // window * (width // window), window**2, window**2), np.float32)
+        count = height // window * (width // window)
+        return _constant(np.zeros((count, window**2, window**2), np.float32))
 
     def regions(n: int) -> np.ndarray:
         index = np.arange(n)
@@ -86,7 +87,14 @@ def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.
     region = regions(height)[:, None] * 3 + regions(width)[None]
     region = region.reshape(height // window, window, width // window, window)
     region = region.transpose(0, 2, 1, 3).reshape(-1, window * window)
-    return np.where(region[:, :, None] == region[:, None], 0.0, SEPARATED).astype(np.float32)
+    same = region[:, :, None] == region[:, None]
+    return _constant(np.where(same, 0.0, SEPARATED).astype(np.float32))
+
+
+def _constant(array: np.ndarray) -> np.ndarray:
+    """The array, shared by all who ask for it, and so not to be written to."""
+    array.setflags(write=False)
+    return array
 
 
 def partition_windows(x: jax.Array, window: int) -> jax.Array:
@@ -298,7 +306,7 @@ class Swin2SR(nn.Module):
 
     `faithful_padding`: in `pixelshuffle_aux` the official code resizes the *padded* input to the
     size of the unpadded output, which shrinks it a little where H or W is no multiple of the
-    window; False resizes it to the padded output's size and crops. Callers that pad first, as the
+    window; False resizes it to the padded output's size and crops last. Callers that pad first, as the
     official test script does, see no difference.
 
     Raises ValueError for arguments that do not fit together, for inputs that are not floats in
@@ -429,12 +437,10 @@ class Swin2SR(nn.Module):
             aux = conv(y, self.in_chans, "conv_aux")
             y = nn.leaky_relu(conv(aux, NUM_FEAT, "conv_after_aux.0"), 0.01)
             target = (height * s, width * s)
-            if self.faithful_padding:
-                large = resize(x, target, "bicubic")
-            else:
-                large = resize(x, (x.shape[1] * s, x.shape[2] * s), "bicubic")
+            if not self.faithful_padding:
+                target = (x.shape[1] * s, x.shape[2] * s)
             y = upsampled(y, "upsample")[:, : target[0], : target[1]]
-            y = y + conv(large, NUM_FEAT, "conv_bicubic")[:, : target[0], : target[1]]
+            y = y + conv(resize(x, target, "bicubic"), NUM_FEAT, "conv_bicubic")
             sr = restored(conv(y, self.in_chans, "conv_last"))
             output = (sr, aux.astype(sr.dtype) / self.img_range + mean)
         elif self.upsampler == "pixelshuffle_hf":

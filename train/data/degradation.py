@@ -8,6 +8,7 @@ libjpeg; compare them with a tolerance, never by hash. Track 2 was coded with HM
 
 from __future__ import annotations
 
+import fractions
 import io
 from collections.abc import Sequence
 
@@ -104,11 +105,9 @@ def _encode(frames, qp: int, rate: int):
     context.width, context.height = frames[0].width, frames[0].height
     context.pix_fmt = "yuv420p"
     context.framerate = rate
-    import fractions
-
     context.time_base = fractions.Fraction(1, rate)
     context.options = {
-        "x265-params": f"qp={qp}:ipratio=1.0:pbratio=1.0:bframes=0:keyint=-1:log-level=none"
+        "x265-params": f"qp={qp}:ipratio=1.0:pbratio=1.0:bframes=0:keyint=-1:log-level=none:info=0"
         ":pools=none:frame-threads=1"
     }
     for number, frame in enumerate(frames):
@@ -151,3 +150,19 @@ def degrade_video(frames: np.ndarray, scale: int = SCALE, qp: int = HEVC_QP) -> 
             )
         )
     return decode_hevc(_encode(small, qp, 30)[0])
+
+
+def read_video_file(path) -> np.ndarray:
+    """All frames of a video file, uint8 [T, H, W, 3].
+
+    Raises ImportError naming the extra without PyAV, ValueError for a file that is no video.
+    """
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path}: not a readable video ({error})") from None
+    if not frames:
+        raise ValueError(f"{path}: no frames")
+    return np.stack(frames)

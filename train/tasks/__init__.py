@@ -21,5 +21,7 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
   initialization, as models that other runs trained; not called on resuming;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
   to beat;
-- optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes.
+- optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes;
+- optional `predict_files(variables, path, output, config) -> str` in place of `predict`, where
+  predictions are pictures or videos: writes them to `output` and returns the line to print.
 """
