@@ -306,8 +306,8 @@ class Swin2SR(nn.Module):
 
     `faithful_padding`: in `pixelshuffle_aux` the official code resizes the *padded* input to the
     size of the unpadded output, which shrinks it a little where H or W is no multiple of the
-    window; False resizes it to the padded output's size and crops last. Callers that pad first, as the
-    official test script does, see no difference.
+    window; False resizes it to the padded output's size and crops last. Callers that pad first, as
+    the official test script does, see no difference.
 
     Raises ValueError for arguments that do not fit together, for inputs that are not floats in
     [0, 1], and for a number of channels that is not `in_chans`.
