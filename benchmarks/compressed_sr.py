@@ -7,20 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import TORCH_PYTHON, Contender, markdown, measure, ratio, write_report
+from configs.compressed_sr import get_config
 
 SIDE, FRAMES = 64, 5
 RATE = 1e-3
-# The small run of configs/compressed_sr.py.
-SMALL = {
-    "upscale": 4,
-    "upsampler": "pixelshuffle_aux",
-    "img_size": 16,
-    "window_size": 8,
-    "embed_dim": 24,
-    "depths": (2, 2),
-    "num_heads": (2, 2),
-    "mlp_ratio": 2.0,
-}
+SMALL = get_config("small").model_args.to_dict()
 LIGHT = {**SMALL, "upsampler": "pixelshuffledirect", "img_size": 64, "embed_dim": 60,
          "depths": (6,) * 4, "num_heads": (6,) * 4}  # fmt: skip
 

@@ -219,21 +219,13 @@ class BasicVSRPlusPlus(nn.Module):
             return none, none
         first = clip[:, :-1].reshape(-1, height, width, 3)
         second = clip[:, 1:].reshape(-1, height, width, 3)
-        shape = (batch, frames - 1, height, width, 2)
-        backward = self.spynet(first, second).reshape(shape)
-        if frames % 2 or not self.detect_mirror or self.is_initializing():
-            return backward, self.spynet(second, first).reshape(shape)
-        half = frames // 2
-        mirrored = jnp.all(clip[:, :half] == clip[:, half:][:, ::-1])
-        forward = nn.cond(
-            mirrored,
-            lambda module, flow, a, b: flow[:, ::-1],
-            lambda module, flow, a, b: module.spynet(b, a).reshape(shape),
-            self,
-            backward,
-            first,
-            second,
-        )
+        # Both directions in one call: half the program to compile.
+        both = self.spynet(jnp.concatenate([first, second]), jnp.concatenate([second, first]))
+        backward, forward = both.reshape(2, batch, frames - 1, height, width, 2)
+        if frames % 2 == 0 and self.detect_mirror:
+            half = frames // 2
+            mirrored = jnp.all(clip[:, :half] == clip[:, half:][:, ::-1])
+            forward = jnp.where(mirrored, backward[:, ::-1], forward)
         return backward, forward
 
     def _features(self, x: jax.Array) -> jax.Array:

@@ -213,17 +213,8 @@ def train_transform(options: Mapping[str, Any]) -> TrainTransform:
 
 def eval_transform(options: Mapping[str, Any]):
     """A fixed crop of each test picture; pictures as a whole come from `eval_images`."""
-    return EvalTransform(dataclasses.replace(train_transform(options), augment=False))
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-    """The training crop that generator 0 draws, without symmetries."""
-
-    transform: TrainTransform
-
-    def __call__(self, pair: Pair) -> dict[str, np.ndarray]:
-        return self.transform(pair, np.random.default_rng(0))
+    transform = dataclasses.replace(train_transform(options), augment=False)
+    return image_pairs.FirstDraw(transform)
 
 
 def eval_images(options: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -284,17 +284,8 @@ def train_transform(options: Mapping[str, Any]) -> TrainTransform:
 
 def eval_transform(options: Mapping[str, Any]):
     """A fixed clip of each test video; videos as a whole come from `eval_videos`."""
-    return EvalTransform(dataclasses.replace(train_transform(options), augment=False))
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-    """The training clip that generator 0 draws, without symmetries."""
-
-    transform: TrainTransform
-
-    def __call__(self, video: Video) -> dict[str, np.ndarray]:
-        return self.transform(video, np.random.default_rng(0))
+    transform = dataclasses.replace(train_transform(options), augment=False)
+    return image_pairs.FirstDraw(transform)
 
 
 def eval_videos(options: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,16 @@ def degraded_crop(
     region = hr[a * scale : b * scale, c * scale : d * scale]
     small = degrade(np.ascontiguousarray(region), scale, quality)
     return small[top - a : top - a + patch, left - c : left - c + patch]
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstDraw:
+    """A training transform as a fixed one: what it draws from generator 0."""
+
+    transform: Callable[[Any, np.random.Generator], dict[str, np.ndarray]]
+
+    def __call__(self, example: Any) -> dict[str, np.ndarray]:
+        return self.transform(example, np.random.default_rng(0))
 
 
 def to_floats(image: np.ndarray) -> np.ndarray:

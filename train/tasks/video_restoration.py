@@ -100,13 +100,14 @@ class VideoRestoration:
         for _, lr, hr in family.eval_videos(options):
             sr = metrics.to_uint8(self.restore(variables, lr, ensemble))
             ours = metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(sr, hr))
-            base = [self._enlarged(frame) for frame in lr]
+            base = [self.enlarged(frame) for frame in lr]
             theirs = metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(base, hr))
             for key, value in zip(scores, (ours, theirs, ours - theirs)):
                 scores[key].append(value)
         return scores
 
-    def _enlarged(self, frame: np.ndarray) -> np.ndarray:
+    def enlarged(self, frame: np.ndarray) -> np.ndarray:
+        """Pillow's bicubic of one frame, the baseline; the frame itself at scale 1."""
         return degradation.upsample(frame, self.scale) if self.scale > 1 else frame
 
     def restore(self, variables, lr: np.ndarray, ensemble: bool | None = None) -> np.ndarray:
@@ -161,7 +162,7 @@ class VideoRestoration:
             if hr.shape != sr.shape:
                 raise ConfigError(f"task_args.reference {original}: {hr.shape}, output {sr.shape}")
             middle = len(sr) // 2
-            base = [self._enlarged(frame) for frame in lr]
+            base = [self.enlarged(frame) for frame in lr]
             save_strip(folder / f"strip_{video.stem}.png", base[middle], sr[middle], hr[middle])
             ours, theirs = (
                 metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(clip, hr))
