@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -66,7 +67,7 @@ class Block(nn.Module):
         if self.shift:
             y = torch.roll(y, (-self.shift, -self.shift), (1, 2))
             if (height, width) not in self.masks:
-                values = shifted_window_mask(height, width, w, self.shift).copy()
+                values = np.array(shifted_window_mask(height, width, w, self.shift))
                 self.masks[(height, width)] = torch.tensor(values)
             mask = self.masks[(height, width)]
         y = y.reshape(batch, height // w, w, width // w, w, channels).permute(0, 1, 3, 2, 4, 5)

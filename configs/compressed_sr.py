@@ -84,6 +84,8 @@ def _small_videos(config, preset):
         config.model_args = {
             "mid_channels": 16,
             "num_blocks": 1,
+            "spatial_blocks": 2,
+            "hr_channels": 16,
             "spynet_channels": (8, 16, 8, 4),
         }
         config.data.options = {"patch": 64, "frames": 4}

@@ -23,9 +23,6 @@ from jaxmodels.restoration.spynet import SPYNET_CHANNELS, SPyNet
 DIRECTIONS = ("backward_1", "forward_1", "backward_2", "forward_2")
 SCALE = 4
 SMALLEST_SIDE = 64
-# Blocks of the feature extractor and of the reconstruction, whatever `num_blocks` is.
-SPATIAL_BLOCKS = 5
-HR_CHANNELS = 64
 SLOPE = 0.1
 
 _ZEROS = nn.initializers.zeros
@@ -109,7 +106,9 @@ class BasicVSRPlusPlus(nn.Module):
     """BasicVSR++, clips [B, T, h, w, 3] in [0, 1] -> [B, T, 4h, 4w, 3].
 
     With `is_low_res_input=False` (compressed-video enhancement) the output has the input's size:
-    features and flows live on a grid of a quarter of it. `remat` recomputes each propagation step
+    features and flows live on a grid of a quarter of it. `spatial_blocks` are those of the feature
+    extractor and of the reconstruction, `hr_channels` the width at full size; the official class
+    fixes them at 5 and 64. `remat` recomputes each propagation step
     in the backward pass. `detect_mirror`: an even clip whose second half is the first reversed
     takes the backward flows, reversed, as its forward flows; this is decided for every call.
 
@@ -123,6 +122,8 @@ class BasicVSRPlusPlus(nn.Module):
     is_low_res_input: bool = True
     deform_groups: int = 16
     spynet_channels: tuple[int, ...] = SPYNET_CHANNELS
+    spatial_blocks: int = 5
+    hr_channels: int = 64
     detect_mirror: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
@@ -148,21 +149,21 @@ class BasicVSRPlusPlus(nn.Module):
         c = self.mid_channels
         self.spynet = SPyNet(self.spynet_channels, **types)
         if self.is_low_res_input:
-            self.feat_extract = ResidualBlocks(c, SPATIAL_BLOCKS, **types)
+            self.feat_extract = ResidualBlocks(c, self.spatial_blocks, **types)
         else:
             self._child("feat_extract.0", Conv(c, 3, 2, **conv))
             self._child("feat_extract.2", Conv(c, 3, 2, **conv))
-            self._child("feat_extract.4", ResidualBlocks(c, SPATIAL_BLOCKS, **types))
+            self._child("feat_extract.4", ResidualBlocks(c, self.spatial_blocks, **types))
         for direction in DIRECTIONS:
             align = SecondOrderDeformableAlignment(
                 c, self.deform_groups, self.max_residue_magnitude, **types
             )
             self._child(f"deform_align.{direction}", align)
             self._child(f"backbone.{direction}", ResidualBlocks(c, self.num_blocks, **types))
-        self.reconstruction = ResidualBlocks(c, SPATIAL_BLOCKS, **types)
+        self.reconstruction = ResidualBlocks(c, self.spatial_blocks, **types)
         self._child("upsample1.upsample_conv", Conv(4 * c, 3, **conv))
-        self._child("upsample2.upsample_conv", Conv(4 * HR_CHANNELS, 3, **conv))
-        self.conv_hr = Conv(HR_CHANNELS, 3, **conv)
+        self._child("upsample2.upsample_conv", Conv(4 * self.hr_channels, 3, **conv))
+        self.conv_hr = Conv(self.hr_channels, 3, **conv)
         self.conv_last = Conv(3, 3, **conv)
 
     def _child(self, name: str, module: nn.Module) -> None:

@@ -40,9 +40,7 @@ UPSAMPLERS = (
 )
 SCALES = (2, 3, 4, 8)
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
-NUM_FEAT = 64
-# Width of the network that turns relative positions into biases, and of the bias itself.
-CPB_HIDDEN, CPB_RANGE = 512, 16.0
+CPB_RANGE = 16.0
 MAX_LOGIT_SCALE = float(np.log(100.0))
 # Added to the logits of pixels that a cyclic shift brought together.
 SEPARATED = -100.0
@@ -69,26 +67,22 @@ def relative_position_index(window: int) -> np.ndarray:
     return _constant(dy * (2 * window - 1) + dx)
 
 
-@functools.lru_cache(maxsize=64)
-def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+def shifted_window_mask(height: int, width: int, window: int, shift: int) -> jax.Array:
     """float32 [windows, w*w, w*w]: 0 where both pixels were neighbors before the roll, else -100.
 
     The image rolled by -shift has nine regions; pixels of different regions must not mix. Windows
-    run row by row.
+    run row by row. Under `jit` it is computed by the program: for large images a constant of this
+    size would be much of it.
     """
-    if not shift:
-        count = height // window * (width // window)
-        return _constant(np.zeros((count, window**2, window**2), np.float32))
 
-    def regions(n: int) -> np.ndarray:
-        index = np.arange(n)
-        return (index >= n - window).astype(int) + (index >= n - shift)
+    def regions(n: int) -> jax.Array:
+        index = jnp.arange(n)
+        return (index >= n - window).astype(jnp.int32) + (index >= n - shift)
 
     region = regions(height)[:, None] * 3 + regions(width)[None]
     region = region.reshape(height // window, window, width // window, window)
     region = region.transpose(0, 2, 1, 3).reshape(-1, window * window)
-    same = region[:, :, None] == region[:, None]
-    return _constant(np.where(same, 0.0, SEPARATED).astype(np.float32))
+    return jnp.where(region[:, :, None] == region[:, None], 0.0, SEPARATED)
 
 
 def _constant(array: np.ndarray) -> np.ndarray:
@@ -115,13 +109,14 @@ class _PositionBias(nn.Module):
     """The two-layer network from relative coordinates to a number for each head."""
 
     heads: int
+    hidden: int
     dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, table: jax.Array) -> jax.Array:
         types = dict(kernel_init=_LINEAR_INIT, dtype=self.dtype, param_dtype=self.param_dtype)
-        hidden = nn.relu(Linear(CPB_HIDDEN, bias_init=_ZEROS, name="0", **types)(table))
+        hidden = nn.relu(Linear(self.hidden, bias_init=_ZEROS, name="0", **types)(table))
         return Linear(self.heads, use_bias=False, name="2", **types)(hidden)
 
 
@@ -137,6 +132,7 @@ class WindowAttention(nn.Module):
     qkv_bias: bool = True
     attn_drop_rate: float = 0.0
     drop_rate: float = 0.0
+    cpb_hidden: int = 512
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -159,15 +155,19 @@ class WindowAttention(nn.Module):
         query, key = _unit(query) * scale.astype(query.dtype), _unit(key)
 
         table = jnp.asarray(relative_coords_table(self.window).reshape(-1, 2), self.dtype)
-        bias = _PositionBias(heads, self.dtype, self.param_dtype, name="cpb_mlp")(table)
+        bias = _PositionBias(heads, self.cpb_hidden, self.dtype, self.param_dtype, name="cpb_mlp")(
+            table
+        )
         bias = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
         bias = bias[relative_position_index(self.window).reshape(-1)].reshape(n, n, heads)
         bias = CPB_RANGE * jax.nn.sigmoid(bias).transpose(2, 0, 1)[None]  # [1, heads, n, n]
         if mask is not None:
             bias = bias + jnp.asarray(mask, bias.dtype)[:, None]
-        rng = self.make_rng("dropout") if train and self.attn_drop_rate else None
+        rngs = None
+        if train and self.attn_drop_rate:
+            rngs = jax.random.split(self.make_rng("dropout"), x.shape[0])
 
-        def one_image(query, key, value):
+        def one_image(query, key, value, rng):
             return attend(
                 query,
                 key,
@@ -178,7 +178,8 @@ class WindowAttention(nn.Module):
                 rng=rng,
             )
 
-        y = merge_heads(jax.vmap(one_image)(query, key, value))
+        axes = (0, 0, 0, None if rngs is None else 0)
+        y = merge_heads(jax.vmap(one_image, axes)(query, key, value, rngs))
         y = Linear(channels, bias_init=_ZEROS, name="proj", **types)(y)
         return dropout(y, self.drop_rate, self.make_rng("dropout") if self._drops(train) else None)
 
@@ -206,6 +207,7 @@ class SwinBlock(nn.Module):
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    cpb_hidden: int = 512
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -229,6 +231,7 @@ class SwinBlock(nn.Module):
             self.qkv_bias,
             self.attn_drop_rate,
             self.drop_rate,
+            self.cpb_hidden,
             name="attn",
             **types,
         )(partition_windows(y, self.window), mask, train)
@@ -270,6 +273,7 @@ class ResidualGroup(nn.Module):
     attn_drop_rate: float = 0.0
     resi_connection: str = "1conv"
     use_checkpoint: bool = False
+    cpb_hidden: int = 512
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -288,6 +292,7 @@ class ResidualGroup(nn.Module):
                 self.drop_rate,
                 self.attn_drop_rate,
                 rate,
+                self.cpb_hidden,
                 name=f"residual_group.blocks.{j}",
                 **types,
             )(y, train)
@@ -308,6 +313,9 @@ class Swin2SR(nn.Module):
     size of the unpadded output, which shrinks it a little where H or W is no multiple of the
     window; False resizes it to the padded output's size and crops last. Callers that pad first, as
     the official test script does, see no difference.
+
+    `num_feat` and `cpb_hidden` are the widths of the reconstruction and of the networks behind the
+    position biases, which the official class fixes at 64 and 512.
 
     Raises ValueError for arguments that do not fit together, for inputs that are not floats in
     [0, 1], and for a number of channels that is not `in_chans`.
@@ -331,6 +339,8 @@ class Swin2SR(nn.Module):
     upsampler: str = ""
     resi_connection: str = "1conv"
     faithful_padding: bool = True
+    num_feat: int = 64
+    cpb_hidden: int = 512
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -391,9 +401,9 @@ class Swin2SR(nn.Module):
 
         def upsampled(y, name):
             if s == 3:
-                return pixel_shuffle(conv(y, 9 * NUM_FEAT, f"{name}.0"), 3)
+                return pixel_shuffle(conv(y, 9 * self.num_feat, f"{name}.0"), 3)
             for i in range(s.bit_length() - 1):
-                y = pixel_shuffle(conv(y, 4 * NUM_FEAT, f"{name}.{2 * i}"), 2)
+                y = pixel_shuffle(conv(y, 4 * self.num_feat, f"{name}.{2 * i}"), 2)
             return y
 
         def restored(y):
@@ -430,32 +440,32 @@ class Swin2SR(nn.Module):
         elif self.upsampler == "pixelshuffledirect":
             output = restored(pixel_shuffle(conv(y, s * s * self.in_chans, "upsample.0"), s))
         elif self.upsampler == "pixelshuffle":
-            y = nn.leaky_relu(conv(y, NUM_FEAT, "conv_before_upsample.0"), 0.01)
+            y = nn.leaky_relu(conv(y, self.num_feat, "conv_before_upsample.0"), 0.01)
             output = restored(conv(upsampled(y, "upsample"), self.in_chans, "conv_last"))
         elif self.upsampler == "pixelshuffle_aux":
-            y = nn.leaky_relu(conv(y, NUM_FEAT, "conv_before_upsample.0"), 0.01)
+            y = nn.leaky_relu(conv(y, self.num_feat, "conv_before_upsample.0"), 0.01)
             aux = conv(y, self.in_chans, "conv_aux")
-            y = nn.leaky_relu(conv(aux, NUM_FEAT, "conv_after_aux.0"), 0.01)
+            y = nn.leaky_relu(conv(aux, self.num_feat, "conv_after_aux.0"), 0.01)
             target = (height * s, width * s)
             if not self.faithful_padding:
                 target = (x.shape[1] * s, x.shape[2] * s)
             y = upsampled(y, "upsample")[:, : target[0], : target[1]]
-            y = y + conv(resize(x, target, "bicubic"), NUM_FEAT, "conv_bicubic")
+            y = y + conv(resize(x, target, "bicubic"), self.num_feat, "conv_bicubic")
             sr = restored(conv(y, self.in_chans, "conv_last"))
             output = (sr, aux.astype(sr.dtype) / self.img_range + mean)
         elif self.upsampler == "pixelshuffle_hf":
-            before = nn.leaky_relu(conv(y, NUM_FEAT, "conv_before_upsample.0"), 0.01)
+            before = nn.leaky_relu(conv(y, self.num_feat, "conv_before_upsample.0"), 0.01)
             base = conv(upsampled(before, "upsample"), self.in_chans, "conv_last")
             y = nn.leaky_relu(conv(before, self.embed_dim, "conv_first_hf.0"), 0.01)
             y = conv(trunk(y, "layers_hf"), self.embed_dim, "conv_after_body_hf") + y
-            y = nn.leaky_relu(conv(y, NUM_FEAT, "conv_before_upsample_hf.0"), 0.01)
+            y = nn.leaky_relu(conv(y, self.num_feat, "conv_before_upsample_hf.0"), 0.01)
             high = conv(upsampled(y, "upsample_hf"), self.in_chans, "conv_last_hf")
             output = (restored(base), restored(base + high), restored(high))
         else:
-            y = nn.leaky_relu(conv(y, NUM_FEAT, "conv_before_upsample.0"), 0.01)
-            y = nn.leaky_relu(conv(nearest_upsample(y, 2), NUM_FEAT, "conv_up1"), 0.2)
-            y = nn.leaky_relu(conv(nearest_upsample(y, 2), NUM_FEAT, "conv_up2"), 0.2)
-            y = nn.leaky_relu(conv(y, NUM_FEAT, "conv_hr"), 0.2)
+            y = nn.leaky_relu(conv(y, self.num_feat, "conv_before_upsample.0"), 0.01)
+            y = nn.leaky_relu(conv(nearest_upsample(y, 2), self.num_feat, "conv_up1"), 0.2)
+            y = nn.leaky_relu(conv(nearest_upsample(y, 2), self.num_feat, "conv_up2"), 0.2)
+            y = nn.leaky_relu(conv(y, self.num_feat, "conv_hr"), 0.2)
             output = restored(conv(y, self.in_chans, "conv_last"))
         maps["output"] = output
         return maps
@@ -476,6 +486,7 @@ class Swin2SR(nn.Module):
                 self.attn_drop_rate,
                 self.resi_connection,
                 self.use_checkpoint,
+                self.cpb_hidden,
                 name=f"{prefix}.{i}",
                 **types,
             )
@@ -622,4 +633,4 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
 
 def _mask_buffer(height, width, window, shift, variables) -> np.ndarray:
     del variables
-    return shifted_window_mask(height, width, window, shift)
+    return np.asarray(shifted_window_mask(height, width, window, shift), np.float32)

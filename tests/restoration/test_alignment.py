@@ -14,7 +14,13 @@ from jaxmodels.restoration.basicvsrpp import BasicVSRPlusPlus
 from jaxmodels.restoration.deformable import modulated_deform_conv2d
 from tests.restoration import tiny
 
-TINY = {"mid_channels": 8, "num_blocks": 1, "spynet_channels": (2, 2, 2, 2)}
+TINY = {
+    "mid_channels": 8,
+    "num_blocks": 1,
+    "spatial_blocks": 1,
+    "hr_channels": 4,
+    "spynet_channels": (2, 2, 2, 2),
+}
 
 
 def plain_conv(x, kernel, pad=1):

@@ -37,6 +37,8 @@ def swin2sr(upsampler="pixelshuffledirect", **changes):
         "depths": (2,),
         "num_heads": (2,),
         "mlp_ratio": 1.0,
+        "num_feat": 4,
+        "cpb_hidden": 8,
     }
     return Swin2SR(**{**arguments, **changes})
 

@@ -56,6 +56,8 @@ def paper_run(div2k, tmp_path_factory):
         "--config.model_args.depths=(2,)",
         "--config.model_args.num_heads=(2,)",
         "--config.model_args.mlp_ratio=1.0",
+        "--config.model_args.num_feat=8",
+        "--config.model_args.cpb_hidden=16",
         f"--config.data.options.path={div2k}",
         "--config.data.options.val_lr=valid_LR",
         "--config.data.options.patch=16",
@@ -167,6 +169,8 @@ def test_the_paper_video_recipe_runs_twenty_steps_with_a_resting_flow_network(ld
         "--config.model=restoration.basicvsrpp",
         "--config.model_args.mid_channels=8",
         "--config.model_args.num_blocks=1",
+        "--config.model_args.spatial_blocks=1",
+        "--config.model_args.hr_channels=4",
         "--config.model_args.spynet_channels=(2,2,2,2)",
         "--config.optimizer.groups=((r'^spynet\\.',0.25,15),)",
         "--config.batch_size=1",
@@ -200,7 +204,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_gets_one_line(flag, tmp_path, capsys):
-    argv = ["train", f"--config={CONFIG}", f"--workdir={tmp_path}", flag]
+    argv = ["train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.batch_size=8", flag]
     assert stop_with_one_line(main, argv) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ") and MISTAKES[flag] in error[-1]

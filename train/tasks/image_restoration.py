@@ -201,7 +201,10 @@ class ImageRestoration:
         state = checkpoint.read(self.first_checkpoint).tensors
         found = catalog.find(self.first_name)
         loaded, _ = catalog.import_state(found, self.first, state, source=self.first_checkpoint)
-        before = dataclasses.replace(self, model=self.first, first=None)
+        window = self.first.window_size
+        before = dataclasses.replace(
+            self, model=self.first, first=None, tile=self.tile // window * window
+        )
         return lambda image: self.restore(
             variables, np.clip(before.restore(loaded, image), 0.0, 1.0)
         )
