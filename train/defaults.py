@@ -30,6 +30,8 @@ def default_config() -> ConfigDict:
                     "clip_groups": (),  # regular expressions: models clipped each on its own
                     "accumulate": 1,  # micro-batches per step
                     "freeze": "",  # regular expression over parameter paths
+                    # ((regular expression, factor of the learning rate, first step it moves), ...)
+                    "groups": (),
                 }
             ),
             "schedule": ConfigDict(

@@ -101,7 +101,10 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         )
     args = config.args.to_dict() if hasattr(config.args, "to_dict") else dict(config.args)
     try:
-        inner = factory(schedule, **args)
+        if config.get("groups", ()):
+            inner = grouped(lambda rate: factory(rate, **args), schedule, tuple(config.groups))
+        else:
+            inner = factory(schedule, **args)
     except TypeError as error:
         raise ConfigError(f"config.optimizer.args: {error}") from None
     parts = []
@@ -127,6 +130,54 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             {"trained": optimizer, "frozen": optax.set_to_zero()}, label
         )
     return optimizer
+
+
+def grouped(
+    make: Callable[[optax.Schedule], optax.GradientTransformation],
+    schedule: optax.Schedule,
+    groups: tuple[tuple[str, float, int], ...],
+) -> optax.GradientTransformation:
+    """An optimizer for each group of parameters, at a rate of its own and from a step of its own.
+
+    Args:
+      make: the optimizer with a given schedule.
+      schedule: learning rate of parameters in no group.
+      groups: (regular expression over dotted paths, factor of the rate, first step at which the
+        group moves); the first that matches decides. Until its first step a group's parameters
+        and optimizer state stay as they are, as with PyTorch's `requires_grad=False`.
+    """
+    names = [str(i) for i in range(len(groups))]
+
+    def label(params):
+        def choose(path, _):
+            name = path_string(path)
+            return next((n for n, g in zip(names, groups) if re.search(g[0], name)), "")
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+
+    def scaled(factor, first):
+        return _from_step(make(lambda count: factor * schedule(count + first)), first)
+
+    inner = {n: scaled(float(factor), int(first)) for n, (_, factor, first) in zip(names, groups)}
+    return optax.multi_transform({**inner, "": make(schedule)}, label)
+
+
+def _from_step(inner: optax.GradientTransformation, first: int) -> optax.GradientTransformation:
+    if not first:
+        return inner
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32)), inner.init(params)
+
+    def update(updates, state, params=None):
+        clock, before = state
+        moves = clock.count >= first
+        updates, after = inner.update(updates, before, params)
+        updates = jax.tree.map(lambda u: jnp.where(moves, u, 0), updates)
+        after = jax.tree.map(lambda a, b: jnp.where(moves, a, b), after, before)
+        return updates, (optax.ScaleByScheduleState(count=clock.count + 1), after)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.GradientTransformation:

@@ -138,3 +138,13 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def local_copy(tree, mesh: Mesh):
+    """Host arrays of a tree on this process, wherever the tree is sharded; every process calls it.
+
+    For evaluations in which each process computes on its own.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)

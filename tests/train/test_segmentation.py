@@ -1,6 +1,5 @@
 """Segmentation through the commands: recipe, resume, mesh, prediction, the whole challenge."""
 
-import csv
 import json
 from pathlib import Path
 

@@ -1,0 +1,140 @@
+"""Super-resolution of compressed images and videos (AIM 2022): Swin2SR, BasicVSR++, IVL.
+
+small        python -m train --config configs/compressed_sr.py --workdir runs/compressed_sr
+             six of scikit-image's photographs, x4 after JPEG quality 10; the others test.
+long         the same for 5000 steps of batch 16 with flips and rotations.
+jpeg         removal of JPEG artifacts (scale 1), quality drawn from 10, 20, 30, 40.
+video        BasicVSR++, small, on clips rendered from the photographs and coded by libx265 at
+             QP 37 (the extra `video`); ivl: the IVL entry on the same clips.
+paper        Swin2SR on DIV2K and Flickr2K as published; --config.data.options.path=DIR with
+             DIV2K_train_HR, Flickr2K_HR and DIV2K_valid_HR in it.
+paper_jpeg   artifact removal as published (gray, window 7).
+paper_video  BasicVSR++ on LDV (folders of frames); --config.data.options.path=DIR with
+             train/HR, train/LR, valid/HR, valid/LR in it.
+
+See docs/systems/compressed_sr.md for what these reach and how long they take.
+"""
+
+from train.defaults import default_config
+
+PRESETS = ("small", "long", "jpeg", "video", "ivl", "paper", "paper_jpeg", "paper_video")
+# (0-based) KAIR's milestones, at which the rate is halved.
+MILESTONES = (250_000, 400_000, 450_000, 475_000)
+
+
+def get_config(preset: str = "small"):
+    """The experiment `preset`."""
+    if preset not in PRESETS:
+        raise ValueError(
+            f"configs/compressed_sr.py: no preset {preset!r}; known: {', '.join(PRESETS)}"
+        )
+    config = default_config()
+    config.optimizer.name = "adam"
+    config.checkpoint.best_metric = "psnr"
+    if preset in ("small", "long", "jpeg"):
+        _small_images(config, preset)
+    elif preset in ("video", "ivl"):
+        _small_videos(config, preset)
+    elif preset == "paper_video":
+        _paper_video(config)
+    else:
+        _paper_images(config, preset)
+    return config
+
+
+def _small_images(config, preset):
+    config.task = "image_restoration"
+    # L1, and L1 of the low-resolution picture that the aux head emits.
+    config.task_args = {"aux_weight": 0.0, "aux_image_weight": 1.0, "hf_weight": 0.0}
+    config.model = "restoration.swin2sr"
+    config.model_args = {
+        "upscale": 4,
+        "upsampler": "pixelshuffle_aux",
+        "img_size": 16,
+        "window_size": 8,
+        "embed_dim": 24,
+        "depths": (2, 2),
+        "num_heads": (2, 2),
+        "mlp_ratio": 2.0,
+    }
+    config.data.name = "compressed_images:skimage"
+    config.data.options = {"patch": 16, "augment": False}
+    config.steps, config.batch_size = 500, 6
+    config.schedule.update(name="cosine", peak=1e-3, warmup_steps=50, warmup_inside=False)
+    config.log_every = 50
+    config.eval.every = 250
+    config.checkpoint.every = 250
+    if preset == "long":
+        config.steps, config.batch_size = 5000, 16
+        config.data.options.augment = True
+        config.log_every, config.eval.every, config.checkpoint.every = 100, 1000, 1000
+    elif preset == "jpeg":
+        config.model_args.update(upscale=1, upsampler="", img_size=32)
+        config.data.options.update(scale=1, quality=(10, 20, 30, 40), patch=32, augment=True)
+
+
+def _small_videos(config, preset):
+    config.task = "video_restoration"
+    config.data.name = "compressed_videos:skimage"
+    config.schedule.update(name="cosine", end=1e-7, warmup_steps=0)
+    config.optimizer.args = {"b1": 0.9, "b2": 0.99}
+    config.log_every = 10
+    if preset == "video":
+        config.model = "restoration.basicvsrpp"
+        config.model_args = {
+            "mid_channels": 16,
+            "num_blocks": 1,
+            "spatial_blocks": 2,
+            "hr_channels": 16,
+            "spynet_channels": (8, 16, 8, 4),
+        }
+        config.data.options = {"patch": 64, "frames": 4}
+        config.steps, config.batch_size = 150, 1
+        config.schedule.peak = 1e-3
+        config.optimizer.groups = (("^spynet\\.", 0.25, 0),)
+    else:
+        config.model = "restoration.ivl"
+        config.data.options = {"patch": 32, "frames": 5}
+        config.steps, config.batch_size = 400, 2
+        config.schedule.peak = 5e-4
+    config.eval.every = config.checkpoint.every = config.steps // 2
+
+
+def _paper_images(config, preset):
+    config.task = "image_restoration"
+    config.data.name = "compressed_images"
+    config.data.options = {
+        "hr": "DIV2K_train_HR,Flickr2K_HR",
+        "patch": 48,
+        "kept": 0,
+        "crops": 1,
+        "workers": 16,
+    }
+    config.model = "restoration.swin2sr:compressed_sr_x4_48"
+    config.steps, config.batch_size = 500_000, 32
+    config.task_args = {"tile": 256}
+    config.schedule.update(name="step", peak=2e-4, boundaries=MILESTONES, factor=0.5)
+    config.ema.decay = 0.999
+    config.log_every = 200
+    config.eval.every = config.checkpoint.every = 5000
+    if preset == "paper_jpeg":
+        config.model = "restoration.swin2sr:jpeg_gray"
+        config.steps = 800_000
+        config.data.options.update(patch=126, scale=1, quality=(10, 20, 30, 40), gray=True, grid=1)
+        config.task_args.tile = 252
+
+
+def _paper_video(config):
+    config.task = "video_restoration"
+    config.task_args = {"frames_at_once": 30}
+    config.model = "restoration.basicvsrpp:basicvsrpp_reds4"
+    config.model_args = {"remat": True}
+    config.data.name = "compressed_videos"
+    config.data.options = {"patch": 64, "frames": 30, "workers": 16}
+    config.steps, config.batch_size = 600_000, 8
+    config.optimizer.args = {"b1": 0.9, "b2": 0.99}
+    # The flow network learns at a quarter of the rate, after 5000 steps at rest.
+    config.optimizer.groups = (("^spynet\\.", 0.25, 5000),)
+    config.schedule.update(name="cosine", peak=1e-4, end=1e-7)
+    config.log_every = 100
+    config.eval.every = config.checkpoint.every = 5000

@@ -1,0 +1,1 @@
+"""Restoration of images and videos: super-resolution of compressed material (AIM 2022)."""

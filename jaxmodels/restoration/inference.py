@@ -1,0 +1,136 @@
+"""Inference procedures of restoration networks: padding, tiles, the x8 self-ensemble, two stages.
+
+An `apply` here is a function from images [B, h, w, C] in [0, 1] to images [B, s h, s w, C'].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Apply = Callable[[jax.Array], jax.Array]
+
+# (quarter turns counterclockwise, then upside down) of the augmentation modes 0 to 7 of
+# cszn/KAIR@fc1732f (`utils/utils_image.py`).
+AUGMENTATIONS = (
+    (0, False),
+    (1, True),
+    (0, True),
+    (3, False),
+    (2, True),
+    (1, False),
+    (2, False),
+    (3, True),
+)
+
+
+def augment(image, mode: int):
+    """One of the eight symmetries of the square on the axes -3 and -2 of [..., H, W, C].
+
+    Raises ValueError for a mode outside 0 to 7.
+    """
+    turns, flip = _symmetry(mode)
+    library = np if isinstance(image, np.ndarray) else jnp
+    image = library.rot90(image, turns, (-3, -2)) if turns else image
+    return library.flip(image, -3) if flip else image
+
+
+def undo_augment(image, mode: int):
+    """The inverse of `augment`."""
+    turns, flip = _symmetry(mode)
+    library = np if isinstance(image, np.ndarray) else jnp
+    image = library.flip(image, -3) if flip else image
+    return library.rot90(image, -turns, (-3, -2)) if turns else image
+
+
+def _symmetry(mode: int) -> tuple[int, bool]:
+    if not 0 <= mode < len(AUGMENTATIONS):
+        raise ValueError(f"augmentation mode must be 0 to 7, not {mode}")
+    return AUGMENTATIONS[mode]
+
+
+def self_ensemble(apply: Apply) -> Apply:
+    """`apply` averaged over the eight symmetries of its input, each undone on the output.
+
+    The average is of floats, before any rounding; it also turns with the input exactly.
+    """
+
+    def averaged(x):
+        total = None
+        for mode in range(len(AUGMENTATIONS)):
+            y = undo_augment(apply(augment(x, mode)), mode)
+            total = y if total is None else total + y
+        return total / len(AUGMENTATIONS)
+
+    return averaged
+
+
+def two_stage(remove_artifacts: Apply, upscale: Apply) -> Apply:
+    """Artifact removal at low resolution, clamped to [0, 1], then super-resolution ("CI2")."""
+    return lambda x: upscale(jnp.clip(remove_artifacts(x), 0.0, 1.0))
+
+
+def padded(apply: Apply, multiple: int = 8, scale: int = 4) -> Apply:
+    """`apply` on the input mirrored up to the *next* multiple of `multiple`, output cropped.
+
+    As the official test script: mirrored with the edge pixel, and by a whole `multiple` where the
+    side is one already.
+    """
+
+    def run(x):
+        height, width = x.shape[1:3]
+        more_h, more_w = multiple - height % multiple, multiple - width % multiple
+        y = apply(jnp.pad(x, ((0, 0), (0, more_h), (0, more_w), (0, 0)), mode="symmetric"))
+        return y[:, : height * scale, : width * scale]
+
+    return run
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of the tiles along one side; the last tile ends with the image."""
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def tiled(
+    apply: Apply,
+    image: np.ndarray,
+    *,
+    tile: int,
+    scale: int = 4,
+    window: int = 8,
+    overlap: int = 32,
+) -> np.ndarray:
+    """`apply` tile by tile, overlaps averaged by how many tiles cover a pixel.
+
+    Args:
+      image: [H, W, C] on the host, both sides multiples of `window` (`padded` sees to that).
+      tile: side of a tile, a multiple of `window`; images smaller than it are one tile.
+      scale: output pixels for an input pixel. overlap: input pixels shared by neighboring tiles.
+
+    Returns: float32 [s H, s W, C']. Only one tile is on the device at a time, and all tiles have
+    one shape, so that `apply` is compiled once.
+
+    Raises ValueError for a tile that is no multiple of the window or not larger than the overlap.
+    """
+    height, width = image.shape[:2]
+    if tile % window:
+        raise ValueError(f"tile {tile} must be a multiple of the window {window}")
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tile_overlap {overlap} must be at least 0 and less than tile {tile}")
+    tile_h, tile_w = min(tile, height), min(tile, width)
+    total = count = None
+    for top in tile_starts(height, tile_h, min(overlap, tile_h - 1)):
+        for left in tile_starts(width, tile_w, min(overlap, tile_w - 1)):
+            part = image[top : top + tile_h, left : left + tile_w]
+            y = np.asarray(apply(jnp.asarray(part)[None])[0], np.float32)
+            if total is None:
+                total = np.zeros((height * scale, width * scale, y.shape[-1]), np.float32)
+                count = np.zeros((height * scale, width * scale, 1), np.float32)
+            rows = slice(top * scale, (top + tile_h) * scale)
+            columns = slice(left * scale, (left + tile_w) * scale)
+            total[rows, columns] += y
+            count[rows, columns] += 1
+    return total / count

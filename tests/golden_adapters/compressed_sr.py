@@ -1,0 +1,204 @@
+"""Compressed super-resolution: argument names to ours, NCHW to NHWC and back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxmodels
+from jaxmodels.restoration import inference, losses, metrics, resampling
+from jaxmodels.restoration.deformable import modulated_deform_conv2d
+
+
+def run(case) -> dict[str, Any]:
+    """Every wanted output of one case, in PyTorch's layouts."""
+    name = case.model
+    if name.startswith("Swin2SR"):
+        return _swin2sr(case)
+    if name.startswith("BasicVSR"):
+        return _basicvsrpp(case)
+    if name.startswith("MFVQE"):
+        return _ivl(case)
+    if name.startswith("SPyNet"):
+        return _spynet(case)
+    if name.startswith("modulated_deform_conv2d"):
+        return _deform_conv(case)
+    if name.startswith("calculate_psnr"):
+        return _metrics(case)
+    if name.startswith("torch.nn.functional.interpolate"):
+        return _resize(case)
+    return _losses(case)
+
+
+def _last(x) -> jax.Array:
+    """[..., C, H, W] -> [..., H, W, C]."""
+    return jnp.asarray(np.moveaxis(np.asarray(x), -3, -1))
+
+
+def _first(x) -> np.ndarray:
+    """[..., H, W, C] -> [..., C, H, W]."""
+    return np.moveaxis(np.asarray(x), -1, -3)
+
+
+def _swin2sr(case):
+    module, variables = jaxmodels.load("restoration.swin2sr", case.weights, **case.config)
+    apply = jax.jit(
+        functools.partial(
+            module.apply,
+            method="intermediates",
+            capture_intermediates=lambda m, _: type(m).__name__ in ("SwinBlock", "WindowAttention"),
+            mutable=["intermediates"],
+        )
+    )
+    heads = {"pixelshuffle_aux": ("sr", "aux"), "pixelshuffle_hf": ("sr", "sr_hf", "hf")}
+    names = heads.get(module.upsampler, ("sr",))
+    outputs = {}
+    for key, x in case.inputs.items():
+        maps, state = apply(variables, _last(x))
+        result = maps["output"]
+        suffix = key[1:]
+        for name, y in zip(names, result if isinstance(result, tuple) else (result,)):
+            outputs[f"{name}{suffix}"] = _first(y)
+        if suffix:
+            continue
+        captured = state["intermediates"]["layers.0"]
+        tokens = lambda y: np.asarray(y).reshape(y.shape[0], -1, y.shape[-1])  # noqa: E731
+        blocks = [f"residual_group.blocks.{j}" for j in range(module.depths[0])]
+        outputs["mid.attn0"] = np.asarray(captured[blocks[0]]["attn"]["__call__"][0]).reshape(
+            -1, module.block_window**2, module.embed_dim
+        )
+        for j, block in enumerate(blocks):
+            outputs[f"mid.block{j}"] = tokens(captured[block]["__call__"][0])
+        for i in range(len(module.depths)):
+            outputs[f"mid.rstb{i}"] = tokens(maps[f"layers.{i}"])
+        outputs["mid.conv_first"] = _first(maps["conv_first"])
+        outputs["mid.patch_embed"] = tokens(maps["patch_embed"])
+        outputs["mid.body"] = _first(maps["conv_after_body"])
+    return outputs
+
+
+def _basicvsrpp(case):
+    config = dict(case.config)
+    hr, step = config.pop("hr_stride", 1), config.pop("feat_stride", 1)
+    module, variables = jaxmodels.load("restoration.basicvsrpp", case.weights, **config)
+    maps = jax.jit(functools.partial(module.apply, method="intermediates"))(
+        variables, _last(case.inputs["lqs"])
+    )
+    maps = {name: _first(y) for name, y in maps.items()}
+    y = maps["output"]
+    outputs = {
+        "flows_backward": maps["flows_backward"],
+        "flows_forward": maps["flows_forward"],
+        "hr": y,
+        "hr_strided": y[..., ::hr, ::hr],
+        "hr_corner": y[..., :24, -24:],
+        "hr_frame_mean": y.mean((-3, -2, -1)),
+        "hr_frame_std": y.std((-3, -2, -1)),
+    }
+    for direction in ("backward_1", "forward_1", "backward_2", "forward_2"):
+        outputs[f"feat.{direction}"] = maps[direction][..., ::step, ::step]
+    return outputs
+
+
+def _ivl(case):
+    module, variables = jaxmodels.load("restoration.ivl", case.weights, **case.config)
+    maps = jax.jit(functools.partial(module.apply, method="intermediates"))(
+        variables, _last(case.inputs["x"])
+    )
+    return {"fused": _first(maps["fused"])[..., ::3, ::3], "y": _first(maps["output"])}
+
+
+def _spynet(case):
+    outputs = {}
+    if "ref" in case.inputs:
+        module, variables = jaxmodels.load("restoration.spynet", case.weights, **case.config)
+        flow = jax.jit(module.apply)(
+            variables, _last(case.inputs["ref"]), _last(case.inputs["supp"])
+        )
+        outputs["flow"] = _first(flow)
+    if "feat" in case.inputs:
+        for border in ("zeros", "border"):
+            warped = resampling.flow_warp(
+                _last(case.inputs["feat"]), jnp.asarray(case.inputs["flow"]), border
+            )
+            outputs[f"warp.{border}"] = _first(warped)
+    return outputs
+
+
+def _deform_conv(case):
+    config = {k: v for k, v in case.config.items() if k != "kernel"}
+    x, offset, mask = (_last(case.inputs[name]) for name in ("x", "offset", "mask"))
+    kernel = jnp.asarray(np.transpose(case.inputs["weight"], (2, 3, 1, 0)))
+    bias = case.inputs.get("bias")
+    apply = jax.jit(functools.partial(modulated_deform_conv2d, **config))
+    zero = apply(x, jnp.zeros_like(offset), None, kernel, bias)
+    return {
+        "y": _first(apply(x, offset, mask, kernel, bias)),
+        "y_zero_offset_mask1": _first(zero),
+    }
+
+
+def _metrics(case):
+    outputs = {}
+    names = sorted({key.rpartition(".")[0] for key in case.inputs})
+    for name in names:
+        a, b = case.inputs[f"{name}.img1"], case.inputs[f"{name}.img2"]
+        outputs[f"{name}.psnrb"] = metrics.psnr_b(a, b)
+        for crop in case.config.get("crop", (0,)):
+            outputs[f"{name}.psnr_crop{crop}"] = metrics.psnr(a, b, crop)
+            outputs[f"{name}.ssim_crop{crop}"] = metrics.ssim(a, b, crop)
+            if a.ndim == 3:
+                y = dict(crop=crop, y_channel=True)
+                outputs[f"{name}.psnr_y_crop{crop}"] = metrics.psnr(a, b, **y)
+                outputs[f"{name}.ssim_y_crop{crop}"] = metrics.ssim(a, b, **y)
+    return {name: np.float64(value) for name, value in outputs.items()}
+
+
+def _resize(case):
+    from train.data import degradation
+
+    x, x16 = _last(case.inputs["x"]), _last(case.inputs["x16"])
+    size = lambda y, factor: (int(y.shape[1] * factor), int(y.shape[2] * factor))  # noqa: E731
+    small = degradation.downsample(case.inputs["hr_u8"])
+    encoded = degradation.jpeg_bytes(small)
+    luma, chroma = degradation.quantization_tables(encoded)
+    resize = resampling.resize
+    return {
+        "bicubic_x4": _first(resize(x, size(x, 4), "bicubic")),
+        "bicubic_x4_ac": _first(resize(x, size(x, 4), "bicubic", align_corners=True)),
+        "bicubic_quarter": _first(resize(x16, size(x16, 0.25), "bicubic", scale=0.25)),
+        "bilinear_x2_ac": _first(resize(x, size(x, 2), align_corners=True)),
+        "bilinear_x4": _first(resize(x, size(x, 4))),
+        "pillow_bicubic_u8": small,
+        "qt_luma": luma,
+        "qt_chroma": chroma,
+        "jpeg_u8": degradation.jpeg(small),
+        "jpeg_bytes": np.int64(len(encoded)),
+    }
+
+
+def tolerances(case) -> dict[str, dict[str, float]]:
+    """What the notes allow: Pillow's rounding, and other builds of libjpeg."""
+    if not case.model.startswith("torch.nn.functional.interpolate"):
+        return {}
+    return {
+        "out.pillow_bicubic_u8": {"atol": 1, "rtol": 0},
+        "out.jpeg_u8": {"mean_atol": 1.5},
+        "out.jpeg_bytes": {"atol": 0, "rtol": 0.1},
+    }
+
+
+def _losses(case):
+    prediction, target = jnp.asarray(case.inputs["pred"]), jnp.asarray(case.inputs["target"])
+    return {
+        "l1": losses.l1_loss(prediction, target),
+        "charbonnier_kair": losses.charbonnier_loss(prediction, target, losses.CHARBONNIER_KAIR),
+        "charbonnier_basicvsr": losses.charbonnier_loss(
+            prediction, target, losses.CHARBONNIER_BASICVSR
+        ),
+        **{f"aug.{mode}": inference.augment(case.inputs["img"], mode) for mode in range(8)},
+    }
