@@ -47,3 +47,38 @@ def detection_metrics(scores: Any, labels: Any) -> Detection:
     auroc = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
     aupr = float(np.sum(np.diff(tpr) * (true / (true + false))))
     return Detection(auroc, aupr, float(fpr[np.argmax(tpr >= 0.95)]))
+
+
+PROTOCOLS = ("all", "successful")
+
+
+def detect_adversarial(
+    clean_scores: dict[str, Any],
+    adversarial_scores: dict[str, Any],
+    *,
+    correct: Any,
+    fooled: Any,
+    protocol: str = "all",
+) -> dict[str, Detection]:
+    """Metrics of each score for telling attacked images from their clean counterparts.
+
+    Args:
+      clean_scores, adversarial_scores: name -> [N], image by image.
+      correct: bool [N], the clean image was classified correctly. fooled: bool [N], the attacked
+        one was not.
+      protocol: `all` attacked images, or only the `successful` ones of correctly classified images.
+
+    Raises ValueError when the protocol leaves no image.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    correct, fooled = np.asarray(correct, bool), np.asarray(fooled, bool)
+    rows = np.ones(len(correct), bool) if protocol == "all" else correct & fooled
+    labels = np.repeat([0, 1], rows.sum())
+    return {
+        name: detection_metrics(
+            np.r_[np.asarray(clean_scores[name])[rows], np.asarray(adversarial_scores[name])[rows]],
+            labels,
+        )
+        for name in clean_scores
+    }
