@@ -51,7 +51,7 @@ class AdversarialDetection:
     attacks: tuple[str, ...] = ("fgsm:0.1", "pgd:0.05", "adaptive:0.05")
     steps: int = 10
     target: str = "final"
-    adaptive_weight: float = 10.0
+    adaptive_weight: float = 2.0
     estimator: str = "trace"
     detector: str = "epkl"
     cw_steps: int = 50
