@@ -41,13 +41,13 @@ def _attribution(config):
     config.model_args = {
         "classes": 9,
         "layers": (1, 1, 1, 1),
-        "width": 16,
+        "width": 12,
         "block": "basic",
         "stem": "cifar",
     }
     config.task_args = {"known": 5, "supervised_steps": 200, "rounds": (400, 500)}
     config.data.name = "forgeries:attribution"
-    config.data.options = {"image_size": 48, "test_examples": 540}
+    config.data.options = {"image_size": 32, "test_examples": 540}
     config.steps, config.batch_size = 600, 32
     config.optimizer.weight_decay = 1e-5
     config.optimizer.decay_mask = "all"
@@ -84,12 +84,12 @@ def _face(config):
         "layers": (1, 1, 1, 1),
         "width": 12,
         "num_features": 64,
-        "input": (48, 48),
+        "input": (32, 32),
     }
     config.task_args = {"classes": 0, "margin": "arcface", "scale": 32.0}
     config.data.name = "identities:glyphs"
-    config.data.options = {"image_size": 48}
-    config.steps, config.batch_size = 300, 64
+    config.data.options = {"image_size": 32}
+    config.steps, config.batch_size = 250, 64
     config.optimizer.weight_decay = 5e-4
     config.optimizer.freeze = r"^features\.scale$"
     config.schedule.update(name="cosine", peak=3e-3, end=3e-5, warmup_steps=30)
@@ -119,7 +119,7 @@ def _driving(config):
     config.model = "security.vehicle_detector"
     config.model_args = {"width": 12}
     config.data.name = "drive_up"
-    config.steps, config.batch_size = 500, 32
+    config.steps, config.batch_size = 350, 32
     config.schedule.update(name="cosine", peak=3e-3, end=3e-5, warmup_steps=30)
     config.eval.batch_size = 64
     config.checkpoint.every = 250

@@ -56,7 +56,8 @@ def checkpoints(steps: int) -> tuple[int, ...]:
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return tuple(int(np.ceil(p * steps)) for p in shares if p <= 1)
+    # Rounded first: 0.57 of 100 steps is 57, whatever floats make of the sum.
+    return tuple(int(np.ceil(round(p * steps, 6))) for p in shares if p <= 1)
 
 
 def auto_pgd(

@@ -19,7 +19,7 @@ from jax import lax
 LENGTH, WIDTH, WHEELBASE = 4.6, 1.9, 2.7  # m
 LANE = 3.5  # m
 STEER_LIMIT, BRAKE_LIMIT, DRIVE_LIMIT = 0.6, -8.0, 3.0
-ADVERSARY_ACCELERATION, ADVERSARY_STEER = 4.0, 0.15
+ADVERSARY_ACCELERATION, ADVERSARY_STEER = 4.0, 0.06
 _FAR = 1e3
 
 
@@ -146,7 +146,7 @@ def pure_pursuit(state: jax.Array, lane_y: jax.Array) -> jax.Array:
 def adversary_controls(knots: jax.Array, traffic: Traffic) -> jax.Array:
     """Knots [N, K, 2], any numbers -> controls [steps, N, 2] within the plausible limits.
 
-    Squashed by tanh to |a| <= 4 m/s^2 and |delta| <= 0.15 rad, linear between knots.
+    Squashed by tanh to |a| <= 4 m/s^2 and |delta| <= 0.06 rad, linear between knots.
     """
     limits = jnp.asarray([ADVERSARY_ACCELERATION, ADVERSARY_STEER])
     bounded = jnp.tanh(knots) * limits
