@@ -12,7 +12,15 @@ import optax
 from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
 
-SCHEDULES = ("constant", "cosine", "step", "polynomial", "one_cycle", "inverse_sqrt")
+SCHEDULES = (
+    "constant",
+    "cosine",
+    "step",
+    "polynomial",
+    "one_cycle",
+    "inverse_sqrt",
+    "linear_segments",
+)
 # Optimizers that Optax does not have.
 OWN = {"hf_adamw": hf_adamw}
 
@@ -23,7 +31,8 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
-    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up.
+    `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up. `linear_segments` goes
+    in straight lines through `values` at the steps `boundaries`.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -50,6 +59,13 @@ def make_schedule(config, steps: int) -> optax.Schedule:
         def body(t):
             step = t // config.hold_for
             return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
+    elif config.name == "linear_segments":
+        if len(config.values) != len(config.boundaries) or not config.values:
+            raise ConfigError("config.schedule.values: linear_segments needs one for each boundary")
+        places, rates = jnp.asarray(config.boundaries, float), jnp.asarray(config.values, float)
+
+        def body(t):
+            return jnp.interp(jnp.asarray(t, float), places, rates)
     elif config.name == "inverse_sqrt":
         if not warmup:
             raise ConfigError("config.schedule.warmup_steps: inverse_sqrt needs at least 1")

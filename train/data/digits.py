@@ -2,7 +2,7 @@
 
 The split is a stratified 25 % for testing with a fixed seed. Images are resized bilinearly to
 32x32 or 64x64, given three equal channels, and standardized with the training split's mean and
-standard deviation.
+standard deviation, or left as pixels in [0, 1] (`standardize` false, for attacks on pixels).
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from PIL import Image
 from train.data import array_source, image_augmentation, preparation
 
 # One reading thread: these maps hold the interpreter lock, so that more of them are slower.
-OPTIONS: dict[str, Any] = {"image_size": 32, "augment": False, "threads": 1}
+OPTIONS: dict[str, Any] = {
+    "image_size": 32,
+    "augment": False,
+    "standardize": True,
+    "threads": 1,
+}
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = ("train", "test")
 NUM_CLASSES = 10
@@ -89,25 +94,28 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
     """Resized, standardized images float32 [S, S] and labels int32 []."""
     size = element_spec(options)["image"].shape[0]
-    return _source(split, size, str(preparation.data_directory(options["path"])))
+    directory = str(preparation.data_directory(options["path"]))
+    return _source(split, size, directory, bool(options["standardize"]))
 
 
 @functools.lru_cache(maxsize=8)
-def _source(split: str, size: int, directory: str) -> array_source.ArraySource:
+def _source(split: str, size: int, directory: str, standardize: bool) -> array_source.ArraySource:
     arrays = array_source.read_split(preparation.prepare(SklearnDigits, directory), split)
     images = arrays["image"] / np.float32(_LEVELS)
     return array_source.ArraySource(
         {
-            "image": _standardized(images, size, directory),
+            "image": _resized(images, size, directory, standardize),
             "label": arrays["label"].astype(np.int32),
         }
     )
 
 
-def _standardized(images: np.ndarray, size: int, directory: str) -> np.ndarray:
-    """Images [N, H, W] of values 0..1, resized and standardized as the training split is."""
-    mean, std = _statistics(size, directory)
+def _resized(images: np.ndarray, size: int, directory: str, standardize: bool) -> np.ndarray:
+    """Images [N, H, W] of values 0..1, resized; standardized as the training split if asked."""
     resized = image_augmentation.bilinear_resize(images, (size, size))
+    if not standardize:
+        return resized.astype(np.float32)
+    mean, std = _statistics(size, directory)
     return ((resized - mean) / std).astype(np.float32)
 
 
@@ -125,7 +133,8 @@ def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarra
         gray = np.asarray(image.convert("L"), np.float32)[None] / np.float32(255)
     size = element_spec(options)["image"].shape[0]
     directory = str(preparation.data_directory(options["path"]))
-    return np.repeat(_standardized(gray, size, directory)[0][..., None], 3, axis=-1)
+    gray = _resized(gray, size, directory, bool(options["standardize"]))[0]
+    return np.repeat(gray[..., None], 3, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""MH-UI and its rivals through the commands: published files, meshes, resuming, prediction."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from jaxmodels.security.mhui import MHUIResNet
+from jaxmodels.vision.resnet import ResNet
+from train import predict
+from train.__main__ import main
+from train.data import pipeline
+from train.naming import ConfigError
+from train.optimizers import make_schedule
+from train.tasks.adversarial_detection import (
+    METHODS,
+    AdversarialDetection,
+    noise_images,
+    parse_attack,
+)
+from train.tasks.face_recognition import sample_centers
+
+ROOT = Path(__file__).resolve().parents[2]
+MHUI = str(ROOT / "configs" / "mhui.py")
+SECURITY = str(ROOT / "configs" / "ai_security.py")
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """CIFAR-10 batches and SVHN files of a few images, as published."""
+    root = tmp_path_factory.mktemp("cifar")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        labels = rng.integers(0, 10, 8)
+        rows = np.clip(25 * labels[:, None] + rng.normal(0, 20, (8, 3072)), 0, 255)
+        batch = {
+            b"data": rows.astype(np.uint8),
+            b"labels": [int(v) for v in labels],
+            b"batch_label": b"testing",
+        }
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    for split in ("train", "test"):
+        x = rng.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
+        y = np.array([[10], [1], [2], [10], [9]], np.uint8)
+        scipy.io.savemat(root / f"{split}_32x32.mat", {"X": x, "y": y})
+    return root
+
+
+def flags_of(config, workdir, *more):
+    return [
+        "train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        "--config.log_every=1",
+        "--config.eval.every=0",
+        "--config.checkpoint.best_metric=",
+        *more,
+    ]
+
+
+def losses_of(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
+
+
+TINY = (
+    "--config.model_args.width=2",
+    "--config.model_args.head_features=4",
+    "--config.model_args.layers=(1,1,1,1)",
+)
+
+
+def test_the_paper_recipe_runs_on_published_files_resumes_and_predicts(cifar, tmp_path):
+    flags = [
+        *TINY,
+        "--config.model=security.mhui",
+        f"--config.data.options.path={cifar}",
+        "--config.batch_size=8",
+        "--config.eval.batch_size=8",
+        "--config.schedule.boundaries=(0,7,14,20)",
+        "--config.schedule.hold_for=2",
+        "--config.task_args.attacks=('fgsm:0.1',)",
+        "--config.checkpoint.every=10",
+        "--config.parallel.data=1",
+    ]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main(flags_of(f"{MHUI}:paper", whole, *flags, "--config.steps=20")) == 0
+    losses = losses_of(whole)
+    assert len(losses) == 20 and np.isfinite(list(losses.values())).all()
+    report = (whole / "report.md").read_text()
+    assert "fgsm:0.1/auroc" in report and "fgsm:0.1/baseline_auroc" in report
+    assert main(flags_of(f"{MHUI}:paper", part, *flags, "--config.steps=10")) == 0
+    assert main(flags_of(f"{MHUI}:paper", part, *flags, "--config.steps=20")) == 0
+    assert losses_of(part) == losses  # bit for bit
+    image = tmp_path / "image.png"
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(image)
+    output = tmp_path / "scores.csv"
+    call = [f"--checkpoint={whole}", f"--input={image}", f"--output={output}"]
+    assert predict.main(["predict", f"--config={MHUI}:paper", *flags, *call]) == 0
+    head, row = output.read_text().splitlines()
+    assert head.startswith("file,class,probability,suspicious,last_head,max_p,ent,mi_trace")
+    assert len(row.split(",")) == len(head.split(","))
+
+
+def test_a_run_on_a_mesh_agrees(tmp_path):
+    """Data and fsdp over eight devices; BatchNorm sees the global batch."""
+    flags = [*TINY, "--config.steps=2", "--config.batch_size=16", "--config.checkpoint.every=0"]
+    flags.append("--config.task_args.attacks=()")
+    one, mesh = tmp_path / "one", tmp_path / "mesh"
+    assert main(flags_of(MHUI, one, *flags, "--config.parallel.data=1")) == 0
+    spread = ("--config.parallel.data=4", "--config.parallel.fsdp=2")
+    assert main(flags_of(MHUI, mesh, *flags, *spread)) == 0
+    np.testing.assert_allclose(
+        list(losses_of(mesh).values()), list(losses_of(one).values()), rtol=2e-4
+    )
+
+
+def test_svhn_calls_ten_zero_and_missing_files_are_named(cifar):
+    data = {"name": "cifar:svhn", "options": {"path": str(cifar)}}
+    batch = next(pipeline.eval_batches(data, "test", batch_size=5))
+    np.testing.assert_array_equal(batch["label"], [0, 1, 2, 0, 9])
+    assert batch["image"].dtype == np.float32 and batch["image"].max() <= 1
+    data = {"name": "cifar:cifar100", "options": {"path": str(cifar)}}
+    with pytest.raises(FileNotFoundError, match=r"no file cifar-100-python/test of cifar100"):
+        next(pipeline.eval_batches(data, "test", batch_size=5))
+
+
+def test_a_cifar_file_that_would_run_code_is_refused(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "test_batch").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    data = {"name": "cifar", "options": {"path": str(tmp_path)}}
+    with pytest.raises(pickle.UnpicklingError, match=r"names os\.system"):
+        next(pipeline.eval_batches(data, "test", batch_size=5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_loss_predictions_and_scores(method):
+    if method == "mhui":
+        model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
+    else:
+        dropout = 0.5 if method == "mc_dropout" else 0.0
+        model = ResNet(layers=(1, 1, 1, 1), width=2, num_classes=4, dropout=dropout)
+    task = AdversarialDetection(model, method, members=2, samples=3)
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((4,), jnp.float32),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, extra = jax.eval_shape(task.init, key, batch)
+    loss, (new, _) = jax.eval_shape(task.loss, params, extra, batch, key)
+    assert loss.shape == () and jax.tree.structure(new) == jax.tree.structure(extra)
+    variables = {"params": params, **extra}
+    outputs = jax.eval_shape(task.outputs, variables, batch["image"], key)
+    views = {"mhui": 4, "ensemble": 2, "mc_dropout": 3}.get(method, 1)
+    assert outputs.shape == (4, views, 4)
+    scores = jax.eval_shape(task.scores, outputs)
+    assert all(v.shape == (4,) for v in scores.values())
+    assert ("mi" in scores) == (method not in ("mhui", "softmax"))
+    sums = jax.eval_shape(task.evaluate, variables, batch)
+    assert {"accuracy", "count"} <= sums.keys()
+    given = (variables, batch["image"], batch["label"], key)
+    attacked = jax.eval_shape(lambda *a: task.attacked(*a, 0.1, "adaptive"), *given)
+    assert attacked.shape == (4, 16, 16, 3)
+
+
+def test_noise_is_of_three_kinds_within_the_pixel_range():
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (64, 8, 8, 3)), jnp.float32)
+    noise = noise_images(jax.random.key(0), x)
+    assert noise.shape == x.shape and float(noise.min()) >= 0 and float(noise.max()) <= 1
+    assert float(jnp.abs(noise - x).reshape(64, -1).max(1).min()) > 0.1
+
+
+def test_the_learning_rate_goes_through_the_recipes_corners():
+    from configs.mhui import get_config
+
+    config = get_config("paper")
+    rate = make_schedule(config.schedule, config.steps)
+    epoch = 50000 // 256
+    got = [float(rate(k * epoch)) for k in (0, 35, 70, 100)]
+    np.testing.assert_allclose(got, (7.5e-5, 7.5e-4, 7.5e-5, 1e-6), rtol=1e-5)
+    assert float(rate(epoch)) == float(rate(2 * epoch - 1))
+
+
+@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x"])
+def test_unknown_attacks_are_named(spec):
+    with pytest.raises(ConfigError, match=r"config\.task_args\.attacks"):
+        parse_attack(spec)
+
+
+def test_sampled_centers_keep_every_class_of_the_batch():
+    weight = jnp.arange(50.0)[:, None]
+    labels = jnp.array([3, 49, 3, 17])
+    centers, places = sample_centers(jax.random.key(0), weight, labels, 0.1)
+    assert centers.shape == (5, 1)
+    np.testing.assert_array_equal(centers[places, 0], labels)
+
+
+def tiny_images(root, names, count=5, size=32):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            pixels = rng.normal(60 + 40 * i, 20, (size, size, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{j}.png")
+
+
+def paper_run(preset, workdir, path, *more):
+    common = [
+        f"--config.data.options.path={path}",
+        "--config.data.options.workers=0",
+        "--config.precision=float32",
+        "--config.steps=20",
+        "--config.parallel.data=1",
+        "--config.checkpoint.every=0",
+    ]
+    assert main(flags_of(f"{SECURITY}:{preset}", workdir, *common, *more)) == 0
+    losses = losses_of(workdir)
+    assert len(losses) == 20 and np.isfinite(list(losses.values())).all()
+    return (workdir / "report.md").read_text()
+
+
+def test_attribution_runs_on_the_published_folder_layout(tmp_path):
+    root = tmp_path / "fakes"
+    names = ("IdentitySwap/FaceSwap", "IdentitySwap/DeepFaceLab", "EntireFaceSynthesis/StyleGAN")
+    tiny_images(root, [f"{name}/ff" for name in names], count=10)
+    report = paper_run(
+        "paper",
+        tmp_path / "run",
+        root,
+        "--config.data.options.known_methods=('FaceSwap','DeepFaceLab')",
+        "--config.data.options.image_size=32",
+        "--config.model_args.classes=3",
+        "--config.model_args.layers=(1,1,1,1)",
+        "--config.model_args.width=2",
+        "--config.model_args.block=basic",
+        "--config.model_args.stem=cifar",
+        "--config.task_args.known=2",
+        "--config.task_args.supervised_steps=5",
+        "--config.task_args.rounds=(12,16)",
+        "--config.batch_size=4",
+        "--config.eval.batch_size=4",
+    )
+    for name in ("known_acc", "novel_nmi", "same_tool_auc", "kmeans_novel_nmi"):
+        assert name in report
+
+
+def test_faces_are_embedded_from_folders_with_sampled_centers(tmp_path):
+    for split in ("train", "test"):
+        tiny_images(tmp_path / "faces" / split, ["anna", "berta", "clara"])
+    report = paper_run(
+        "paper_face",
+        tmp_path / "run",
+        tmp_path / "faces",
+        "--config.model=vision.iresnet",
+        "--config.model_args.layers=(1,1,1,1)",
+        "--config.model_args.width=4",
+        "--config.model_args.num_features=8",
+        "--config.model_args.input=(32,32)",
+        "--config.data.options.image_size=32",
+        "--config.task_args.classes=3",
+        "--config.task_args.sample_rate=0.9",
+        "--config.task_args.pairs=40",
+        "--config.schedule.peak=0.01",
+        "--config.batch_size=4",
+        "--config.eval.batch_size=5",
+    )
+    assert "verification_accuracy" in report and "threshold" in report
+
+
+def test_configs_are_frozen_dataclasses_of_their_tasks():
+    assert dataclasses.is_dataclass(AdversarialDetection)
+    from configs import ai_security, mhui
+
+    for module in (ai_security, mhui):
+        for preset in module.PRESETS:
+            assert module.get_config(preset).steps > 0
+        with pytest.raises(ValueError, match="no preset 'papper'"):
+            module.get_config("papper")

@@ -1,0 +1,72 @@
+"""Deepfake track: which tool made a fake, in an open world. A submission is a cluster an image."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.security.attribution import open_world_metrics
+from train.competition.roster import train_members
+from train.competition.submissions import read_clusters, read_head, write_head
+from train.data import pipeline
+
+
+def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
+    """Train the networks, average their probabilities, submit the most probable clusters."""
+    members = train_members(rules["members"], workdir)
+    first = members[0]
+    probs = None
+    for member in members:
+        own, _, _ = member.task.features(member.variables, member.config)
+        # Novel clusters of two networks bear other numbers: bring them into the first one's order.
+        own = own if probs is None else align_clusters(probs, own, first.task.known)
+        probs = own if probs is None else probs + own
+    clusters = probs.argmax(-1)
+    write_head(folder, "deepfake")
+    names, _ = truth(rules, first.config)
+    with open(folder / "clusters.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "cluster"), *zip(names, map(int, clusters))])
+    numbers = score(rules, workdir, folder)
+    baseline = first.numbers.get("kmeans_novel_nmi", float("nan"))
+    return {**numbers, "kmeans_novel_nmi": baseline}
+
+
+def align_clusters(reference: np.ndarray, probs: np.ndarray, known: int) -> np.ndarray:
+    """Columns of probs [N, K] from `known` on, permuted to agree best with `reference` [N, K]."""
+    from scipy.optimize import linear_sum_assignment
+
+    agreement = reference[:, known:].T @ probs[:, known:]
+    _, columns = linear_sum_assignment(agreement, maximize=True)
+    return np.concatenate([probs[:, :known], probs[:, known:][:, columns]], 1)
+
+
+def truth(rules: dict[str, Any], config) -> tuple[list[str], np.ndarray]:
+    """Names and true tools of the track's images: the evaluation split."""
+    del rules
+    labels = []
+    for batch in pipeline.eval_batches(
+        config.data, pipeline.eval_split(config.data), batch_size=config.eval.batch_size
+    ):
+        labels.append(batch["label"][batch["mask"] > 0])
+    labels = np.concatenate(labels)
+    return [f"{i:05d}" for i in range(len(labels))], labels
+
+
+def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
+    """100 NMI over all images, and the other metrics of the paper."""
+    from train.command_line import read_flags
+
+    read_head(folder, "deepfake", rules.get("deadline"))
+    entry = rules["members"][0]
+    flags = [f"--config.{k}={v}" for k, v in (entry.get("set") or {}).items()]
+    config, _ = read_flags(
+        ["competition", f"--config={entry['config']}", *flags, f"--workdir={workdir}"],
+        need_workdir=True,
+    )
+    names, labels = truth(rules, config)
+    clusters = read_clusters(folder, names)
+    numbers = open_world_metrics(clusters, labels, config.task_args.known)
+    return {"score": 100 * numbers[rules["metric"]], **numbers}

@@ -1,0 +1,179 @@
+"""Driving track: a texture that hides a vehicle from a detector, scenarios that crash the ego."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.security import driving_renderer as renderer
+from jaxmodels.security import texture_attack
+from jaxmodels.security.driving_simulator import (
+    REASONS,
+    Scene,
+    Traffic,
+    check_scene,
+    judge,
+    sample_scene,
+    simulate,
+)
+from jaxmodels.security.scenario_search import search
+from train.competition.roster import Member, train_members
+from train.competition.submissions import check_files, read_arrays, read_head, refuse, write_head
+from train.data import pipeline
+
+FILES = ("texture.npz", "scenarios.npz")
+_HIDDEN = 7919  # the scorer's own draws: poses, backgrounds, perception
+
+
+def _detector(member: Member):
+    model, variables = member.task.model, member.variables
+    return lambda images: model.apply(variables, images)
+
+
+def base_texture(rules: dict[str, Any]) -> jax.Array:
+    """The vehicle's own paint [64, 64, 3]."""
+    side = renderer.TEXTURE_SIDE
+    return jnp.broadcast_to(jnp.asarray(rules["paint"], jnp.float32), (side, side, 3))
+
+
+def _backgrounds(member: Member, split: str, count: int, seed: int) -> jax.Array:
+    family, options = pipeline.resolve(member.config.data)
+    rng = np.random.default_rng((seed, family.SPLITS.index(split)))
+    photos = np.stack([family.background(rng, split, options) for _ in range(count)])
+    gray = rng.uniform(0.25, 0.5, count).astype(np.float32)
+    return renderer.road_scene(jnp.asarray(photos), jnp.asarray(gray))
+
+
+def scenes(rules: dict[str, Any]) -> list[Scene]:
+    """The scenes of the planning part, all checked."""
+    traffic = Traffic(**(rules.get("traffic") or {}))
+    found = [sample_scene(seed, traffic, rules["vehicles"]) for seed in range(rules["scenes"])]
+    for scene in found:
+        check_scene(scene.states)
+    return found
+
+
+def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
+    """Optimize a texture on the white-box detectors and a scenario for every scene; submit both."""
+    detectors = train_members(rules["detectors"], workdir)
+    base = base_texture(rules)
+    cfg = texture_attack.TextureAttack(**rules["texture_attack"])
+    backgrounds = _backgrounds(detectors[0], "train", 64, rules["seed"])
+    key = jax.random.key(rules["seed"])
+    white_box = [_detector(m) for m in detectors]
+    texture = jax.jit(
+        lambda key, backgrounds, base: texture_attack.optimize_texture(
+            key, white_box, backgrounds, base, cfg
+        )
+    )(key, backgrounds, base)
+
+    traffic = Traffic(**(rules.get("traffic") or {}))
+    numbers: dict[str, float] = {}
+    for method in rules["search"]["methods"]:
+        found = [
+            search(
+                jax.random.fold_in(key, i),
+                scene,
+                traffic,
+                method=method,
+                restarts=rules["search"]["restarts"],
+                iterations=rules["search"]["iterations"],
+            )
+            for i, scene in enumerate(scenes(rules))
+        ]
+        rate = np.mean([bool(f.outcome.collision) for f in found])
+        numbers[f"collision_rate/{method}"] = float(rate)
+        if method == rules["search"]["methods"][0]:
+            best = found
+    write_head(folder, "driving")
+    np.savez(folder / FILES[0], texture=np.asarray(texture, np.float32))
+    knots = {f"scene{i:03d}": np.asarray(f.knots, np.float32) for i, f in enumerate(best)}
+    np.savez(folder / FILES[1], **knots)
+    return {**score(rules, workdir, folder), **numbers}
+
+
+def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
+    """Mean of the perception and planning scores, times 100, and the tables behind them."""
+    read_head(folder, "driving", rules.get("deadline"))
+    check_files(folder, FILES)
+    side = renderer.TEXTURE_SIDE
+    texture = read_arrays(folder, FILES[0], {"texture": (side, side, 3)})["texture"]
+    if texture.min() < 0 or texture.max() > 1:
+        refuse([f"texture: colors from {texture.min():g} to {texture.max():g}, not 0..1"])
+    traffic = Traffic(**(rules.get("traffic") or {}))
+    listed = scenes(rules)
+    shape = (rules["vehicles"], traffic.knots, 2)
+    knots = read_arrays(folder, FILES[1], {f"scene{i:03d}": shape for i in range(len(listed))})
+    return {
+        **_combined(
+            perception := _perception(rules, workdir, jnp.asarray(texture)),
+            planning := _planning(rules, listed, list(knots.values()), traffic),
+        ),
+        **perception,
+        **planning,
+    }
+
+
+def _combined(perception, planning) -> dict[str, float]:
+    return {"score": 50 * (perception["perception_score"] + planning["planning_score"])}
+
+
+def _perception(rules, workdir, texture) -> dict[str, float]:
+    """Detection by the hidden detector on drive-ups that no optimization saw."""
+    (hidden,) = train_members(rules["hidden_detector"], workdir)
+    base = base_texture(rules)
+    drives, frames = rules["drives"], rules["frames"]
+    backgrounds = _backgrounds(hidden, "test", drives, _HIDDEN)
+    rng = np.random.default_rng((_HIDDEN, 1))
+    draws = [
+        (rng.uniform(-1, 1), np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.7, 1.3))
+        for _ in range(drives)
+    ]
+    detect = jax.jit(
+        lambda backgrounds, texture, pose: texture_attack.detection_rate(
+            _detector(hidden), backgrounds, texture, pose
+        )
+    )
+    chance = np.random.default_rng((_HIDDEN, 2)).uniform(size=base.shape).astype(np.float32)
+    found = {"clean": [], "random": [], "attacked": []}
+    for background, (lateral, yaw, light) in zip(backgrounds, draws):
+        pose = renderer.drive_up(frames, lateral, yaw, light)
+        many = jnp.broadcast_to(background, (frames, *background.shape))
+        for name, one in (("clean", base), ("random", jnp.asarray(chance)), ("attacked", texture)):
+            found[name].append(np.asarray(detect(many, one, pose)))
+    tables = {name: np.stack(rows) for name, rows in found.items()}
+    numbers = {f"detection_rate/{name}": float(rows.mean()) for name, rows in tables.items()}
+    for i, part in enumerate(np.array_split(np.arange(frames), 3)):
+        where = ("30-22m", "22-14m", "14-6m")[i]
+        numbers[f"attack_success/{where}"] = float(1 - tables["attacked"][:, part].mean())
+    value = texture_attack.texture_score(jnp.asarray(tables["attacked"]), texture, base)
+    return {"perception_score": float(value), **numbers}
+
+
+def _planning(rules, listed, knots, traffic) -> dict[str, float]:
+    """Mean verdict over the scenes, each under fresh draws of the ego's perception."""
+    run = jax.jit(lambda scene, knots: judge(simulate(scene, knots, traffic), traffic))
+    outcomes = []
+    for i, (scene, own) in enumerate(zip(listed, knots)):
+        for draw in range(rules["draws"]):
+            rng = np.random.default_rng((_HIDDEN, i, draw))
+            fresh = scene._replace(
+                noise=jnp.asarray(rng.standard_normal(scene.noise.shape), jnp.float32),
+                missed=jnp.asarray(rng.uniform(size=scene.missed.shape), jnp.float32),
+            )
+            outcomes.append(jax.device_get(run(fresh, jnp.asarray(own))))
+    scores = np.asarray([o.score for o in outcomes])
+    valid = np.asarray([o.collision for o in outcomes])
+    reasons = np.asarray([o.reason for o in outcomes])
+    times = np.asarray([o.time for o in outcomes])[valid]
+    return {
+        "planning_score": float(scores.mean()),
+        "collision_rate": float(valid.mean()),
+        "min_ttc": float(np.median([o.min_ttc for o in outcomes])),
+        "time_to_collision": float(times.mean()) if len(times) else traffic.horizon,
+        **{f"share/{name}": float((reasons == i).mean()) for i, name in enumerate(REASONS)},
+    }

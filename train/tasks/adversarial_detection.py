@@ -1,0 +1,407 @@
+"""Telling attacked images from natural ones: MH-UI and the methods it is compared with.
+
+Images are pixels in [0, 1]; the networks see (x - 0.5) / 0.5, inside what attacks differentiate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.security import attacks, prior_networks, uncertainty
+from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
+from jaxmodels.security.mhui import attack_loss, check_labels, head_losses
+from train.building import build_model
+from train.naming import ConfigError
+
+METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
+SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialDetection:
+    """Training and evaluation of one method.
+
+    Attributes:
+      model: for `mhui` a network with several heads, logits [B, M, K]; otherwise logits [B, K].
+      method: one of METHODS. `ensemble` trains `members` networks of different seeds side by side.
+      head_weights: of the heads' losses, all 1 when empty.
+      attacks: `NAME:EPS` strings evaluated at the end; NAME is fgsm, bim, pgd, pgd_l2, mi,
+        apgd_ce, apgd_dlr, adaptive (PGD that also avoids detection), or cw (no eps).
+      steps: of iterated attacks. target: what they attack, `final`, `sum` or `mean`.
+      adaptive_weight: lambda of the adaptive attack's uncertainty.
+      estimator, detector: the fit and the measure of the reported detector.
+      samples: forward passes of MC dropout.
+      cw_steps, cw_c: of C&W.
+    """
+
+    model: nn.Module
+    method: str = "mhui"
+    head_weights: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    members: int = 5
+    samples: int = 20
+    attacks: tuple[str, ...] = ("fgsm:0.1", "pgd:0.05", "adaptive:0.05")
+    steps: int = 10
+    target: str = "final"
+    adaptive_weight: float = 2.0
+    estimator: str = "trace"
+    detector: str = "epkl"
+    cw_steps: int = 50
+    cw_c: float = 1.0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ConfigError(f"config.task_args.method: {self.method!r}; known: {METHODS}")
+        for spec in self.attacks:
+            parse_attack(spec)
+
+    def init(self, rng, batch):
+        """Parameters and batch statistics; the ensemble's have a leading axis of members."""
+
+        def one(key):
+            return self.model.init(key, _scaled(batch["image"][:1]), train=False)
+
+        if self.method == "ensemble":
+            variables = jax.vmap(one)(jax.random.split(rng, self.members))
+        else:
+            variables = one(rng)
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(self, params, extra, batch, rng):
+        """The method's objective; `accuracy` on the training batch."""
+        dropout, noise = jax.random.split(rng)
+        x, labels = batch["image"], batch["label"]
+        if self.method == "ensemble":
+
+            def member(params, extra, key):
+                return self._train_apply(params, extra, _scaled(x), key)
+
+            keys = jax.random.split(dropout, self.members)
+            logits, updated = jax.vmap(member)(params, extra, keys)
+            losses = head_losses(logits.swapaxes(0, 1), labels, self.label_smoothing)
+            # A sum: every member's gradient is that of its own loss.
+            return losses.sum(), ({**extra, **updated}, _accuracy(logits.mean(0), labels))
+        if self.method.startswith("dpn"):
+            outside = noise_images(noise, x)
+            both = jnp.concatenate([_scaled(x), _scaled(outside)])
+            logits, updated = self._train_apply(params, extra, both, dropout)
+            natural, foreign = jnp.split(logits, 2)
+            loss = prior_networks.prior_network_loss(
+                natural, labels, foreign, direction=self.method.partition("_")[2]
+            )
+            return loss, ({**extra, **updated}, _accuracy(natural, labels))
+        logits, updated = self._train_apply(params, extra, _scaled(x), dropout)
+        if self.method == "mhui":
+            losses = head_losses(logits, labels, self.label_smoothing)
+            weights = jnp.asarray(self.head_weights or (1.0,) * len(losses))
+            mean = jax.nn.softmax(logits).mean(1)
+            metrics = {f"head{m}_loss": value for m, value in enumerate(losses)}
+            metrics |= _accuracy(mean, labels)
+            return (weights * losses).sum(), ({**extra, **updated}, metrics)
+        loss = head_losses(logits[:, None], labels, self.label_smoothing)[0]
+        return loss, ({**extra, **updated}, _accuracy(logits, labels))
+
+    def _train_apply(self, params, extra, x, key):
+        return self.model.apply(
+            {"params": params, **extra},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+
+    def outputs(self, variables, pixels, key=None):
+        """What the method predicts from, [B, M, K] logits of heads, members, samples, or one."""
+        x = _scaled(pixels)
+        if self.method == "mhui":
+            return self.model.apply(variables, x)
+        if self.method == "ensemble":
+            return jax.vmap(lambda v: self.model.apply(v, x))(variables).swapaxes(0, 1)
+        if self.method == "mc_dropout" and key is not None:
+
+            def sample(k):
+                return self.model.apply(variables, x, sample_dropout=True, rngs={"dropout": k})
+
+            return jax.lax.map(sample, jax.random.split(key, self.samples)).swapaxes(0, 1)
+        return self.model.apply(variables, x)[:, None]
+
+    def probabilities(self, outputs):
+        """Point prediction [B, K]: the mean over heads, members or samples."""
+        return jax.nn.softmax(outputs).mean(1)
+
+    def scores(self, outputs) -> dict[str, jax.Array]:
+        """Every detection score of the method [B], larger = more suspicious."""
+        probs = jax.nn.softmax(outputs)
+        mean = probs.mean(1)
+        entropy = -(mean * jnp.log(jnp.maximum(mean, 1e-30))).sum(-1)
+        if self.method == "mhui":
+            found = uncertainty.moments(outputs, from_logits=True)
+            last = outputs[:, -1]
+            result = {"last_head": 1 - jax.nn.softmax(last).max(-1)}
+            for name in uncertainty.ESTIMATORS:
+                fit = uncertainty.match_moments(found, name)
+                measured = uncertainty.scores(uncertainty.measures(fit.alpha))
+                shared = ("max_p", "ent")  # these depend on the mean alone
+                result |= {
+                    k if k in shared else f"{k}_{name}": v
+                    for k, v in measured.items()
+                    if k not in shared or name == "trace"
+                }
+            return result
+        if self.method.startswith("dpn"):
+            measured = uncertainty.measures(prior_networks.concentrations(outputs[:, 0]))
+            return uncertainty.scores(measured)
+        result = {"max_p": 1 - mean.max(-1), "ent": entropy}
+        if outputs.shape[1] > 1:
+            own = -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(-1).mean(1)
+            result["mi"] = entropy - own
+        return result
+
+    def evaluate(self, variables, batch):
+        """Sums of hits of the point prediction, of every head, and of its NLL."""
+        outputs = self.outputs(variables, batch["image"])
+        p, mask, label = self.probabilities(outputs), batch["mask"], batch["label"]
+        nll = -jnp.log(jnp.maximum(jnp.take_along_axis(p, label[:, None], 1)[:, 0], 1e-30))
+        sums = {
+            "loss": (nll * mask).sum(),
+            "accuracy": ((p.argmax(-1) == label) * mask).sum(),
+            "count": mask.sum(),
+        }
+        if self.method == "mhui":
+            hits = (outputs.argmax(-1) == label[:, None]) * mask[:, None]
+            sums |= {f"head{m}_accuracy": hits[:, m].sum() for m in range(hits.shape[1])}
+        return sums
+
+    def attacked(self, variables, x, y, key, eps, name: str):
+        """Adversarial images of the attack `name` within eps, for one batch."""
+        adaptive = name == "adaptive"
+        loss = attack_loss(self.target, self._spread if adaptive else None, self.adaptive_weight)
+
+        def apply(pixels):
+            outputs = self.outputs(variables, pixels)
+            if self.method == "ensemble":  # its prediction is the mean of its members
+                outputs = jnp.log(jnp.maximum(jax.nn.softmax(outputs).mean(1), 1e-30))[:, None]
+            return outputs
+
+        if name == "cw":
+            cfg = attacks.make("cw", steps=self.cw_steps, c=self.cw_c)
+            chosen = (lambda z: apply(z)[:, -1]) if self.target == "final" else self._mean_of(apply)
+            return attacks.attack(key, chosen, x, y, cfg)
+        method = {"adaptive": "pgd", "pgd_l2": "pgd"}.get(name, name)
+        options = {"eps": eps, "loss": loss}
+        if name.startswith("apgd"):
+            # APGD's own losses look at one logit vector.
+            options = {"eps": eps, "steps": self.steps}
+            last = lambda z: apply(z)[:, -1]  # noqa: E731
+            return attacks.attack(key, last, x, y, attacks.make(method, **options))
+        if name == "pgd_l2":
+            options["norm"] = "l2"
+        if name != "fgsm":
+            options["steps"] = self.steps
+        return attacks.attack(key, apply, x, y, attacks.make(method, **options))
+
+    def _mean_of(self, apply) -> Callable:
+        return lambda z: jnp.log(jnp.maximum(jax.nn.softmax(apply(z)).mean(1), 1e-30))
+
+    def _spread(self, outputs):
+        """1 / (alpha0 + 1) by the trace: monotone in the detector's EPKL, and bounded."""
+        if outputs.shape[1] < 2:
+            return 1 - jax.nn.softmax(outputs[:, 0]).max(-1)
+        mean, variance = uncertainty.moments(outputs, from_logits=True)
+        return variance.sum(-1) / jnp.maximum(1 - jnp.square(mean).sum(-1), 1e-6)
+
+    def detection(self, variables, images, labels, *, batch_size: int, seed: int = 0):
+        """Every attack's table: `{spec: {"accuracy", protocol: {score: Detection}}}`.
+
+        Also the entry `clean` with the accuracy. Under a protocol that leaves no image (no attack
+        succeeded) the scores are absent.
+        """
+        check_labels(labels, int(1e9))
+
+        @functools.partial(jax.jit, static_argnames="name")
+        def attack_batch(variables, x, y, key, eps, name):
+            return self.attacked(variables, x, y, key, eps, name)
+
+        @jax.jit
+        def look(variables, x, key):
+            outputs = self.outputs(variables, x, key)
+            return self.probabilities(outputs).argmax(-1), self.scores(outputs), outputs
+
+        def over_batches(function, *arrays):
+            rows = []
+            for i in range(0, len(arrays[0]), batch_size):
+                parts = [a[i : i + batch_size] for a in arrays]
+                short = batch_size - len(parts[0])
+                padded = [np.concatenate([p, np.repeat(p[:1], short, 0)]) for p in parts]
+                key = jax.random.fold_in(jax.random.key(seed), i)
+                found = jax.device_get(function(key, *padded))
+                rows.append(jax.tree.map(lambda v, n=batch_size - short: v[:n], found))
+            return jax.tree.map(lambda *v: np.concatenate(v), *rows)
+
+        clean, clean_scores, _ = over_batches(lambda k, x: look(variables, x, k), images)
+        correct = clean == labels
+        tables: dict[str, Any] = {"clean": {"accuracy": float(correct.mean())}}
+        for spec in self.attacks:
+            name, eps = parse_attack(spec)
+            adversarial = over_batches(
+                lambda k, x, y, name=name, eps=eps: attack_batch(
+                    variables, x, y, k, jnp.float32(eps), name
+                ),
+                images,
+                labels,
+            )
+            predicted, scores, outputs = over_batches(
+                lambda k, x: look(variables, x, k), adversarial
+            )
+            fooled = predicted != labels
+            attacked_last = outputs[:, -1].argmax(-1) if self.method == "mhui" else predicted
+            table: dict[str, Any] = {
+                "accuracy": float(1 - fooled.mean()),
+                "last_accuracy": float((attacked_last == labels).mean()),
+            }
+            # An attack on the last head succeeds where that head is misled.
+            misled = attacked_last != labels if self.target == "final" else fooled
+            for protocol in PROTOCOLS:
+                if protocol == "successful" and not (correct & misled).any():
+                    continue
+                table[protocol] = detect_adversarial(
+                    clean_scores, scores, correct=correct, fooled=misled, protocol=protocol
+                )
+            tables[spec] = table
+        return tables
+
+    def report(self, variables, sums, config):
+        """AUROC of the detector and of the last head's 1 - max p under every attack."""
+        images, labels = _evaluation_images(config)
+        size = config.eval.batch_size or config.batch_size
+        tables = self.detection(variables, images, labels, batch_size=size, seed=config.seed)
+        del sums
+        numbers = {}
+        for spec in self.attacks:
+            table = tables[spec]
+            numbers[f"{spec}/accuracy"] = table["accuracy"]
+            for protocol in PROTOCOLS:
+                if protocol not in table:
+                    continue
+                found = table[protocol]
+                own = self.reported_score(found)
+                mark = "" if protocol == "all" else "/successful"
+                numbers[f"{spec}{mark}/auroc"] = found[own].auroc
+                numbers[f"{spec}{mark}/aupr"] = found[own].aupr
+                if protocol == "all":
+                    numbers[f"{spec}/fpr95"] = found[own].fpr95
+                    if "last_head" in found:
+                        numbers[f"{spec}/baseline_auroc"] = found["last_head"].auroc
+                    best = max(found, key=lambda s: found[s].auroc)
+                    numbers[f"{spec}/best_auroc ({best})"] = found[best].auroc
+        return numbers
+
+    def reported_score(self, found) -> str:
+        """The configured score under the name the method has for it."""
+        for name in (f"{self.detector}_{self.estimator}", self.detector, "mi", "max_p"):
+            if name in found:
+                return name
+        raise ConfigError(
+            f"config.task_args.detector: {self.detector!r}; known: {', '.join(found)}"
+        )
+
+    def predict(self, variables, path, config):
+        """Class, probability and scores of every image; suspicious beyond 95 % of natural ones.
+
+        The threshold is that quantile of the reported score over the evaluation split.
+        """
+        from train.data.image_folder import images_below
+
+        size = config.eval.batch_size or config.batch_size
+
+        @jax.jit
+        def look(variables, x):
+            outputs = self.outputs(variables, x, jax.random.key(config.seed))
+            p = self.probabilities(outputs)
+            return p.argmax(-1), p.max(-1), self.scores(outputs)
+
+        def score_of(images):
+            short = -len(images) % size
+            padded = np.concatenate([images, np.zeros((short, *images.shape[1:]), images.dtype)])
+            parts = [look(variables, padded[i : i + size])[2] for i in range(0, len(padded), size)]
+            own = self.reported_score(parts[0])
+            return np.concatenate([np.asarray(p[own]) for p in parts])[: len(images)]
+
+        natural, _ = _evaluation_images(config)
+        threshold = float(np.quantile(score_of(natural), 1 - SUSPICION))
+        rows = None
+        for names, images in images_below(path, config.data, batch_size=size):
+            label, p, scores = jax.device_get(look(variables, images))
+            if rows is None:
+                own = self.reported_score(scores)
+                rows = [("file", "class", "probability", "suspicious", *scores)]
+            for i, name in enumerate(names):
+                values = [float(v[i]) for v in scores.values()]
+                suspicious = int(scores[own][i] > threshold)
+                rows.append((name, int(label[i]), float(p[i]), suspicious, *values))
+        return rows
+
+
+def parse_attack(spec: str) -> tuple[str, float]:
+    """`NAME:EPS` as (name, eps); C&W has no eps."""
+    known = ("fgsm", "bim", "pgd", "pgd_l2", "mi", "apgd_ce", "apgd_dlr", "adaptive", "cw")
+    name, _, eps = spec.partition(":")
+    if name not in known:
+        raise ConfigError(f"config.task_args.attacks: {spec!r}; known: {', '.join(known)}")
+    if name == "cw":
+        return name, 0.0
+    try:
+        value = float(eps)
+    except ValueError:
+        value = float("nan")
+    if not value > 0:
+        raise ConfigError(f"config.task_args.attacks: {spec!r} needs a positive eps, as fgsm:0.1")
+    return name, value
+
+
+def noise_images(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Images outside the distribution, from x [B, H, W, C]: a third each of uniform noise, pixels
+    of natural images in random places, and mixtures of two images."""
+    a, b, c = jax.random.split(key, 3)
+    batch, height, width, channels = x.shape
+    uniform = jax.random.uniform(a, x.shape, x.dtype)
+    places = jax.random.permutation(b, height * width)
+    shuffled = x.reshape(batch, -1, channels)[:, places].reshape(x.shape)
+    mixed = 0.5 * x + 0.5 * jnp.roll(x, 1, axis=0)[:, :, ::-1]
+    choice = jax.random.randint(c, (batch, 1, 1, 1), 0, 3)
+    return jnp.where(choice == 0, uniform, jnp.where(choice == 1, shuffled, mixed))
+
+
+def _scaled(pixels):
+    return (pixels - 0.5) / 0.5
+
+
+def _accuracy(scores, labels):
+    return {"accuracy": (scores.argmax(-1) == labels).mean()}
+
+
+def _evaluation_images(config) -> tuple[np.ndarray, np.ndarray]:
+    from train.data import pipeline
+
+    size = config.eval.batch_size or config.batch_size
+    split = config.eval.split or pipeline.eval_split(config.data)
+    images, labels = [], []
+    for batch in pipeline.eval_batches(config.data, split, batch_size=size):
+        rows = batch["mask"] > 0
+        images.append(batch["image"][rows])
+        labels.append(batch["label"][rows])
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def from_config(config) -> AdversarialDetection:
+    """The task of a config: its model and `task_args`."""
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
+    return AdversarialDetection(model=build_model(config), **args)
