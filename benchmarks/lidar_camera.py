@@ -56,7 +56,7 @@ def numpy_queue(shape: str) -> Callable[[], None]:
     expected = int(found.labels.max())
 
     def run() -> None:
-        height, width = depth.shape
+        _, width = depth.shape
         labels = np.zeros(depth.shape, np.int32)
         label = 0
         for start in zip(*np.nonzero(depth > 0)):
