@@ -150,7 +150,8 @@ def vectorize(
       name: what errors call the sequence.
 
     Raises:
-      ValueError: the target is absent at the last observed step or has no vector, too few steps.
+      ValueError: the target is absent at the last observed step or has no vector, too few steps, a
+        position that counts is not finite.
       TooManyPolylines: with `truncate=False`.
     """
     tracks, valid = np.asarray(tracks, np.float64), np.asarray(valid, bool)
@@ -204,6 +205,10 @@ def vectorize(
         rows[:, 2 * c + 7] = j
         vectors[j, : len(rows)], mask[j, : len(rows)] = rows, True
 
+    bad = mask & ~np.isfinite(vectors).all(-1)
+    if bad.any():
+        j, v = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name}: vector {v} of polyline {j} is not finite; check its positions")
     offsets, future_valid = future_steps(frame(tracks[target]), valid[target], obs)
     seen = valid[target, :obs]
     return VectorScene(

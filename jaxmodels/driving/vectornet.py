@@ -298,8 +298,11 @@ def _row(x: jax.Array, chosen: jax.Array) -> jax.Array:
     return jnp.where(chosen[..., None], x, 0).sum(1)
 
 
-def check_shapes(vectors, vector_mask, target_index, in_dim: int) -> None:
-    """Raises ValueError where shapes or dtypes cannot be meant, naming both sides."""
+def check_shapes(vectors, vector_mask, numbers, in_dim: int, name: str = "target_index") -> None:
+    """Raises ValueError where shapes or dtypes cannot be meant, naming both sides.
+
+    `numbers` [B] is the argument called `name`.
+    """
     if vectors.ndim != 4 or vectors.shape[-1] != in_dim:
         raise ValueError(
             f"vectors must be [B, P, V, D] with D = in_dim = {in_dim}, "
@@ -312,12 +315,11 @@ def check_shapes(vectors, vector_mask, target_index, in_dim: int) -> None:
             f"vector_mask must be [B, P, V] = {tuple(vectors.shape[:3])}, "
             f"got {tuple(vector_mask.shape)}"
         )
-    if tuple(target_index.shape) != (vectors.shape[0],) or not jnp.issubdtype(
-        target_index.dtype, jnp.integer
-    ):
+    whole = jnp.issubdtype(numbers.dtype, jnp.integer)
+    if tuple(numbers.shape) != (vectors.shape[0],) or not whole:
         raise ValueError(
-            f"target_index must be integers [B] = [{vectors.shape[0]}], "
-            f"got {target_index.dtype} {list(target_index.shape)}"
+            f"{name} must be integers [B] = [{vectors.shape[0]}], "
+            f"got {numbers.dtype} {list(numbers.shape)}"
         )
 
 

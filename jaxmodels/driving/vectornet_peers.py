@@ -114,7 +114,7 @@ class ResidualVectorNet(nn.Module):
         valid_len [B]: polylines from there on are padding. identifier [B, P, 2]. `node_index` [B]
         is the polyline hidden in training; then also `aux_out` and its target `aux_gt` [B, W].
         """
-        check_shapes(vectors, vector_mask, valid_len, self.in_channels)
+        check_shapes(vectors, vector_mask, valid_len, self.in_channels, "valid_len")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x, mask = _padded(vectors, vector_mask)
         x = jnp.asarray(x, self.dtype)
@@ -204,7 +204,7 @@ class HGNN(nn.Module):
 
         valid_len [B]: keys from there on are masked (their own rows are not).
         """
-        check_shapes(vectors, vector_mask, valid_len, self.in_channels)
+        check_shapes(vectors, vector_mask, valid_len, self.in_channels, "valid_len")
         if not self.is_initializing():
             warnings.warn(
                 "HGNN normalizes polylines over the whole batch, as the published weights need: "

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxmodels.layers.depthwise import depthwise_conv, unfused
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
@@ -80,7 +81,7 @@ def _tapped_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.
     return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _stem_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
     few = kernel.shape[-1] <= _FEW_FILTERS and x.dtype == jnp.float32
     return _by_platform(x, kernel, stride, pad, _tapped_conv if few else _gathered_conv)
@@ -96,17 +97,20 @@ def _by_platform(x, kernel, stride, pad, on_cpu):
     )
 
 
-def _stem_conv_forward(x, kernel, stride, pad):
-    return _stem_conv(x, kernel, stride, pad), (x, kernel)
+def _linear_parts(form, primals, tangents):
+    """Tangent of a bilinear `form` of two arrays; a symbolic zero costs nothing."""
+    parts = []
+    for at, tangent in enumerate(tangents):
+        if not isinstance(tangent, SymbolicZero):
+            parts.append(form(*(tangent if k == at else primals[k] for k in (0, 1))))
+    return sum(parts[1:], start=parts[0])
 
 
-def _stem_conv_backward(stride, pad, saved, dy):
+@partial(_stem_conv.defjvp, symbolic_zeros=True)
+def _stem_conv_jvp(stride, pad, primals, tangents):
     # The kernel's gradient is a matrix product whatever the forward pass was.
     form = partial(_by_platform, stride=stride, pad=pad, on_cpu=_gathered_conv)
-    return jax.vjp(form, *saved)[1](dy)
-
-
-_stem_conv.defvjp(_stem_conv_forward, _stem_conv_backward)
+    return _stem_conv(*primals, stride, pad), _linear_parts(form, primals, tangents)
 
 
 @unfused()
@@ -118,7 +122,7 @@ def _summed_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x [..., I] @ kernel [I, O]`; with few channels one fused loop on a CPU.
 
@@ -129,15 +133,9 @@ def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, kernel, cpu=_summed_product, default=jnp.matmul)
 
 
-def _pointwise_forward(x, kernel):
-    return _pointwise(x, kernel), (x, kernel)
-
-
-def _pointwise_backward(saved, dy):
-    return jax.vjp(jnp.matmul, *saved)[1](dy)
-
-
-_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+@partial(_pointwise.defjvp, symbolic_zeros=True)
+def _pointwise_jvp(primals, tangents):
+    return _pointwise(*primals), _linear_parts(jnp.matmul, primals, tangents)
 
 
 class Conv(nn.Module):

@@ -139,6 +139,8 @@ def broken(rows, kind):
         body = [[f"{float(r[0]) * 2:.6f}", *r[1:]] for r in body]
     elif kind == "number":
         body[3][3] = "east"
+    elif kind == "nan":
+        body[8][4] = "nan"
     elif kind == "absent":
         body = [r for r in body if not (r[1] == "track_0" and abs(float(r[0]) - 1.9) < 0.01)]
         body += [["1.9", "other", "OTHERS", "1", "1", "SIM"]]
@@ -152,7 +154,8 @@ MISTAKES = {
     "duplicate": r"7\.csv: track track_0 has two rows at TIMESTAMP 0\.0",
     "short": r"7\.csv: 10 time steps, fewer than the 20 observed ones",
     "rate": r"7\.csv: TIMESTAMP 0\.0 to 0\.2 is 0\.200 s, not 0\.1 s within 20%; .*strict=False",
-    "number": r"7\.csv, line 5: not a row of 6 values",
+    "number": r"7\.csv, line 5: not a row of 6 finite values",
+    "nan": r"7\.csv, line 10: not a row of 6 finite values",
     "absent": r"7\.csv: the AGENT is not there at the last observed step",
 }
 

@@ -132,6 +132,10 @@ def test_a_target_that_cannot_be_forecast_is_named_with_its_sequence():
         valid[0, list(steps)] = False
         with pytest.raises(ValueError, match=text):
             features(dataclasses.replace(scene, valid=valid), name="sequence 7")
+    lanes = (np.full((3, 2), np.nan), *scene.lanes[1:])
+    lanes[0][0] = scene.tracks[0, 19]
+    with pytest.raises(ValueError, match=r"sequence 7: vector 0 of polyline .* is not finite"):
+        features(dataclasses.replace(scene, lanes=lanes), name="sequence 7", radius=None)
     short = dataclasses.replace(scene, tracks=scene.tracks[:, :12], valid=scene.valid[:, :12])
     with pytest.raises(ValueError, match="12 steps, fewer than the 20 observed ones"):
         features(short)

@@ -60,3 +60,28 @@ def test_a_narrow_1x1_and_a_wide_stem_equal_the_matrix_product_twice_differentia
         x, stem, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(y, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["stem", "pointwise"])
+def test_forward_mode_agrees_with_reverse_mode(case):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 9, 3)), jnp.float32)
+    conv = Conv(5, 3, strides=2) if case == "stem" else Conv(5)
+    params = conv.init(jax.random.key(0), x)
+
+    def f(params, x):
+        return jnp.sum(jnp.sin(conv.apply(params, x)))
+
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), (params, x))
+
+    @jax.jit
+    def both(params, x):
+        grads = jax.grad(f, (0, 1))(params, x)
+        products = jax.tree.map(jnp.vdot, grads, direction)
+        hvp = jax.jvp(jax.grad(f, 1), (params, x), direction)[1]
+        twice = jax.grad(lambda p, x: jax.jvp(f, (p, x), direction)[1], 1)(params, x)
+        return jax.jvp(f, (params, x), direction)[1], sum(jax.tree.leaves(products)), hvp, twice
+
+    forward, reverse, over_reverse, over_forward = both(params, x)
+    assert float(forward) == pytest.approx(float(reverse), rel=1e-5)
+    np.testing.assert_allclose(over_reverse, over_forward, atol=1e-5)

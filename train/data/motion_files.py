@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,13 @@ def read_sequence(
                 continue
             try:
                 time, track, kind, x, y, city = (row[i] for i in places)
-                rows.append((float(time), track, kind, float(x), float(y), city))
+                numbers = float(time), float(x), float(y)
+                if not all(map(math.isfinite, numbers)):
+                    raise ValueError
+                rows.append((numbers[0], track, kind, *numbers[1:], city))
             except (IndexError, ValueError):
                 raise ValueError(
-                    f"{path}, line {number}: not a row of {len(COLUMNS)} values"
+                    f"{path}, line {number}: not a row of {len(COLUMNS)} finite values"
                 ) from None
     if not rows:
         raise ValueError(f"{path}: no rows")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from jaxmodels.driving import rasterization, vectorization
 from train.data import motion_files, preparation, traffic_simulator
@@ -78,6 +79,18 @@ class TrafficConfig(tfds.core.BuilderConfig):
     crossing: bool = False
 
 
+def _traffic_config(scenes: tuple[int, ...], seed: int, crossing: bool) -> TrafficConfig:
+    numbers = "_".join(map(str, scenes))
+    return TrafficConfig(
+        name=f"{'crossing' if crossing else 'roads'}_{numbers}_seed{seed}",
+        version=tfds.core.Version("1.0.0"),
+        description="Simulated traffic.",
+        scenes=scenes,
+        seed=seed,
+        crossing=crossing,
+    )
+
+
 class KinematicTraffic(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of simulated scenes: tracks and lanes in city coordinates.
 
@@ -86,7 +99,9 @@ class KinematicTraffic(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Straight, bent and S-shaped roads; crossings."}
-    BUILDER_CONFIGS = ()
+    BUILDER_CONFIGS = tuple(
+        _traffic_config((1500, 300, 300), 0, crossing) for crossing in (False, True)
+    )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -318,17 +333,11 @@ def simulated_scenes(split: str, options: Mapping[str, Any]) -> tuple[RawScene, 
 
 @functools.lru_cache(maxsize=8)
 def _prepared_scenes(split, counts, seed, crossing, directory) -> tuple[RawScene, ...]:
-    numbers = "_".join(map(str, counts))
-    name = f"{'crossing' if crossing else 'roads'}_{numbers}_seed{seed}"
-    config = TrafficConfig(
-        name=name,
-        version=KinematicTraffic.VERSION,
-        description="Simulated traffic.",
-        scenes=counts,
-        seed=seed,
-        crossing=crossing,
+    config = _traffic_config(counts, seed, crossing)
+    ready = {c.name for c in KinematicTraffic.BUILDER_CONFIGS}
+    builder = preparation.prepare(
+        KinematicTraffic, directory, config=config.name if config.name in ready else config
     )
-    builder = preparation.prepare(KinematicTraffic, directory, config=config)
     rows = sorted(builder.as_data_source(split), key=lambda row: int(row["index"]))
     scenes = []
     for row in rows:
@@ -388,7 +397,7 @@ def vector_scene(scene: RawScene, options: Mapping[str, Any]) -> vectorization.V
     if not options["use_agents"]:
         keep = np.arange(len(tracks)) == scene.target
         valid = valid & keep[:, None]
-    return vectorization.vectorize(
+    found = vectorization.vectorize(
         tracks,
         valid,
         scene.target,
@@ -403,6 +412,9 @@ def vector_scene(scene: RawScene, options: Mapping[str, Any]) -> vectorization.V
         truncate=options["truncate"],
         name=scene.name,
     )
+    if found.dropped:
+        logging.info("%s: no room for %d polylines", scene.name, found.dropped)
+    return found
 
 
 def example_of(scene: RawScene, options: Mapping[str, Any]) -> dict[str, np.ndarray]:
