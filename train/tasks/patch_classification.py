@@ -62,11 +62,9 @@ class PatchClassification:
             raise ValueError(
                 f"task_args.sizes: {len(sizes)} sizes do not divide a batch of {rows} rows"
             )
+        grouped = {k: x.reshape(-1, len(sizes), *x.shape[1:]) for k, x in batch.items()}
         for i, size in enumerate(sizes):
-            yield (
-                size,
-                jax.tree.map(lambda x: x.reshape(-1, len(sizes), *x.shape[1:])[:, i], batch),  # noqa: B023
-            )
+            yield size, {key: x[:, i] for key, x in grouped.items()}
 
     def loss(self, params, extra, batch, rng):
         """Mean loss over the batch; accuracy and the parts of the loss."""
