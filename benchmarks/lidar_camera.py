@@ -56,7 +56,7 @@ def numpy_queue(shape: str) -> Callable[[], None]:
     expected = int(found.labels.max())
 
     def run() -> None:
-        _, width = depth.shape
+        width = depth.shape[1]
         labels = np.zeros(depth.shape, np.int32)
         label = 0
         for start in zip(*np.nonzero(depth > 0)):
@@ -71,7 +71,7 @@ def numpy_queue(shape: str) -> Callable[[], None]:
                 nearby = (
                     ((r, (c + 1) % width), right[r, c]),
                     ((r, left), right[r, left]),
-                    ((below, c), down[r, c]),
+                    ((below, c), down[r, c]),  # the last row has no link below
                     ((r - 1, c), r > 0 and down[r - 1, c]),
                 )
                 for place, linked in nearby:

@@ -53,9 +53,9 @@ def _patches(config):
     config.model_args = {"box_head": True}
     config.data.name = "driving_patches"
     config.data.options.image_size = 64
-    config.steps, config.batch_size = 500, 64
+    config.steps, config.batch_size = 300, 64
     config.schedule.peak = 0.05
-    config.log_every, config.eval.every, config.checkpoint.every = 50, 250, 250
+    config.log_every, config.eval.every, config.checkpoint.every = 50, 150, 50
 
 
 def _detector(config):
@@ -64,10 +64,10 @@ def _detector(config):
     config.model_args = {}
     config.data.name = "driving_detection"
     config.data.options.image_size = 320
-    config.steps, config.batch_size = 1200, 8
+    config.steps, config.batch_size = 600, 8
     config.optimizer.clip_norm = 10.0
     config.schedule.peak = 0.005
-    config.log_every, config.eval.every, config.checkpoint.every = 50, 400, 400
+    config.log_every, config.eval.every, config.checkpoint.every = 50, 300, 50
 
 
 def _paper(config, preset):

@@ -8,6 +8,7 @@ translation, which is kept unless `drop_translation`. Global shutter.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -64,9 +65,9 @@ def check_camera(camera: Camera, image: Any = None) -> Camera:
 
 
 def check_image(image: Any) -> None:
-    """Refuse anything but RGB images [H, W, 3] of uint8 or of floats in 0..1.
+    """Refuse anything but RGB images [H, W, 3] of uint8 or of floats; warn beyond 0..1.
 
-    Raises ValueError naming the shape, the dtype or the range.
+    Raises ValueError naming the shape or the dtype. Whether red comes first cannot be seen.
     """
     shape, dtype = np.shape(image), np.asarray(image).dtype
     if len(shape) != 3 or shape[2] != 3:
@@ -77,7 +78,7 @@ def check_image(image: Any) -> None:
         raise ValueError(f"image must be uint8 or floats in 0..1, got {dtype}")
     low, high = float(np.min(image)), float(np.max(image))
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"floating image must be in 0..1, got {low:g}..{high:g}")
+        warnings.warn(f"floating image must be in 0..1, got {low:g}..{high:g}", stacklevel=2)
 
 
 def scaled_intrinsic(intrinsic: Any, factor: float) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -147,9 +148,9 @@ class Pipeline:
             crops = image_patches.crop_and_resize(image, taken, size)
             outputs = classifier.apply(variables, crops, method="intermediates")
             probabilities = jax.nn.softmax(outputs["logits"].astype(jnp.float32))
-            refined = boxes
+            refined = taken
             if "deltas" in outputs:
-                refined = refine_boxes(boxes, outputs["deltas"].astype(jnp.float32))
+                refined = refine_boxes(taken, outputs["deltas"].astype(jnp.float32))
             return probabilities, refined
 
         self._inspect = inspect
@@ -214,6 +215,12 @@ class Pipeline:
         tracks = found.tracks
         objects: Objects = jax.device_get(found)
         lidar_ms = self._elapsed(started)
+        if objects.overflow:
+            warnings.warn(
+                f"{int(objects.overflow)} clusters beyond max_clusters "
+                f"{options.clustering.max_clusters}: the nearest were kept",
+                stacklevel=2,
+            )
         order = objects.order[objects.patches.valid[objects.order]]
         schedule, answers = priority_schedule.run(
             order,

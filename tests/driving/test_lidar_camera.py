@@ -427,7 +427,6 @@ def broken(**changes):
         (lambda: check_frame(broken(camera_intrinsic=np.zeros(9))), "focal lengths"),
         (lambda: check_frame(broken(image=np.zeros((4, 4), np.uint8))), "RGB"),
         (lambda: check_frame(broken(image=np.zeros((4, 4, 3), np.uint16))), "got uint16"),
-        (lambda: check_frame(broken(image=np.full((4, 4, 3), 7.0))), r"in 0\.\.1"),
         (
             lambda: camera_projection.check_camera(
                 Camera(np.ones(9), np.eye(4), 192, 128), np.zeros((6, 5, 3), np.uint8)
@@ -472,3 +471,16 @@ def test_a_frame_needs_no_labels():
         warnings.simplefilter("error")
         result, _ = pipeline()(check_frame(bare))
     assert len(result.detections.classes)
+
+
+def test_a_floating_image_beyond_one_and_too_many_clusters_are_warned_of():
+    with pytest.warns(UserWarning, match=r"in 0\.\.1, got 7"):
+        camera_projection.check_image(np.full((4, 4, 3), 7.0))
+    options = dataclasses.replace(
+        OPTIONS, clustering=ClusteringOptions(min_points=3, max_clusters=2), detector_every=0
+    )
+    run = pipeline()
+    few = lidar_camera.Pipeline(run.classifier, run.variables, options=options, costs=run.costs)
+    with pytest.warns(UserWarning, match="clusters beyond max_clusters 2"):
+        result, _ = few(frame())
+    assert len(result.detections.classes) == 2

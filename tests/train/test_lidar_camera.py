@@ -13,7 +13,7 @@ from jaxmodels.driving import camera_renderer, driving_scene, range_image
 from jaxmodels.driving.patch_classifier import CLASSES
 from train import predict
 from train.__main__ import main
-from train.data import driving_frames, kitti_frames, pipeline, waymo_frames
+from train.data import driving_frames, kitti_frames, pipeline, ranked_detections, waymo_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "lidar_camera.py")
@@ -199,6 +199,7 @@ def paper_run(waymo, tmp_path_factory):
         "--config.data.options.image_size=32",
         "--config.data.options.every=1",
         "--config.task_args.sizes=(32,)",
+        "--config.schedule.peak=0.02",
         "--config.parallel.data=4",
         "--config.parallel.fsdp=2",
         "--config.steps=20",
@@ -313,3 +314,14 @@ def test_a_config_mistake_is_one_line(words, message, tmp_path, capsys):
     assert code not in (0, None)
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_detection_files_of_other_detectors_are_read(tmp_path):
+    file = tmp_path / "found.json"
+    rows = [[1, 2, 30, 40, 0.9, 0.5, 2], [0, 0, 5, 5, 0.8, 1.0, 60], [3, 3, 9, 9, 1.0, 0.25, 0]]
+    file.write_text(json.dumps({"segment": {"10_20_ctx_7_FRONT": rows}}))
+    found = ranked_detections.read_detections(file)[("10_20_ctx", 7, "FRONT")]
+    assert found.classes.tolist() == [0, 1] and found.scores.tolist() == [0.45, 0.25]
+    file.write_text(json.dumps({"segment": {"ctx_7_FRONT": [[5, 2, 3, 40, 0.9, 0.5, 2]]}}))
+    with pytest.raises(ValueError, match="ctx_7_FRONT: boxes: row 0 has x2 < x1"):
+        ranked_detections.read_detections(file)

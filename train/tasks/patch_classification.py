@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxmodels.driving.depth_clustering import ClusteringOptions
 from jaxmodels.driving.patch_classifier import BACKGROUND, CLASSES, refine_boxes
 from train.building import build_model
 from train.naming import ConfigError
@@ -51,25 +52,27 @@ class PatchClassification:
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
     def _parts(self, batch):
-        """(size, rows) of each part of a batch."""
+        """(size, rows of the batch) for each of `sizes`; every device keeps its own rows.
+
+        Raises ValueError when the sizes do not divide the rows.
+        """
         rows = len(batch["label"])
         sizes = self.sizes or (batch["image"].shape[1],)
-        if rows < len(sizes):
-            sizes = sizes[-rows:]
-        each = rows // len(sizes)
+        if rows % len(sizes):
+            raise ValueError(
+                f"task_args.sizes: {len(sizes)} sizes do not divide a batch of {rows} rows"
+            )
+        grouped = {k: x.reshape(-1, len(sizes), *x.shape[1:]) for k, x in batch.items()}
         for i, size in enumerate(sizes):
-            end = rows if i == len(sizes) - 1 else (i + 1) * each
-            yield size, slice(i * each, end)
+            yield size, {key: x[:, i] for key, x in grouped.items()}
 
     def loss(self, params, extra, batch, rng):
         """Mean loss over the batch; accuracy and the parts of the loss."""
+        del rng  # the order of a batch is random already
         total = {"cross_entropy": 0.0, "box": 0.0, "accuracy": 0.0}
         rows = len(batch["label"])
-        # Rows of all classes in every part, wherever they stand in the batch.
-        order = jax.random.permutation(rng, rows)
-        batch = jax.tree.map(lambda x: x[order], batch)
         for size, part in self._parts(batch):
-            image, label = batch["image"][part], batch["label"][part]
+            image, label = part["image"], part["label"]
             if size != image.shape[1]:
                 image = jax.image.resize(image, (len(image), size, size, 3), "linear")
             outputs, updated = self.model.apply(
@@ -87,9 +90,8 @@ class PatchClassification:
             total["cross_entropy"] += optax.softmax_cross_entropy(logits, targets).sum() / rows
             total["accuracy"] += (logits.argmax(-1) == label).sum() / rows
             if "deltas" in outputs:
-                error = optax.huber_loss(
-                    outputs["deltas"].astype(jnp.float32), batch["deltas"][part]
-                ).sum(-1)
+                found = outputs["deltas"].astype(jnp.float32)
+                error = optax.huber_loss(found, part["deltas"]).sum(-1)
                 total["box"] += (error * (label != BACKGROUND)).sum() / rows
         loss = total["cross_entropy"] + self.box_weight * total["box"]
         return loss, (extra, total)
@@ -178,8 +180,11 @@ class PatchClassification:
         from jaxmodels.interop import catalog
         from train.checkpoints import load_params
 
+        given = dict(self.pipeline)
         try:
-            options = lidar_camera.PipelineOptions(**dict(self.pipeline))
+            if "clustering" in given:
+                given["clustering"] = ClusteringOptions(**dict(given["clustering"]))
+            options = lidar_camera.PipelineOptions(**given)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.task_args.pipeline: {error}") from None
         detector = None
