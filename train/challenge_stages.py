@@ -572,7 +572,7 @@ class _TestPredictor:
                 return restore_probabilities(p, geometry)
 
             found[name] = restored(ensembling.average(members))
-            singles[f"{name}, one model"] = [restored(p) for p in members]
+            singles[f"{name}, single models"] = [restored(p) for p in members]
             if windows.mirror_axes:
                 plain = dataclasses.replace(windows, mirror_axes=())
                 p = predict_probabilities(task.model, [first], array, plain)
