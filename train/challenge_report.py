@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.biomedical import metrics, ranking, surface_distance
-from jaxmodels.biomedical.preprocessing import NO_AXIS, image_diagonal, labels_of
+from jaxmodels.biomedical.preprocessing import NO_AXIS, annotated, image_diagonal, labels_of
 from train import survey
 from train.data import medical_preparation as preparation
 from train.data.medical_files import RawDataset
@@ -23,6 +23,7 @@ def case_metrics(
     HD95 of one empty mask is the image's diagonal, of two it is missing.
     """
     rows = {}
+    prediction, reference = annotated(prediction, reference, known["ignore_label"])
     if spacing[0] == NO_AXIS:
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
     for name, values in known["targets"].items():
