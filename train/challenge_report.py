@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.biomedical import metrics, ranking, surface_distance
-from jaxmodels.biomedical.preprocessing import NO_AXIS, image_diagonal, labels_of
+from jaxmodels.biomedical.preprocessing import NO_AXIS, annotated, image_diagonal, labels_of
 from train import survey
 from train.data import medical_preparation as preparation
 from train.data.medical_files import RawDataset
@@ -23,6 +23,7 @@ def case_metrics(
     HD95 of one empty mask is the image's diagonal, of two it is missing.
     """
     rows = {}
+    prediction, reference = annotated(prediction, reference, known["ignore_label"])
     if spacing[0] == NO_AXIS:
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
     for name, values in known["targets"].items():
@@ -112,7 +113,19 @@ def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def practices(settings, plans, chosen, stored, test) -> list[tuple[str, str, str, str]]:
+def _cross_validation(known, settings, rows, test, first, held) -> tuple[str, str, str, str]:
+    """What the folds tell beforehand: all cases' estimate of a single model, and one fold's."""
+    means = _mean_rows(rows)
+    told = f"estimate {np.nanmean(list(means.values())):.4f} from all folds, "
+    told += f"{np.nanmean([means[c] for c in held[0]]):.4f} from one"
+    singles = test.get(f"{first}, single models")
+    if singles:
+        told += f"; single models on the test cases {np.nanmean(list(singles.values())):.4f}"
+    title = f"k-fold cross-validation ({settings.folds} folds)"
+    return title, known["cross_validation"].text(), "on", told
+
+
+def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, str, str, str]]:
     """(practice, survey, on or off, gain in Dice with its interval) of every surveyed practice.
 
     Gains are over cases: on the test cases where their labels are known, else out of fold. They
@@ -140,11 +153,10 @@ def practices(settings, plans, chosen, stored, test) -> list[tuple[str, str, str
     ]
     add("3D as 2D slices", "slices", bool(flat), "3d_fullres", flat[0] if flat else None)
     first = chosen["members"][0]
-    add("k-fold cross-validation (a model a fold)", "cross_validation", True,
-        f"{first}, one model", first)  # fmt: skip
+    rows.append(_cross_validation(known, settings, chosen["per_case"][first], test, first, held))
     identical = settings.folds * settings.seeds
     add(f"identical ensemble ({identical} models)", "ensemble_identical", True,
-        f"{first}, one model", first)  # fmt: skip
+        f"{first}, single models", first)  # fmt: skip
     several = len(chosen["members"]) > 1
     pair = "ensemble" if test else "+".join(chosen["members"])
     singles = {n: s for n, s in chosen["scores"].items() if n in names}
@@ -259,10 +271,12 @@ def write_report(folder: Path, uses, settings, raw_name: str, command: str) -> d
             + _table(("method", "Dice", "IoU", "HD95 (mm)", "NSD", "ECE"), rows)
         )
         numbers["test_dice"] = float(np.nanmean(list(test["final"].values())))
-    told = practices(settings, plans, chosen, stored, test)
+    held = preparation.read_json(uses["prepared"] / "splits.json")
+    told = practices(settings, plans, chosen, stored, test, held)
     parts.append(
         "## Practices\n\nThe survey's figure is of its base, the gain is in Dice with a 95 % "
-        "interval over cases.\n\n" + _table(("practice", "survey", "here", "gain"), told)
+        "interval over cases. `single models` is the mean over the models of all folds.\n\n"
+        + _table(("practice", "survey", "here", "gain"), told)
     )
     scores = test or {n: _mean_rows(r) for n, r in chosen["per_case"].items()}
     parts.append("## Ranking\n\n" + _ranking(scores, settings, folder))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxmodels.biomedical import ensembling, metrics, postprocessing, ranking
 from jaxmodels.biomedical.preprocessing import (
     Geometry,
+    annotated,
     labels_of,
     resample,
     restore_probabilities,
@@ -348,8 +349,8 @@ def _predict_held_out(folder, uses, config, settings: Settings, name, prior) -> 
                 p = predict_probabilities(task.model, [m[1] for m in models], image, task.windows())
                 if feeds_cascade:
                     _write_prior(folder / "prior", case, p, geometry, prepared, plans, known)
-                restored = restore_probabilities(p, geometry).astype(np.float16)
-                _save(folder / f"{case}.npy", restored)
+                restored = restore_probabilities(p, geometry, known["regions"])
+                _save(folder / f"{case}.npy", restored.astype(np.float16))
         recorded |= dict.fromkeys(cases, fold)
     ensembling.assert_out_of_fold(recorded, held)
     preparation.write_json(folder / "folds.json", recorded)
@@ -388,8 +389,11 @@ def dice_rows(predictions: Mapping[str, np.ndarray], references, known) -> dict[
     """Case -> Dice of every target."""
     from train.tasks.segmentation import case_dice
 
-    targets = list(known["targets"].values())
-    return {c: case_dice(predictions[c], references[c], targets) for c in predictions}
+    targets, ignored = list(known["targets"].values()), known["ignore_label"]
+    return {
+        c: case_dice(*annotated(predictions[c], references[c], ignored), targets)
+        for c in predictions
+    }
 
 
 def mean_dice(rows: Mapping[str, list[float]]) -> float:
@@ -468,9 +472,11 @@ def _search(folder: Path, uses, settings: Settings, raw_name: str) -> dict[str, 
     operations, record = [], []
     if settings.content["postprocessing"]:
         foreground = sorted({v for values in known["targets"].values() for v in values})
+        pairs = [annotated(predicted[c], references[c], known["ignore_label"]) for c in cases]
+        foreground = [v for v in foreground if v != known["ignore_label"]]
         operations, record = postprocessing.search(
-            [predicted[c] for c in cases],
-            [references[c] for c in cases],
+            [p for p, _ in pairs],
+            [r for _, r in pairs],
             foreground,
             optional=settings.content["optional_postprocessing"],
         )
@@ -569,10 +575,10 @@ class _TestPredictor:
                 low = (ensembling.average(members), geometry)
 
             def restored(p, geometry=geometry):
-                return restore_probabilities(p, geometry)
+                return restore_probabilities(p, geometry, self.known["regions"])
 
             found[name] = restored(ensembling.average(members))
-            singles[f"{name}, one model"] = [restored(p) for p in members]
+            singles[f"{name}, single models"] = [restored(p) for p in members]
             if windows.mirror_axes:
                 plain = dataclasses.replace(windows, mirror_axes=())
                 p = predict_probabilities(task.model, [first], array, plain)

@@ -312,18 +312,31 @@ def preprocess(
     return image, label, geometry
 
 
-def restore_probabilities(probabilities: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Class probabilities [*S', K] of a preprocessed case on the original grid [*S, K].
+def restore_probabilities(
+    probabilities: np.ndarray, geometry: Geometry, regions: bool = False
+) -> np.ndarray:
+    """Probabilities [*S', K] of a preprocessed case on the original grid [*S, K].
 
-    Resampled by order 1; outside the crop everything is background, of probability 1.
+    Resampled by order 1; outside the crop everything is background: class 0 with probability 1,
+    or none of the `regions`.
     """
     cropped = tuple(high - low for low, high in geometry.box)
     inside = resample(probabilities, cropped, geometry.target_spacing, geometry.spacing, order=1)
     full = np.zeros((*geometry.shape, probabilities.shape[-1]), np.float32)
-    full[..., 0] = 1
+    full[..., 0] = 0 if regions else 1
     full[tuple(slice(low, high) for low, high in geometry.box)] = inside
     inverse = tuple(int(i) for i in np.argsort(geometry.transpose))
     return np.transpose(full, (*inverse, full.ndim - 1))
+
+
+def annotated(
+    prediction: np.ndarray, reference: np.ndarray, ignore_label: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both label maps with background where the reference says that nobody looked."""
+    if ignore_label is None:
+        return prediction, reference
+    unknown = reference == ignore_label
+    return np.where(unknown, 0, prediction), np.where(unknown, 0, reference)
 
 
 def labels_of(probabilities: np.ndarray, regions: Sequence[int] | None = None) -> np.ndarray:

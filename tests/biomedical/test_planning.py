@@ -150,3 +150,14 @@ def test_a_coarse_axis_is_resampled_on_its_own_by_nearest_slices():
 def test_regions_above_one_half_write_in_order():
     p = np.asarray([[0.9, 0.2], [0.9, 0.7], [0.1, 0.4]])
     assert preprocessing.labels_of(p, regions=(1, 2)).tolist() == [1, 2, 0]
+
+
+def test_regions_outside_the_crop_are_absent_and_unknown_voxels_are_background():
+    geometry = preprocessing.Geometry((0,), (4,), (1.0,), ((1, 3),), (1.0,), (2,))
+    p = np.full((2, 2), 0.9, np.float32)
+    regions = preprocessing.restore_probabilities(p, geometry, regions=True)
+    np.testing.assert_allclose(regions[:, 0], [0, 0.9, 0.9, 0])
+    classes = preprocessing.restore_probabilities(p, geometry)
+    np.testing.assert_allclose(classes[:, 0], [1, 0.9, 0.9, 1])
+    predicted, reference = preprocessing.annotated(np.asarray([1, 1]), np.asarray([1, 3]), 3)
+    assert predicted.tolist() == reference.tolist() == [1, 0]

@@ -48,6 +48,24 @@ def test_transposed_windows_equal_the_dilated_convolution():
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+def test_the_norms_own_gradient_equals_differentiation():
+    def plain(x, scale, bias):
+        mean = x.mean((1, 2), keepdims=True)
+        variance = jnp.square(x - mean).mean((1, 2), keepdims=True)
+        return (x - mean) * lax.rsqrt(variance + 1e-5) * scale + bias
+
+    x = jnp.asarray(RNG.normal(2, 3, size=(2, 5, 4, 3)), jnp.float32)
+    scale, bias, weight = (jnp.asarray(RNG.normal(size=s), "f4") for s in (3, 3, x.shape))
+    ours, theirs = (
+        jax.jit(jax.grad(lambda *a, f=f: (jnp.sin(f(*a)) * weight).sum(), (0, 1, 2)))(
+            x, scale, bias
+        )
+        for f in (lambda *a: volumes.instance_norm(*a, 1e-5), plain)
+    )
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 def test_norm_and_pooling_are_per_sample_and_per_block():
     x = jnp.asarray(RNG.normal(2, 3, size=(2, 5, 6, 3)), jnp.float32)
     y, _ = volumes.InstanceNorm().init_with_output(jax.random.key(0), x)

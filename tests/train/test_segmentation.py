@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.biomedical.unet import PlainConvUNet
 from train import challenge, predict, survey
 from train.__main__ import main
 from train.checkpoints import load_params
 from train.command_line import stop_with_one_line
+from train.tasks.segmentation import Segmentation
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "biomedical.py")
@@ -152,6 +155,27 @@ def test_a_mistake_gets_one_line(flag, raw, tmp_path, capsys):
     argv = ["train", *flags_of(raw), f"--workdir={tmp_path}", f"--config.{flag}"]
     assert stop_with_one_line(main, argv) == 2
     assert MISTAKES[flag] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_regions_overlap_and_ignored_voxels_count_in_no_loss():
+    module = PlainConvUNet(
+        num_classes=2,
+        features_per_stage=(2, 2),
+        kernel_sizes=((3, 3),) * 2,
+        strides=((1, 1), (2, 2)),
+        n_conv_per_stage=(1, 1),
+        n_conv_per_stage_decoder=(1,),
+    )
+    regions = ((1, 2), (2,))
+    task = Segmentation(module, (4, 4), regions=regions, region_order=(1, 2), ignore_label=3)
+    label = jnp.asarray([[[0, 1], [2, 3]]])
+    np.testing.assert_array_equal(task.one_hot(label)[0, :, :, 0], [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(task.one_hot(label)[0, :, :, 1], [[0, 0], [1, 0]])
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 2, 2)), jnp.float32)
+    one = task._one_loss(logits, label)
+    np.testing.assert_allclose(one, task._one_loss(logits.at[0, 1, 1].add(7.0), label), rtol=1e-6)
+    assert one != task._one_loss(logits.at[0, 0, 0].add(7.0), label)
+    assert task.windows().regions and task.windows().tile == (4, 4)
 
 
 # -- the pipeline ----------------------------------------------------------------------------------

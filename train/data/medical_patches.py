@@ -274,8 +274,11 @@ def with_prior(image: np.ndarray, prior: np.ndarray, labels: int) -> np.ndarray:
 def prediction_cases(path: str | Path, options: Mapping[str, Any]):
     """(case, preprocessed image, `write(probabilities, folder) -> file`) of a folder of images.
 
-    Files are CASE_0000.EXT, with the ending of the training data.
+    Files are CASE_0000.EXT, with the ending of the training data. Raises ConfigError for a
+    cascade, whose first stage only `python -m train.challenge` knows.
     """
+    if options["prior"]:
+        raise ConfigError("data.options.prior: a cascade is predicted by python -m train.challenge")
     prepared = prepared_folder(options)
     plans = medical_preparation.read_json(prepared / "plans.json")
     known = medical_preparation.read_json(prepared / "dataset.json")
@@ -299,7 +302,7 @@ def prediction_cases(path: str | Path, options: Mapping[str, Any]):
         files = raw.image_files(case, split)
 
         def write(probabilities, folder, case=case, geometry=geometry, like=files[0]):
-            restored = restore_probabilities(probabilities, geometry)
+            restored = restore_probabilities(probabilities, geometry, known["regions"])
             target = Path(folder) / f"{case}{raw.ending}"
             write_labels(target, labels_of(restored, order), like)
             return target

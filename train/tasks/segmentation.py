@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.biomedical import augmentation, losses, metrics
-from jaxmodels.biomedical.preprocessing import labels_of
+from jaxmodels.biomedical.preprocessing import annotated, labels_of
 from train.building import build_model
 from train.data import pipeline
 from train.naming import ConfigError
@@ -200,7 +200,8 @@ class Segmentation:
             rows = []
             for _, image, label, _ in family.held_out(options):
                 p = predict_probabilities(self.model, [variables], image, self.windows())
-                rows.append(case_dice(labels_of(p, order), np.asarray(label), targets))
+                pair = annotated(labels_of(p, order), np.asarray(label), self.ignore_label)
+                rows.append(case_dice(*pair, targets))
             per_class, mean = metrics.mean_over_cases(np.asarray(rows), warn=False)
             numbers["held_out_dice"] = mean
             if len(per_class) > 1:
