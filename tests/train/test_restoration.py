@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxmodels
+from jaxmodels.interop import catalog
+from tests.restoration import tiny
 from train import predict
 from train.__main__ import main
 from train.checkpoints import load_params
@@ -42,22 +45,50 @@ def div2k(tmp_path_factory):
     return root
 
 
+IMAGE_MODEL = {
+    "upscale": 4,
+    "upsampler": "pixelshuffle_aux",
+    "window_size": 8,
+    "embed_dim": 8,
+    "depths": (2,),
+    "num_heads": (2,),
+    "mlp_ratio": 1.0,
+    "num_feat": 8,
+    "cpb_hidden": 16,
+}
+VIDEO_MODEL = {
+    "mid_channels": 8,
+    "num_blocks": 1,
+    "spatial_blocks": 1,
+    "hr_channels": 4,
+    "spynet_channels": (2, 2, 2, 2),
+}
+
+
+def model_flags(name, arguments):
+    return [
+        f"--config.model={name}",
+        *(f"--config.model_args.{key}={value}" for key, value in arguments.items()),
+    ]
+
+
+def starting_weights(folder, name, arguments):
+    """Random weights as a PyTorch-named file: compiling an initialization takes longer."""
+    module = catalog.find(name).build(**arguments)
+    path = folder / "start.safetensors"
+    jaxmodels.save(path, name, module, tiny.variables_of(module, scale=0.05))
+    return f"--config.init_from={path}"
+
+
 @pytest.fixture(scope="module")
 def paper_run(div2k, tmp_path_factory):
     """Twenty steps of `:paper` at reduced size, on a mesh of data and fsdp."""
     workdir = tmp_path_factory.mktemp("paper")
+    name = "restoration.swin2sr"
+    start = starting_weights(tmp_path_factory.mktemp("start"), name, IMAGE_MODEL)
     flags = [
         f"--config={CONFIG}:paper",
-        "--config.model=restoration.swin2sr",
-        "--config.model_args.upscale=4",
-        "--config.model_args.upsampler=pixelshuffle_aux",
-        "--config.model_args.window_size=8",
-        "--config.model_args.embed_dim=8",
-        "--config.model_args.depths=(2,)",
-        "--config.model_args.num_heads=(2,)",
-        "--config.model_args.mlp_ratio=1.0",
-        "--config.model_args.num_feat=8",
-        "--config.model_args.cpb_hidden=16",
+        *model_flags(name, IMAGE_MODEL),
         f"--config.data.options.path={div2k}",
         "--config.data.options.val_lr=valid_LR",
         "--config.data.options.patch=16",
@@ -68,6 +99,7 @@ def paper_run(div2k, tmp_path_factory):
         "--config.parallel.fsdp=2",
     ]
     run = [
+        start,
         "--config.steps=20",
         "--config.schedule.peak=0.003",
         "--config.schedule.boundaries=(16,)",
@@ -166,12 +198,8 @@ def test_the_paper_video_recipe_runs_twenty_steps_with_a_resting_flow_network(ld
         f"--config.data.options.path={ldv}",
         "--config.data.options.frames=2",
         "--config.data.options.workers=0",
-        "--config.model=restoration.basicvsrpp",
-        "--config.model_args.mid_channels=8",
-        "--config.model_args.num_blocks=1",
-        "--config.model_args.spatial_blocks=1",
-        "--config.model_args.hr_channels=4",
-        "--config.model_args.spynet_channels=(2,2,2,2)",
+        *model_flags("restoration.basicvsrpp", VIDEO_MODEL),
+        starting_weights(tmp_path, "restoration.basicvsrpp", VIDEO_MODEL),
         "--config.optimizer.groups=((r'^spynet\\.',0.25,15),)",
         "--config.batch_size=1",
         "--config.parallel.data=1",

@@ -16,6 +16,10 @@ import numpy as np
 from PIL import Image
 
 JPEG_QUALITY, HEVC_QP, SCALE = 10, 37, 4
+X265 = (
+    "qp={qp}:ipratio=1.0:pbratio=1.0:bframes=0:keyint=-1"
+    ":log-level=none:info=0:pools=none:frame-threads=1"
+)
 
 
 def modcrop(image: np.ndarray, scale: int = SCALE) -> np.ndarray:
@@ -106,10 +110,7 @@ def _encode(frames, qp: int, rate: int):
     context.pix_fmt = "yuv420p"
     context.framerate = rate
     context.time_base = fractions.Fraction(1, rate)
-    context.options = {
-        "x265-params": f"qp={qp}:ipratio=1.0:pbratio=1.0:bframes=0:keyint=-1:log-level=none:info=0"
-        ":pools=none:frame-threads=1"
-    }
+    context.options = {"x265-params": X265.format(qp=qp)}
     for number, frame in enumerate(frames):
         frame = frame.reformat(format="yuv420p")
         frame.pts, frame.time_base = number, context.time_base
