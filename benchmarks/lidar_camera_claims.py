@@ -92,10 +92,8 @@ def load_run(run: Path):
 
     from train.building import build_model
     from train.checkpoints import load_params
-    from train.defaults import default_config
 
-    config = default_config()
-    config.update(ConfigDict(json.loads((run / "config.json").read_text())))
+    config = ConfigDict(json.loads((run / "config.json").read_text()))
     return build_model(config), load_params(run), config
 
 

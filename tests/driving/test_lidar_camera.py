@@ -359,7 +359,9 @@ def test_heading_and_recall_by_rank():
 def test_the_detector_finds_what_its_loss_was_zero_for():
     boxes = np.float32([[[10, 12, 60, 70], [100, 30, 130, 60], [0, 0, 0, 0]]])
     classes, mask = np.asarray([[1, 0, 0]]), np.asarray([[True, True, False]])
-    heads = [np.full((1, 160 // s, 160 // s, 27), -12.0, np.float32) for s in (8, 16, 32)]
+    # Boxes start as their anchors in the middle of their cells, nothing as an object.
+    start = np.tile(np.float32([0, 0, 0, 0] + [-11] * 5), 3)
+    heads = [np.broadcast_to(start, (1, 160 // s, 160 // s, 27)) for s in (8, 16, 32)]
 
     def loss_of(heads):
         return frame_detector.detection_loss(heads, boxes, classes, mask, frame_detector.ANCHORS)[0]

@@ -13,7 +13,14 @@ from jaxmodels.driving import camera_renderer, driving_scene, range_image
 from jaxmodels.driving.patch_classifier import CLASSES
 from train import predict
 from train.__main__ import main
-from train.data import driving_frames, kitti_frames, pipeline, ranked_detections, waymo_frames
+from train.data import (
+    driving_frames,
+    kitti_frames,
+    nuscenes_frames,
+    pipeline,
+    ranked_detections,
+    waymo_frames,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "lidar_camera.py")
@@ -301,7 +308,7 @@ def test_simulated_frames_are_a_function_of_their_seed(tmp_path):
     ("words", "message"),
     [
         (["--config.data.options.image_size=7"], "image_size must be an integer >= 16"),
-        (["--config.data.options.source=nuscenes"], "known are simulated"),
+        (["--config.data.options.source=nuscene"], "known are simulated"),
         (["--config.data.options.source=waymo", "--config.data.options.path=/none"], "no *.tfrecord"),
         (["--config.model_args.layer_type=wide"], "known are basic"),
     ],
@@ -325,3 +332,87 @@ def test_detection_files_of_other_detectors_are_read(tmp_path):
     file.write_text(json.dumps({"segment": {"ctx_7_FRONT": [[5, 2, 3, 40, 0.9, 0.5, 2]]}}))
     with pytest.raises(ValueError, match="ctx_7_FRONT: boxes: row 0 has x2 < x1"):
         ranked_detections.read_detections(file)
+
+
+def test_nuscenes_points_and_labels_meet_in_the_image(tmp_path):
+    # The vehicle looks north; its LiDAR's x points right, its camera's z ahead.
+    half = float(np.sqrt(0.5))
+    north, right = [half, 0.0, 0.0, half], [half, 0.0, 0.0, -half]
+    tables = {
+        "scene": [{"token": "scene"}],
+        "sample": [
+            {"token": "s0", "scene_token": "scene", "timestamp": 0, "next": "s1", "prev": ""},
+            {"token": "s1", "scene_token": "scene", "timestamp": 500_000, "next": "", "prev": "s0"},
+        ],
+        "sensor": [
+            {"token": "lidar", "channel": "LIDAR_TOP"},
+            {"token": "front", "channel": "CAM_FRONT"},
+        ],
+        "calibrated_sensor": [
+            {"token": "l", "sensor_token": "lidar", "translation": [1, 0, 1.8], "rotation": right},
+            {
+                "token": "c",
+                "sensor_token": "front",
+                "translation": [1.5, 0, 1.5],
+                "rotation": [0.5, -0.5, 0.5, -0.5],
+                "camera_intrinsic": [[1000, 0, 800], [0, 1000, 450], [0, 0, 1]],
+            },
+        ],
+        "ego_pose": [
+            {"token": "e0", "translation": [100, 50, 0], "rotation": north},
+            {"token": "e1", "translation": [100, 54, 0], "rotation": north},
+        ],
+        "category": [{"token": "car", "name": "vehicle.car"}],
+        "instance": [{"token": "it", "category_token": "car"}],
+        "sample_annotation": [
+            {
+                "token": f"a{i}",
+                "sample_token": f"s{i}",
+                "instance_token": "it",
+                "translation": [98, 70 + 5 * i, 0.8],
+                "size": [2.0, 4.0, 1.6],
+                "rotation": north,
+                "num_lidar_pts": 50,
+                "prev": "a0" if i else "",
+                "next": "" if i else "a1",
+            }
+            for i in range(2)
+        ],
+        "sample_data": [
+            {
+                "token": f"{name}{i}",
+                "sample_token": f"s{i}",
+                "ego_pose_token": f"e{i}",
+                "calibrated_sensor_token": name,
+                "is_key_frame": True,
+                "filename": f"{name}{i}",
+            }
+            for i in range(2)
+            for name in "lc"
+        ],
+    }
+    folder = tmp_path / "v1.0-mini"
+    folder.mkdir()
+    for name, rows in tables.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    rng = np.random.default_rng(0)
+    # The car's rear, seen from the LiDAR: 17 m ahead (y) and 2 m to the left (-x).
+    rear = np.stack([rng.uniform(-3, -1, 400), np.full(400, 17.0), rng.uniform(-1.7, -0.3, 400)], 1)
+    for i in range(2):
+        np.concatenate([rear, np.zeros((400, 2))], 1).astype(np.float32).tofile(tmp_path / f"l{i}")
+        Image.fromarray(np.zeros((900, 1600, 3), np.uint8)).save(tmp_path / f"c{i}", format="jpeg")
+    frames = nuscenes_frames.NuScenesFrames.below(tmp_path, "train")
+    assert len(frames) == 2
+    frame = frames[0]
+    np.testing.assert_allclose(frame.labels3d.boxes[0], [20, 2, 0.8, 4, 2, 1.6, 0], atol=1e-4)
+    np.testing.assert_allclose(frame.labels3d.velocity[0], [10, 0], atol=1e-4)
+    np.testing.assert_allclose(frame.ego_velocity, [8, 0], atol=1e-4)
+    from jaxmodels.driving import camera_projection
+
+    placed, valid = range_image.range_to_points(
+        frame.range, frame.inclinations, frame.azimuths, frame.lidar_extrinsic
+    )
+    shown = camera_projection.project_points(np.asarray(placed)[np.asarray(valid)], frame.camera)
+    inside = np.asarray(shown.uv)
+    low, high = frame.labels2d.boxes[0, :2], frame.labels2d.boxes[0, 2:]
+    assert valid.sum() > 20 and (inside > low - 16).all() and (inside < high + 16).all()

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "waymo": {"source": "waymo", "image_size": 416, "max_boxes": 64},
     "kitti": {"source": "kitti", "image_size": 416},
+    "nuscenes": {"source": "nuscenes", "image_size": 416},
     "npz": {"source": "npz"},
 }
 SPLITS = driving_frames.SPLITS

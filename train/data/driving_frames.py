@@ -2,7 +2,7 @@
 
 Kinds of `frames(options, split)`, random-access sequences of `jaxmodels.driving.frame.Frame`:
 `simulated` (drives of the scene simulator), `waymo` (TFRecord files of the Waymo Open Dataset, see
-`waymo_frames`), `kitti` (the object benchmark's folders, see `kitti_frames`) and `npz` (files of
+`waymo_frames`), `nuscenes`, `kitti` (the object benchmark's folders) and `npz` (files of
 `save_frame`).
 """
 
@@ -25,7 +25,7 @@ from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame
 from train.data import preparation
 
 SPLITS = ("train", "test")
-KINDS = ("simulated", "waymo", "kitti", "npz")
+KINDS = ("simulated", "waymo", "nuscenes", "kitti", "npz")
 # Of simulated drives; `image_scale` is the share of Waymo's 1920 x 1280.
 OPTIONS: dict[str, Any] = {
     "source": "simulated",
@@ -216,6 +216,10 @@ def frames(options: Mapping[str, Any], split: str) -> Sequence[Frame]:
         from train.data import kitti_frames
 
         return kitti_frames.KittiFrames.below(_root(options), split)
+    if kind == "nuscenes":
+        from train.data import nuscenes_frames
+
+        return nuscenes_frames.NuScenesFrames.below(_root(options), split)
     if kind == "npz":
         return NpzFrames(tuple(sorted(_folder(options, split).glob("*.npz"))))
     raise ValueError(f"data.options.source {kind!r}: known are {', '.join(KINDS)}")

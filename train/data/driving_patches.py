@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "waymo": {"source": "waymo", "every": 5, "image_size": 256},
     "kitti": {"source": "kitti"},
+    "nuscenes": {"source": "nuscenes"},
     "npz": {"source": "npz"},
 }
 SPLITS = driving_frames.SPLITS
