@@ -6,14 +6,15 @@ luminolx/ScaleNet@22487c8 (core/search_space/ops.py, core/model/net.py).
 A sub-network uses the first ("left") or last ("right") rows and columns of every weight. Here each
 layer's active channels always stand first in a buffer of the widest sub-network, the weights are
 moved to them, and what lies behind is masked: op choices, widths, sides and the resolution are
-arguments of one compiled function, never Python structure.
+arguments of one compiled function, never Python structure. `sliced=True` is the same code with
+whole numbers in the place of arrays: slices of just the size, compiled for one sub-network.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -98,41 +99,58 @@ def advance(counters: Any, subnet: Subnet, coupling: int) -> tuple[Any, Any]:
 # Slices of a weight as moves to the front
 
 
-def _window(x: jax.Array, axis: int, offset: Any, size: int) -> jax.Array:
-    """`size` entries of an axis from `offset` on, zeros behind the end."""
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, size)
-    return lax.dynamic_slice_in_dim(jnp.pad(x, pads), offset, size, axis)
+def _window(x: jax.Array, axis: int, span: _Span) -> jax.Array:
+    """The buffer of an axis of full width: `most` entries from `offset`, zeros behind the end."""
+    if span.offset is None:
+        return x
+    if isinstance(span.offset, int):
+        return lax.slice_in_dim(x, span.offset, span.offset + span.most, axis=axis)
+    pads = [(0, 0, 0)] * x.ndim
+    pads[axis] = (0, span.most, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    start = [0] * x.ndim
+    start[axis] = span.offset
+    shape = [span.most if i == axis else n for i, n in enumerate(x.shape)]
+    return lax.dynamic_slice(x, start, shape, allow_negative_indices=False)
 
 
-def _put_window(x: jax.Array, part: jax.Array, offset: Any) -> jax.Array:
-    """`x` [C] with `part` [M] written at `offset`; what falls behind the end is dropped."""
-    padded = jnp.pad(x, (0, part.shape[0]))
-    return lax.dynamic_update_slice(padded, part, (offset,))[: x.shape[0]]
+def _put_window(x: jax.Array, part: jax.Array, span: _Span) -> jax.Array:
+    """`x` [C] with `part` [M] written at the offset; what falls behind the end is dropped."""
+    if span.offset is None:
+        return part
+    if isinstance(span.offset, int):
+        return x.at[span.offset : span.offset + span.most].set(part)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, span.most, 0)])
+    put = lax.dynamic_update_slice(padded, part, (span.offset,), allow_negative_indices=False)
+    return put[: x.shape[0]]
 
 
 class _Span(NamedTuple):
-    """The channels of one axis: full weight `full`, buffer `most`, `count` active from `offset`."""
+    """The channels of one axis: a buffer of `most`, `count` of them active, from `offset` of the
+    weight on; an offset of None is the whole weight."""
 
-    full: int
     most: int
     count: Any
     offset: Any
 
-    def mask(self) -> jax.Array:
+    def mask(self) -> Any:
+        if isinstance(self.count, int):
+            return 1.0
         return (jnp.arange(self.most) < self.count).astype(jnp.float32)
 
 
 def _span(full: Any, most: int, count: Any, right: Any) -> _Span:
-    return _Span(full, most, count, jnp.where(right, full - count, 0))
+    if isinstance(count, int):
+        return _Span(count, count, full - count if right else 0)
+    return _Span(most, count, jnp.where(right, full - count, 0))
 
 
 def _whole(size: int) -> _Span:
-    return _Span(size, size, size, 0)
+    return _Span(size, size, None)
 
 
 class _Area(NamedTuple):
-    """The part of a map that belongs to the image: `height`, `width` of a larger canvas, or None."""
+    """The part of a map that belongs to the image, `height` x `width`; None: all of it."""
 
     height: Any = None
     width: Any = None
@@ -157,21 +175,20 @@ class _Setting(NamedTuple):
     """What every layer needs beside its weights."""
 
     train: bool
-    dtype: Any
     depthwise: Callable
+    one_kernel: bool
 
 
 def _pointwise(x, kernel, into: _Span, out: _Span):
     """1x1 convolution with the slice of `kernel` [1, 1, I, O] for these spans."""
-    w = kernel[0, 0]
-    w = _window(_window(w, 0, into.offset, into.most), 1, out.offset, out.most)
+    w = _window(_window(kernel[0, 0], 0, into), 1, out)
     return x @ w.astype(x.dtype)
 
 
 def _batch_norm(x, norm, span: _Span, area: _Area, setting: _Setting):
     """`(y, (mean, var))`: normalized x [B, H, W, M], masked, and the whole running statistics."""
     scale, bias, mean, var = (
-        _window(norm[k], 0, span.offset, span.most) for k in ("scale", "bias", "mean", "var")
+        _window(norm[k], 0, span) for k in ("scale", "bias", "mean", "var")
     )
     keep = span.mask()
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
@@ -189,8 +206,8 @@ def _batch_norm(x, norm, span: _Span, area: _Area, setting: _Setting):
         statistics = tuple(
             _put_window(
                 whole,
-                jnp.where(keep > 0, (1 - BN_MOMENTUM) * old + BN_MOMENTUM * new, old),
-                span.offset,
+                old + (BN_MOMENTUM * keep) * (new - old),
+                span,
             )
             for whole, old, new in ((norm["mean"], old_mean, mean), (norm["var"], old_var, unbiased))
         )
@@ -203,169 +220,242 @@ def _within(x, area: _Area):
     return x if here is None else jnp.where(here, x, 0)
 
 
-def _squeeze_excite(x, weights, span: _Span, right, full_squeezed, most: int, area: _Area):
-    squeezed = _span(full_squeezed, most, span.count // 4, right)
-    z = x.sum((1, 2)) / area.pixels(x)
-    names = (("squeeze_conv", span, squeezed), ("excite_conv", squeezed, span))
-    for i, (name, into, out) in enumerate(names):
-        part = weights[name]
-        z = _pointwise(z, part["kernel"], into, out)
-        z = z + _window(part["bias"], 0, out.offset, out.most).astype(z.dtype)
-        z = nn.relu(z) * out.mask().astype(z.dtype) if i == 0 else hard_sigmoid(z)
-    return x * z[:, None, None, :]
-
-
 # Blocks
 
 
-def _padded(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Arrays of one rank, zero-padded at their ends to a common shape."""
-    shape = np.max([a.shape for a in arrays], axis=0)
-    return [jnp.pad(a, [(0, int(n) - m) for m, n in zip(a.shape, shape)]) for a in arrays]
-
-
-def _picked(which, arrays: Sequence[jax.Array]) -> jax.Array:
-    if len(arrays) == 1:
-        return arrays[0]
-    return lax.select_n(which, *_padded(arrays))
-
-
 class _Residuals(NamedTuple):
-    """The residual ops of a block, in gene order: their numbers among the ops, and the ops."""
+    """The residual ops of a block: their numbers among its ops, the ops, their widths."""
 
     numbers: tuple[int, ...]
     ops: tuple[ChoiceOp, ...]
+    full_hidden: tuple[int, ...]
+    most_hidden: int
 
     @property
-    def depthwise_name(self) -> str:
-        return "conv1" if self.ops[0].expansion == 1 else "conv1_2"
+    def expands(self) -> bool:
+        return self.ops[0].expansion != 1
+
+    @property
+    def depthwise(self) -> str:
+        """The depthwise convolution's name in the checkpoint."""
+        return "conv1_2" if self.expands else "conv1"
 
 
-def _residuals(block: ChoiceBlock) -> _Residuals:
+def _residuals(block: ChoiceBlock, widest: float) -> _Residuals:
     numbers = tuple(i for i, op in enumerate(block.ops) if op.kind == "residual")
-    return _Residuals(numbers, tuple(block.ops[i] for i in numbers))
+    return _Residuals(
+        numbers,
+        tuple(block.ops[i] for i in numbers),
+        tuple(block.full_hidden(i) for i in numbers),
+        max(block.hidden_width(i, widest) for i in numbers),
+    )
 
 
-def _inverted_residual(x, weights, block: ChoiceBlock, space: Space, gene: Subnet, right, area,
-                       setting: _Setting):  # fmt: skip
-    """The chosen inverted residual of a block, `(y, area, new statistics by op)`."""
-    found = _residuals(block)
-    numbers, ops = found.numbers, found.ops
-    which = jnp.asarray(np.searchsorted(numbers, np.arange(len(block.ops)))).astype(jnp.int32)[
-        gene.ops
-    ]
-    which = jnp.clip(which, 0, len(numbers) - 1)
-    widest = space.max_width
-    full_hidden = np.array([block.full_hidden(i) for i in numbers])
-    most_hidden = max(block.hidden_width(i, widest) for i in numbers)
+def _picked(which, arrays: Sequence[jax.Array], lead: int) -> jax.Array:
+    """`arrays[which]`, shapes padded to a common one; `which` has the `lead` leading axes."""
+    if isinstance(which, int):
+        return arrays[which]
+    shape = np.max([a.shape for a in arrays], axis=0)
+    arrays = [jnp.pad(a, [(0, int(n) - m) for m, n in zip(a.shape, shape)]) for a in arrays]
+    if len(arrays) == 1:
+        return arrays[0]
+    which = which.reshape(which.shape + (1,) * (len(shape) - lead))
+    return lax.select_n(jnp.broadcast_to(which, shape), *arrays)
+
+
+def _centered(kernel: jax.Array, size: int) -> jax.Array:
+    """A kernel [..., k, k, 1, C] with zeros around it up to `size`: the same convolution."""
+    margin = (size - kernel.shape[-4]) // 2
+    return jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 4) + [(margin, margin)] * 2 + [(0, 0)] * 2)
+
+
+def _chosen(weights, found: _Residuals, which, lead: int, one_kernel: bool) -> dict[str, Any]:
+    """Layers of the chosen op, with `lead` leading axes (a stack of blocks or none).
+
+    The kernels of the depthwise convolution stay a tuple unless `one_kernel`.
+    """
+    parts = [weights[str(i)] for i in found.numbers]
+    layers: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        # An op without squeeze-and-excitation is told apart later; its gate is any other's.
+        owners = [part.get(name) or next(p[name] for p in parts if name in p) for part in parts]
+        leaves: dict[str, Any] = {}
+        for leaf in owners[0]:
+            arrays = [owner[leaf] for owner in owners]
+            if name == found.depthwise and leaf == "kernel":
+                arrays = [jnp.asarray(a) for a in arrays]
+                if not one_kernel and not isinstance(which, int):
+                    leaves[leaf] = tuple(arrays)
+                    continue
+                if not isinstance(which, int):
+                    most = max(a.shape[lead] for a in arrays)
+                    arrays = [_centered(a, most) for a in arrays]
+            leaves[leaf] = _picked(which, arrays, lead)
+        layers[name] = leaves
+    return layers
+
+
+def _spread(weights, found: _Residuals, which, new) -> dict[str, Any]:
+    """Running statistics of every op: the chosen one's are `new`, the others stay."""
+    out: dict[str, Any] = {}
+    for k, number in enumerate(found.numbers):
+        for name, statistics in new.items():
+            old = weights[str(number)][name]
+            for leaf, value in statistics.items():
+                if isinstance(which, int):
+                    kept = value if which == k else old[leaf]
+                else:
+                    hit = (which == k).reshape((*which.shape, 1))
+                    kept = jnp.where(hit, value[..., : old[leaf].shape[-1]], old[leaf])
+                out.setdefault(str(number), {}).setdefault(name, {})[leaf] = kept
+    return out
+
+
+def _inverted_residual(x, layers, block: ChoiceBlock, found: _Residuals, widest: float,
+                       gene: Subnet, which, right, area: _Area, setting: _Setting):  # fmt: skip
+    """The chosen inverted residual of a block: `(y, {norm: new statistics})`."""
     into = _span(block.full_in, x.shape[-1], gene.inputs, right)
-    hidden = _span(jnp.asarray(full_hidden)[which], most_hidden, gene.hidden, right)
+    full = np.asarray(found.full_hidden, np.int32)
+    full = int(full[which]) if isinstance(which, int) else jnp.asarray(full)[which]
+    hidden = _span(full, found.most_hidden, gene.hidden, right)
     out = _span(block.full_out, block.output_width(widest), gene.outputs, right)
-    new: list[dict[str, Any]] = [{} for _ in numbers]
-
-    def layer(name):
-        parts = [weights[str(i)][name] for i in numbers]
-        return {leaf: _picked(which, [p[leaf] for p in parts]) for leaf in parts[0]}
+    new: dict[str, Any] = {}
 
     def norm(y, name, span, area):
-        y, (mean, var) = _batch_norm(y, layer(name), span, area, setting)
-        if setting.train:
-            for k, i in enumerate(numbers):
-                old = weights[str(i)][name]
-                new[k][name] = {
-                    "mean": jnp.where(which == k, mean[: old["mean"].shape[0]], old["mean"]),
-                    "var": jnp.where(which == k, var[: old["var"].shape[0]], old["var"]),
-                }
+        y, (mean, var) = _batch_norm(y, layers[name], span, area, setting)
+        new[name] = {"mean": mean, "var": var}
         return y
 
     y = x
-    if ops[0].expansion != 1:
-        y = _pointwise(y, layer("conv1")["kernel"], into, hidden)
+    if found.expands:
+        y = _pointwise(y, layers["conv1"]["kernel"], into, hidden)
         y = _within(hard_swish(norm(y, "bn1", hidden, area)), area)
-
-    def depthwise(k):
-        kernel = weights[str(numbers[k])][found.depthwise_name]["kernel"]
-        size, stride = kernel.shape[0], block.stride
-        padding = ((size // 2, size // 2), (size // 2, size // 2))
-
-        def run(y):
-            w = _window(kernel, 3, hidden.offset, hidden.most).astype(y.dtype)
-            return setting.depthwise(y, w, (stride, stride), padding)
-
-        return run
-
-    # One branch runs: the three kernels' convolutions have no weights in common.
-    y = lax.switch(which, [depthwise(k) for k in range(len(numbers))], y)
+    y = _depthwise(y, layers[found.depthwise]["kernel"], block.stride, hidden, which, setting)
     area = area.strided(block.stride)
-    y = norm(_within(y, area), "bn1" if ops[0].expansion == 1 else "bn1_2", hidden, area)
+    y = norm(_within(y, area), "bn1_2" if found.expands else "bn1", hidden, area)
     y = _within(hard_swish(y), area)
-    squeezes = [op.squeeze for op in ops]
+    squeezes = [op.squeeze for op in found.ops]
     if any(squeezes):
-        full_squeezed = jnp.asarray(full_hidden // 4)[which]
-        with_se = [k for k, s in enumerate(squeezes) if s]
-        parts = [weights[str(numbers[k])]["se"] for k in with_se]
-        place = jnp.asarray([with_se.index(k) if k in with_se else 0 for k in range(len(ops))])
-        chosen = {
-            conv: {
-                leaf: _picked(place[which], [p[conv][leaf] for p in parts]) for leaf in parts[0][conv]
-            }
-            for conv in parts[0]
-        }
-        gated = _squeeze_excite(y, chosen, hidden, right, full_squeezed, most_hidden // 4, area)
-        y = gated if all(squeezes) else jnp.where(jnp.asarray(squeezes)[which], gated, y)
-    y = _pointwise(y, layer("conv2")["kernel"], hidden, out)
+        squeezed = _span(full // 4, found.most_hidden // 4, gene.hidden // 4, right)
+        gated = _squeeze_excite(y, layers, hidden, squeezed, area)
+        if isinstance(which, int):
+            y = gated if squeezes[which] else y
+        else:
+            y = gated if all(squeezes) else jnp.where(jnp.asarray(squeezes)[which], gated, y)
+    y = _pointwise(y, layers["conv2"]["kernel"], hidden, out)
     y = _within(norm(y, "bn2", out, area), area)
-    if block.full_in == block.full_out and block.stride == 1:
-        y = y + x
-    return y, area, {str(i): part for i, part in zip(numbers, new)}
+    return (y + x if block.full_in == block.full_out and block.stride == 1 else y), new
 
 
-def _projection(x, weights, block, space, gene, right, area, setting):
+def _depthwise(y, kernels, stride: int, span: _Span, which, setting: _Setting):
+    """The chosen depthwise convolution; of several kernels one branch runs."""
+
+    def run(kernel):
+        def branch(y):
+            pad = kernel.shape[0] // 2
+            w = _window(kernel, 3, span).astype(y.dtype)
+            return setting.depthwise(y, w, (stride, stride), ((pad, pad), (pad, pad)))
+
+        return branch
+
+    if not isinstance(kernels, tuple):
+        return run(kernels)(y)
+    return lax.switch(which, [run(kernel) for kernel in kernels], y)
+
+
+def _squeeze_excite(x, layers, span: _Span, squeezed: _Span, area: _Area):
+    z = x.sum((1, 2)) / area.pixels(x)
+    first, second = layers["se.squeeze_conv"], layers["se.excite_conv"]
+    z = _pointwise(z, first["kernel"], span, squeezed)
+    z = nn.relu(z + _window(first["bias"], 0, squeezed).astype(z.dtype))
+    z = _pointwise(z * jnp.asarray(squeezed.mask(), z.dtype), second["kernel"], squeezed, span)
+    z = hard_sigmoid(z + _window(second["bias"], 0, span).astype(z.dtype))
+    return x * z[:, None, None, :]
+
+
+def _projection(x, weights, block, widest, gene, right, area, setting):
     """The identity of a block that strides or changes channels: strided 1x1 convolution and BN."""
     into = _span(block.full_in, x.shape[-1], gene.inputs, right)
-    out = _span(block.full_out, block.output_width(space.max_width), gene.outputs, right)
+    out = _span(block.full_out, block.output_width(widest), gene.outputs, right)
     area = area.strided(block.stride)
     y = _pointwise(x[:, :: block.stride, :: block.stride], weights["conv"]["kernel"], into, out)
     y, (mean, var) = _batch_norm(_within(y, area), weights["bn"], out, area, setting)
-    return _within(y, area), {"bn": {"mean": mean, "var": var}} if setting.train else {}
+    return _within(y, area), {"bn": {"mean": mean, "var": var}}
 
 
-def _choice_block(x, weights, block, space, gene, right, area, setting):
-    """Any block with residual ops: `(y, area, statistics like the weights' own)`."""
-    identities = [i for i, op in enumerate(block.ops) if op.kind == "identity"]
-    own = _statistics(weights) if setting.train else {}
-    after = area.strided(block.stride)
+class _Choice(NamedTuple):
+    """A block (or a stack of equal ones) made ready: what one position needs, and how to finish."""
 
-    def residual(x):
-        y, _, new = _inverted_residual(x, weights, block, space, gene, right, area, setting)
-        return y, {**own, **new} if setting.train else {}
-
-    def identity(x):
-        number = identities[0]
-        if not block.projects(number):
-            return x, own
-        name = str(number)
-        y, new = _projection(x, weights[name], block, space, gene, right, area, setting)
-        return y, {**own, name: new} if setting.train else {}
-
-    if not identities:
-        y, new = residual(x)
-    else:
-        skipped = functools.reduce(lambda a, b: a | b, [gene.ops == i for i in identities])
-        y, new = lax.cond(skipped, identity, residual, x)
-    return y, after, new
+    layers: Any
+    which: Any
+    run: Callable
+    finish: Callable
 
 
-def _statistics(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """`{op: {norm: {mean, var}}}` of a block's weights."""
-    return {
-        op: {
-            name: {"mean": leaf["mean"], "var": leaf["var"]}
-            for name, leaf in layers.items()
-            if "mean" in leaf
+def _choice(weights, block: ChoiceBlock, widest: float, genes: Subnet, area: _Area,
+            setting: _Setting, lead: int) -> _Choice:  # fmt: skip
+    """Blocks whose ops are residuals and perhaps an identity.
+
+    `run(x, layers, gene, which, right) -> (y, new)` is one position; `finish(new)` spreads its
+    statistics over the ops. The choice is made for a whole stack at once, before any loop.
+    """
+    found = _residuals(block, widest)
+    identities = tuple(i for i, op in enumerate(block.ops) if op.kind == "identity")
+    table = np.clip(np.searchsorted(found.numbers, np.arange(len(block.ops))), 0,
+                    len(found.numbers) - 1)  # fmt: skip
+    sliced = isinstance(genes.ops, int)
+    which = int(table[genes.ops]) if sliced else jnp.asarray(table, jnp.int32)[genes.ops]
+    layers = {"chosen": _chosen(weights, found, which, lead, setting.one_kernel)}
+    projected = [i for i in identities if block.projects(i)]
+    if projected:
+        layers["identity"] = weights[str(projected[0])]
+
+    def statistics(names):
+        return {
+            name: {"mean": layer["mean"], "var": layer["var"]}
+            for name, layer in names.items()
+            if "mean" in layer
         }
-        for op, layers in weights.items()
-    }
+
+    def run(x, layers, gene, which, right):
+        def residual(x):
+            y, new = _inverted_residual(
+                x, layers["chosen"], block, found, widest, gene, which, right, area, setting
+            )
+            kept = statistics(layers["identity"]) if projected else {}
+            return y, {"chosen": new, "identity": kept} if setting.train else {}
+
+        def identity(x):
+            kept = {"chosen": statistics(layers["chosen"]), "identity": {}}
+            if projected:
+                x, kept["identity"] = _projection(
+                    x, layers["identity"], block, widest, gene, right, area, setting
+                )
+            return x, kept if setting.train else {}
+
+        if not identities:
+            return residual(x)
+        if sliced:
+            return identity(x) if gene.ops in identities else residual(x)
+        skipped = functools.reduce(jnp.logical_or, [gene.ops == i for i in identities])
+        return lax.cond(skipped, identity, residual, x)
+
+    def finish(new):
+        if not new:
+            return {}
+        spread = _spread(weights, found, which, new["chosen"])
+        if projected:
+            spread[str(projected[0])] = new["identity"]
+        return spread
+
+    return _Choice(layers, which, run, finish)
+
+
+def _known(values) -> list[int]:
+    """Plain numbers; ValueError while they are still to be computed."""
+    if isinstance(values, jax.core.Tracer):
+        raise ValueError("sliced=True needs the sub-network and its sides as numbers, not traced")
+    return np.asarray(values).tolist()
 
 
 # Parameters
@@ -400,7 +490,7 @@ def _normal_fan_out(key, shape, dtype=jnp.float32):
 _zeros, _ones = nn.initializers.zeros, nn.initializers.ones
 
 
-def _layer_shapes(block: ChoiceBlock, op: ChoiceOp, hidden: int, bias_free=True) -> dict[str, Any]:
+def _layer_shapes(block: ChoiceBlock, op: ChoiceOp, hidden: int) -> dict[str, Any]:
     """`{layer path: shapes of its leaves}` of one op of a block, without stacks."""
     norm_of: Callable[[int], tuple] = lambda c: (("scale", (c,), _ones), ("bias", (c,), _zeros))  # noqa: E731
 
@@ -429,7 +519,11 @@ class SuperSupernet(nn.Module):
     `backbone` and `head` are the official configuration form (`scalenet_space.make_space`), None
     the published one; so are the multipliers. `n_laterally_coupling` 2 slices from both sides, 0
     and 1 from the left only; the weights are the same. `depthwise` is "fast" (chosen by platform)
-    or "grouped" (XLA's convolution: compiles faster, runs slower on a CPU).
+    or "grouped" (XLA's convolution, smaller kernels in the largest's place: compiles faster, runs
+    slower).
+
+    `sliced` computes one sub-network on slices of just its size, as the official code does: the
+    sub-network and its sides must then be known while tracing, and each is compiled anew.
 
     Raises ValueError for `n_laterally_coupling` over 2 and for what `make_space` refuses.
     """
@@ -442,6 +536,7 @@ class SuperSupernet(nn.Module):
     max_scaling_stage: int = 3
     n_laterally_coupling: int = 2
     depthwise: str = "fast"
+    sliced: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -512,11 +607,15 @@ class SuperSupernet(nn.Module):
         """`block_I` for the first block of each stage, `pool` [B, C], `logits`; widths are padded."""
         space = self.space
         subnet = self.default_subnet() if subnet is None else subnet
-        subnet = Subnet(*(jnp.asarray(a, jnp.int32) for a in subnet))
         blocks = space.blocks
-        right = jnp.broadcast_to(jnp.asarray(right, bool), (len(blocks),))
+        if self.sliced:
+            subnet = Subnet(*(_known(a) for a in subnet))
+            right = _known(np.broadcast_to(right, (len(blocks),)))
+        else:
+            subnet = Subnet(*(jnp.asarray(a, jnp.int32) for a in subnet))
+            right = jnp.broadcast_to(jnp.asarray(right, bool), (len(blocks),))
         form = depthwise_conv if self.depthwise == "fast" else depthwise_conv_grouped
-        setting = _Setting(train, self.dtype, form)
+        setting = _Setting(train, form, self.depthwise == "grouped")
         area = _Area() if size is None else _Area(*size)
         x = jnp.asarray(x, self.dtype)
         maps: dict[str, jax.Array] = {}
@@ -526,8 +625,10 @@ class SuperSupernet(nn.Module):
             while stop < len(blocks) and blocks[stop].stage == blocks[start].stage:
                 stop += 1
             genes = Subnet(*(a[start:stop] for a in subnet))
-            x, area = self._stage(x, blocks[start:stop], space, genes, right[start:stop], area,
-                                  setting, maps, start)  # fmt: skip
+            entry, x, area = self._stage(
+                x, blocks[start:stop], space.max_width, genes, right[start:stop], area, setting
+            )
+            maps[f"block_{start}"] = entry
             start = stop
         x = x.sum((1, 2)) / area.pixels(x)
         maps["pool"] = x
@@ -541,36 +642,44 @@ class SuperSupernet(nn.Module):
         maps["logits"] = x
         return maps
 
-    def _stage(self, x, blocks, space, genes, right, area, setting, maps, start):
+    def _stage(self, x, blocks, widest, genes, right, area, setting):
         first, rest = blocks[0], blocks[1:]
-        stage = first.stage
+        prefix = f"net.backbone_{first.stage}"
+        weights, norms = self._weights(f"{prefix}_0", first, ())
         gene = Subnet(*(a[0] for a in genes))
-        weights, norms = self._weights(f"net.backbone_{stage}_0", first, space, None)
         if first.ops[0].kind == "conv":
             if rest:
-                raise ValueError(f"{stage}: a stage of plain convolutions has one block")
-            x, area, new = self._plain(x, weights, first, space, gene, right[0], area, setting)
+                raise ValueError(f"{first.stage}: a stage of plain convolutions has one block")
+            x, new = self._plain(x, weights["0"], first, widest, gene, right[0], area, setting)
+            new = {"0": new}
         else:
-            x, area, new = _choice_block(x, weights, first, space, gene, right[0], area, setting)
+            block = _choice(weights, first, widest, gene, area, setting, 0)
+            x, new = block.run(x, block.layers, gene, block.which, right[0])
+            new = block.finish(new)
         self._track(norms, new)
-        maps[f"block_{start}"] = x
+        entry, area = x, area.strided(first.stride)
         if not rest:
-            return x, area
-        weights, norms = self._weights(f"net.backbone_{stage}.rest.*", rest[0], space, len(rest))
+            return entry, x, area
+        weights, norms = self._weights(f"{prefix}.rest.*", rest[0], (len(rest),))
+        if self.sliced:
+            stacked = []
+            for i in range(len(rest)):
+                one = jax.tree.map(lambda a, i=i: a[i], weights)
+                gene = Subnet(*(a[1 + i] for a in genes))
+                block = _choice(one, rest[0], widest, gene, area, setting, 0)
+                x, new = block.run(x, block.layers, gene, block.which, right[1 + i])
+                stacked.append(block.finish(new))
+            self._track(norms, jax.tree.map(lambda *a: jnp.stack(a), *stacked))
+            return entry, x, area
         tail = Subnet(*(a[1:] for a in genes))
+        block = _choice(weights, rest[0], widest, tail, area, setting, 1)
+        stack = (block.layers, tail, block.which, right[1:])
+        x, new = lax.scan(lambda x, one: block.run(x, *one), x, stack)
+        self._track(norms, block.finish(new))
+        return entry, x, area
 
-        def body(x, per_block):
-            weights, gene, side = per_block
-            y, _, new = _choice_block(x, weights, rest[0], space, gene, side, area, setting)
-            return y, new
-
-        x, new = lax.scan(body, x, (weights, tail, right[1:]))
-        self._track(norms, new)
-        return x, area
-
-    def _weights(self, prefix, block, space, stack):
+    def _weights(self, prefix, block, lead):
         """`({op: {layer: leaves}}, {(op, layer): module})` of a block, or a stack of equal ones."""
-        lead = () if stack is None else (stack,)
         weights: dict[str, Any] = {}
         norms = {}
         for i, op in enumerate(block.ops):
@@ -587,8 +696,7 @@ class SuperSupernet(nn.Module):
                     param_dtype=self.param_dtype,
                     name=f"{prefix}.{i}.{name}",
                 )
-                parent, _, child = name.rpartition(".")
-                (layers.setdefault(parent, {}) if parent else layers)[child] = module()
+                layers[name] = module()
                 if is_norm:
                     norms[str(i), name] = module
             weights[str(i)] = layers
@@ -601,33 +709,25 @@ class SuperSupernet(nn.Module):
             for leaf, value in new.get(op, {}).get(name, {}).items():
                 module.put_variable("batch_stats", leaf, value)
 
-    def _plain(self, x, weights, block, space, gene, right, area, setting):
+    def _plain(self, x, layers, block, widest, gene, right, area, setting):
         """Stem and last convolution: conv, BN, hard swish; their fixed ends are whole."""
-        layers, op = weights["0"], block.ops[0]
-        into = (
-            _span(block.full_in, x.shape[-1], gene.inputs, right)
-            if block.scaled_in
-            else _whole(block.full_in)
-        )
-        most = block.output_width(space.max_width)
-        out = _span(block.full_out, most, gene.outputs, right)
-        kernel = layers["conv"]["kernel"]
-        if block.scaled_in:
-            kernel = _window(kernel, 2, into.offset, into.most)
-        if block.scaled_out:
-            kernel = _window(kernel, 3, out.offset, out.most)
-        pad, s = op.kernel // 2, block.stride
-        if op.kernel == 1 and s == 1:
-            y = x @ kernel[0, 0].astype(x.dtype)
+        op, stride = block.ops[0], block.stride
+        into = _span(block.full_in, x.shape[-1], gene.inputs, right)
+        out = _span(block.full_out, block.output_width(widest), gene.outputs, right)
+        into = into if block.scaled_in else _whole(block.full_in)
+        out = out if block.scaled_out else _whole(block.full_out)
+        kernel = _window(_window(layers["conv"]["kernel"], 2, into), 3, out).astype(x.dtype)
+        pad = op.kernel // 2
+        if op.kernel == 1 and stride == 1:
+            y = x @ kernel[0, 0]
         else:
             y = lax.conv_general_dilated(
-                *(x, kernel.astype(x.dtype), (s, s), ((pad, pad), (pad, pad))),
+                *(x, kernel, (stride, stride), ((pad, pad), (pad, pad))),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        area = area.strided(s)
+        area = area.strided(stride)
         y, (mean, var) = _batch_norm(_within(y, area), layers["bn"], out, area, setting)
-        y = _within(hard_swish(y), area)
-        return y, area, {"0": {"bn": {"mean": mean, "var": var}}} if setting.train else {}
+        return _within(hard_swish(y), area), {"bn": {"mean": mean, "var": var}}
 
 
 MODEL = SuperSupernet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from train.optimizers import make_schedule
 from train.search.nsga2 import crowding_distance
 
 NAME = "search.scalenet"
+# These programs run once: most of their time would go to optimizing.
+CHEAP = {"xla_backend_optimization_level": 0}
 
 
 def run(case) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def _network(case):
         case.weights,
         n_laterally_coupling=coupling,
         depthwise="grouped",
+        sliced=True,
         **_arguments(case.config),
     )
 
@@ -55,14 +59,19 @@ def run_network(case):
     if case.mode == "train":
         return _train(case)
     module, variables = _network(case)
-    forward = jax.jit(
-        lambda v, x, subnet, right: module.apply(
-            v, x, subnet, right, method="intermediates"
-        )
-    )
-    subnets = {}
+    subnets, seen, out = {}, {}, {}
     counters = module.counters()
-    out = {}
+
+    def forward(number, right):
+        # The same sub-network on the same sides is the same function.
+        key = number, tuple(np.asarray(right).tolist())
+        if key not in seen:
+            apply = functools.partial(
+                module.apply, subnet=subnets[number], right=key[1], method="intermediates"
+            )
+            seen[key] = jax.jit(apply, compiler_options=CHEAP)(variables, _images(case))
+        return seen[key]
+
     for t, number in enumerate(case.inputs["sequence"]):
         if number not in subnets:
             width = case.inputs[f"subnet_{number}_cm_res"][0]
@@ -70,7 +79,7 @@ def run_network(case):
             subnets[number] = scalenet.make_subnet(module.space, ops, width)
         subnet = subnets[number]
         right, counters = scalenet.advance(counters, subnet, module.n_laterally_coupling)
-        maps = forward(variables, _images(case), subnet, right)
+        maps = forward(number, right)
         out[f"call_{t}_logits"] = maps["logits"]
         out[f"call_{t}_pool"] = maps["pool"]
         for name, block in (("stem", 0), ("block1", 1)):
@@ -86,7 +95,7 @@ def _train(case):
         module.space, case.inputs["subnet_ops"], case.inputs["cm_res"][0]
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="right", compiler_options=CHEAP)
     def step(variables, right):
         def loss(params):
             logits, new = module.apply(
@@ -102,7 +111,9 @@ def _train(case):
     counters = module.counters()
     for side in ("left", "right"):
         right, counters = scalenet.advance(counters, subnet, module.n_laterally_coupling)
-        (loss, (logits, new)), gradients = step(variables, right)
+        (loss, (logits, new)), gradients = step(
+            variables, tuple(np.asarray(right).tolist())
+        )
         variables = {**variables, **new}
         out[f"{side}_logits"], out[f"{side}_loss"] = logits, loss
         for key, value in export(NAME, module, {"params": gradients}).items():
