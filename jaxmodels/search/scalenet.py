@@ -103,11 +103,10 @@ def _window(x: jax.Array, axis: int, span: _Span) -> jax.Array:
     """The buffer of an axis of full width: `most` entries from `offset`, zeros behind the end."""
     if span.offset is None:
         return x
-    if isinstance(span.offset, int):
-        return lax.slice_in_dim(x, span.offset, span.offset + span.most, axis=axis)
-    pads = [(0, 0, 0)] * x.ndim
-    pads[axis] = (0, span.most, 0)
-    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    if not isinstance(span.count, int):
+        pads = [(0, 0, 0)] * x.ndim
+        pads[axis] = (0, span.most, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
     start = [0] * x.ndim
     start[axis] = span.offset
     shape = [span.most if i == axis else n for i, n in enumerate(x.shape)]
@@ -118,9 +117,8 @@ def _put_window(x: jax.Array, part: jax.Array, span: _Span) -> jax.Array:
     """`x` [C] with `part` [M] written at the offset; what falls behind the end is dropped."""
     if span.offset is None:
         return part
-    if isinstance(span.offset, int):
-        return x.at[span.offset : span.offset + span.most].set(part)
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, span.most, 0)])
+    behind = 0 if isinstance(span.count, int) else span.most
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, behind, 0)])
     put = lax.dynamic_update_slice(padded, part, (span.offset,), allow_negative_indices=False)
     return put[: x.shape[0]]
 
@@ -141,7 +139,7 @@ class _Span(NamedTuple):
 
 def _span(full: Any, most: int, count: Any, right: Any) -> _Span:
     if isinstance(count, int):
-        return _Span(count, count, full - count if right else 0)
+        return _Span(count, count, jnp.where(right, full - count, 0) if full != count else None)
     return _Span(most, count, jnp.where(right, full - count, 0))
 
 
@@ -454,7 +452,7 @@ def _choice(weights, block: ChoiceBlock, widest: float, genes: Subnet, area: _Ar
 def _known(values) -> list[int]:
     """Plain numbers; ValueError while they are still to be computed."""
     if isinstance(values, jax.core.Tracer):
-        raise ValueError("sliced=True needs the sub-network and its sides as numbers, not traced")
+        raise ValueError("sliced=True needs the sub-network as numbers, not traced")
     return np.asarray(values).tolist()
 
 
@@ -523,7 +521,7 @@ class SuperSupernet(nn.Module):
     slower).
 
     `sliced` computes one sub-network on slices of just its size, as the official code does: the
-    sub-network and its sides must then be known while tracing, and each is compiled anew.
+    sub-network must then be known while tracing, and each is compiled anew.
 
     Raises ValueError for `n_laterally_coupling` over 2 and for what `make_space` refuses.
     """
@@ -610,7 +608,7 @@ class SuperSupernet(nn.Module):
         blocks = space.blocks
         if self.sliced:
             subnet = Subnet(*(_known(a) for a in subnet))
-            right = _known(np.broadcast_to(right, (len(blocks),)))
+            right = jnp.broadcast_to(jnp.asarray(right, bool), (len(blocks),))
         else:
             subnet = Subnet(*(jnp.asarray(a, jnp.int32) for a in subnet))
             right = jnp.broadcast_to(jnp.asarray(right, bool), (len(blocks),))

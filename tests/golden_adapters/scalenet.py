@@ -59,27 +59,20 @@ def run_network(case):
     if case.mode == "train":
         return _train(case)
     module, variables = _network(case)
-    subnets, seen, out = {}, {}, {}
+    subnets, forward, out = {}, {}, {}
     counters = module.counters()
-
-    def forward(number, right):
-        # The same sub-network on the same sides is the same function.
-        key = number, tuple(np.asarray(right).tolist())
-        if key not in seen:
-            apply = functools.partial(
-                module.apply, subnet=subnets[number], right=key[1], method="intermediates"
-            )
-            seen[key] = jax.jit(apply, compiler_options=CHEAP)(variables, _images(case))
-        return seen[key]
-
     for t, number in enumerate(case.inputs["sequence"]):
         if number not in subnets:
             width = case.inputs[f"subnet_{number}_cm_res"][0]
             ops = case.inputs[f"subnet_{number}_ops"]
             subnets[number] = scalenet.make_subnet(module.space, ops, width)
+            apply = functools.partial(
+                module.apply, subnet=subnets[number], method="intermediates"
+            )
+            forward[number] = jax.jit(apply, compiler_options=CHEAP)
         subnet = subnets[number]
         right, counters = scalenet.advance(counters, subnet, module.n_laterally_coupling)
-        maps = forward(number, right)
+        maps = forward[number](variables, _images(case), right=right)
         out[f"call_{t}_logits"] = maps["logits"]
         out[f"call_{t}_pool"] = maps["pool"]
         for name, block in (("stem", 0), ("block1", 1)):
@@ -95,7 +88,7 @@ def _train(case):
         module.space, case.inputs["subnet_ops"], case.inputs["cm_res"][0]
     )
 
-    @functools.partial(jax.jit, static_argnames="right", compiler_options=CHEAP)
+    @functools.partial(jax.jit, compiler_options=CHEAP)
     def step(variables, right):
         def loss(params):
             logits, new = module.apply(
@@ -111,9 +104,7 @@ def _train(case):
     counters = module.counters()
     for side in ("left", "right"):
         right, counters = scalenet.advance(counters, subnet, module.n_laterally_coupling)
-        (loss, (logits, new)), gradients = step(
-            variables, tuple(np.asarray(right).tolist())
-        )
+        (loss, (logits, new)), gradients = step(variables, right)
         variables = {**variables, **new}
         out[f"{side}_logits"], out[f"{side}_loss"] = logits, loss
         for key, value in export(NAME, module, {"params": gradients}).items():

@@ -1,0 +1,628 @@
+"""ViTAS: the superformer of the DeiT-based space, and its stand-alone networks.
+
+X. Su et al., "ViTAS: Vision Transformer Architecture Search", ECCV 2022, arXiv 2106.13700; facts of
+xiusu/ViTAS@066bb20 (core/search_space/ops.py, core/model/net.py), which is the paper's first
+version: two-sided weight sharing, private class tokens and attention maps. `compat="official"`
+keeps its quirks, "corrected" does without. Cyclic sharing is our reconstruction.
+
+A sub-network is a `Choice` of arrays. Token channels stay where they are in the full width and the
+others are masked, so that one compiled function serves every genome.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxmodels.layers.activations import gelu
+from jaxmodels.layers.attention import attend, merge_heads, split_heads
+from jaxmodels.layers.convolution import Linear
+from jaxmodels.layers.dropout import drop_path
+from jaxmodels.layers.initializers import torch_bias, torch_kernel
+from jaxmodels.layers.normalization import LayerNorm
+from jaxmodels.search import vitas_space
+from jaxmodels.search.vitas_space import Space
+
+BLOCK_EPSILON = 1e-6
+NORM_EPSILON = 1e-5
+SIDES = ("left", "right", "cyclic")
+COMPAT = ("official", "corrected")
+
+_kernel_init = nn.initializers.truncated_normal(0.02)
+_bias_init = nn.initializers.truncated_normal(1e-6)
+_zeros, _ones = nn.initializers.zeros, nn.initializers.ones
+
+
+class Choice(NamedTuple):
+    """A sub-network of the superformer as arrays.
+
+    Attributes:
+      patch: index of the patch size, [] int32; a Python int keeps padding tokens away.
+      ops: op of every block, [depth]. dim: active token channels, []. offset: the first of them
+        on the circle of all, [].
+      qk, v, mlp: active rows of the blocks' fused q and k, of v, of the MLP, [depth].
+      right: whether hidden widths take the last rows, []. last_position: whether one position
+        vector, the table's last, serves all tokens (official quirk), [].
+    """
+
+    patch: Any
+    ops: Any
+    dim: Any
+    offset: Any
+    qk: Any
+    v: Any
+    mlp: Any
+    right: Any
+    last_position: Any
+
+
+def choices(space: Space, genes: Any, side: Any, compat: str = "official") -> Choice:
+    """The arrays of a genome [genes], which may be traced.
+
+    Args:
+      side: 0 left, 1 right, 2 cyclic (its hidden widths are ordinal), an int or an int array.
+      compat: "official" gives width genes in order to the blocks that are not identities and one
+        position vector to all tokens; "corrected" gives each position its own and the whole table.
+    """
+    if compat not in COMPAT:
+        raise ValueError(f"compat {compat!r}; known: {', '.join(COMPAT)}")
+    genes = jnp.asarray(genes, jnp.int32)
+    patch, ops, dim, attention, mlp = space.split(genes)
+    if compat == "official":
+        place = jnp.maximum(jnp.cumsum(ops < space.identity_index) - 1, 0)
+        attention, mlp = attention[place], mlp[place]
+    third = space.attention // 3
+
+    def looked_up(table, index):
+        return jnp.asarray(table, jnp.int32)[index]
+
+    offsets = vitas_space.sharing_offsets(space, "cyclic")
+    return Choice(
+        patch=patch,
+        ops=ops,
+        dim=looked_up(space.table(space.dim), dim),
+        offset=looked_up(offsets, (side, dim)),
+        qk=looked_up(space.table(2 * third), attention),
+        v=looked_up(space.table(third), attention),
+        mlp=looked_up(space.table(space.mlp), mlp),
+        right=jnp.asarray(side == 1),
+        last_position=jnp.asarray(compat == "official"),
+    )
+
+
+def make_choice(
+    space: Space, genome: Sequence[int], side: str | None, compat: str = "official"
+) -> Choice:
+    """The arrays of a genome, checked, with the patch index a number.
+
+    Args:
+      side: "left", "right", "cyclic", or None for a genome of full width, where it is not needed.
+
+    Raises ValueError for an illegal genome and for a narrow genome without a side.
+    """
+    genome = space.check(genome, empty=True)
+    if side is not None and side not in SIDES:
+        raise ValueError(f"side {side!r}; known: {', '.join(SIDES)}")
+    if side is None:
+        _, ops, *widths = space.split(genome)
+        active = ops < space.identity_index
+        used = [widths[0], *widths[1][active], *widths[2][active]]
+        if any(w != len(space.percent) - 1 for w in used) or space.percent[-1] != 1:
+            raise ValueError("a genome narrower than the superformer needs a side")
+    choice = choices(space, genome, SIDES.index(side or "left"), compat)
+    table = space.table(space.attention // 3)
+    if (space.table(2 * (space.attention // 3)) != 2 * table).any():
+        raise ValueError(
+            f"attention width {space.attention}: some share of it has no equal q, k and v"
+        )
+    last = choice.last_position & (side is not None)
+    return choice._replace(patch=int(genome[0]), last_position=last)
+
+
+def token_indices(choice: Choice, channels: int) -> np.ndarray:
+    """Active token channels in the order of the stand-alone network, int64 [dim]."""
+    return (int(choice.offset) + np.arange(int(choice.dim))) % channels
+
+
+class _Layer(nn.Module):
+    """Parameters of one layer as a dict; a leading stack of blocks is part of the shapes."""
+
+    shapes: tuple
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        return {
+            leaf: self.param(leaf, init, shape, self.param_dtype)
+            for leaf, shape, init in self.shapes
+        }
+
+
+def _masked_norm(x, layer, mask, count, epsilon):
+    """LayerNorm over the masked channels only, x [B, N, D] zero elsewhere."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centered = (wide - wide.sum(-1, keepdims=True) / count) * mask
+    var = jnp.square(centered).sum(-1, keepdims=True) / count
+    y = centered * lax.rsqrt(var + epsilon) * layer["scale"] + layer["bias"] * mask
+    return y.astype(x.dtype)
+
+
+class Superformer(nn.Module):
+    """The weight-sharing vision transformer, images [B, H, W, 3] and a `Choice` -> logits [B, K].
+
+    `qkv` 2 has a q and k projection of its own for every head choice and one v, 1 one of q and k
+    and a v for every head choice, 0 one fused projection. `block_name` is the last op's name in
+    the configuration, which official checkpoints have in their keys.
+
+    Raises ValueError for unknown `qkv` or `compat` and an image size no patch divides.
+    """
+
+    patches: Sequence[int] = (14, 16, 32)
+    heads: Sequence[int] = (3, 6, 12, 16)
+    dim: int = 384
+    attention: int = 1440
+    mlp: int = 1440
+    depth: int = 16
+    classes: int = 1000
+    identity: bool = True
+    percent: Sequence[float] = vitas_space.PERCENT
+    image_size: int = 224
+    channels: int = 3
+    qkv: int = 2
+    compat: str = "official"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.qkv not in (0, 1, 2):
+            raise ValueError(f"qkv mode {self.qkv}; known: 0, 1, 2")
+        if self.compat not in COMPAT:
+            raise ValueError(f"compat {self.compat!r}; known: {', '.join(COMPAT)}")
+        super().__post_init__()
+
+    @property
+    def space(self) -> Space:
+        """The search space these weights serve."""
+        return _space(
+            *(tuple(self.patches), tuple(self.heads), self.dim, self.attention, self.mlp),
+            *(self.depth, self.classes, self.identity, tuple(self.percent), self.image_size),
+            self.channels,
+        )
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes that generic code initializes with."""
+        size = self.image_size
+        return (jax.ShapeDtypeStruct((1, size, size, self.channels), jnp.float32),)
+
+    def __call__(self, x: jax.Array, choice: Choice | None = None) -> jax.Array:
+        """Logits [B, K]; `choice` None is the full width with the first patch size and heads."""
+        return self.intermediates(x, choice)["logits"]
+
+    @nn.compact
+    def intermediates(self, x: jax.Array, choice: Choice | None = None) -> dict[str, jax.Array]:
+        """`embed` [B, N, D], `blocks` [depth, B, D] (class tokens), `norm` [B, D], `logits`."""
+        space = self.space
+        if choice is None:
+            genome = np.zeros(space.genes, np.int64)
+            genome[space.model_genes :] = len(space.percent) - 1
+            choice = choices(space, genome, 0, "corrected")._replace(patch=0)
+        if x.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {x.shape[1]}x{x.shape[2]}, the position tables are of "
+                f"{self.image_size}x{self.image_size}"
+            )
+        behind = (jnp.arange(self.dim) - choice.offset) % self.dim
+        mask = (behind < choice.dim).astype(jnp.float32)
+        x, keep = self._embedded(jnp.asarray(x, self.dtype), choice, mask.astype(self.dtype))
+        maps = {"embed": x}
+        ops, weights = jnp.asarray(choice.ops), self._blocks()
+        genes = (ops, choice.qk, choice.v, choice.mlp)
+
+        def body(x, per_block):
+            layers, (op, qk, v, mlp) = per_block
+            rows = _Rows(qk, v, mlp, choice.right)
+
+            def run(x):
+                return self._block(x, layers, op, rows, mask, choice.dim, keep)
+
+            if self.identity:
+                x = lax.cond(op == space.identity_index, lambda x: x, run, x)
+            else:
+                x = run(x)
+            return x, x[:, 0]
+
+        x, maps["blocks"] = lax.scan(body, x, (weights, genes))
+        norm = self._layer("net.backbone_Norm_Norm_0.0", _norm_shapes(self.dim))
+        x = _masked_norm(x, norm, mask, choice.dim, NORM_EPSILON)[:, 0]
+        maps["norm"] = x
+        head = self._layer(
+            "net.backbone_FC_FC_0.0.module.0", _linear_shapes(self.dim, self.classes)
+        )
+        maps["logits"] = x @ head["kernel"].astype(x.dtype) + head["bias"].astype(x.dtype)
+        return maps
+
+    def _layer(self, name, shapes, lead=()):
+        shapes = tuple((leaf, (*lead, *shape), init) for leaf, shape, init in shapes)
+        return _Layer(shapes, self.param_dtype, name=name)()
+
+    def _embedded(self, x, choice, mask):
+        """`(tokens [B, N, D], which are tokens [N] or None)`, padded to the finest patch size."""
+        parts = []
+        for i, p in enumerate(self.patches):
+            prefix = f"net.backbone_init_stem_Patch_init_0.{i}"
+            fan_in = self.channels * p * p
+            conv = (
+                ("kernel", (p, p, self.channels, self.dim), torch_kernel()),
+                ("bias", (self.dim,), torch_bias(fan_in)),
+            )
+            tokens = (self.image_size // p) ** 2 + 1
+            own = (
+                ("cls_token", (1, 1, self.dim), _zeros),
+                ("pos_embed", (1, tokens, self.dim), _zeros),
+            )
+            parts.append(
+                (self._layer(f"{prefix}.patch_embed.proj", conv), self._layer(prefix, own))
+            )
+
+        def embed(number):
+            conv, own = parts[number]
+
+            def run(x):
+                y = embed_patches(x, conv["kernel"], conv["bias"])
+                first = jnp.broadcast_to(own["cls_token"], (len(y), 1, self.dim))
+                y = jnp.concatenate([first.astype(y.dtype), y], axis=1)
+                table = own["pos_embed"]
+                table = jnp.where(choice.last_position, table[:, -1:], table)
+                return (y + table.astype(y.dtype)) * mask
+
+            return run
+
+        if isinstance(choice.patch, int):
+            return embed(choice.patch)(x), None
+        counts = [(self.image_size // p) ** 2 + 1 for p in self.patches]
+        most = max(counts)
+
+        def padded(number):
+            def run(x):
+                return jnp.pad(embed(number)(x), ((0, 0), (0, most - counts[number]), (0, 0)))
+
+            return run
+
+        tokens = jnp.asarray(counts)[choice.patch]
+        x = lax.switch(choice.patch, [padded(i) for i in range(len(self.patches))], x)
+        return x, jnp.arange(most) < tokens
+
+    def _blocks(self) -> dict[str, Any]:
+        """Weights of all blocks, one stack."""
+        d, third = self.dim, self.attention // 3
+        private = len(self.heads)
+        names = {
+            0: {"qkv": 3 * third},
+            1: {"qk": 2 * third, **{f"v{i}": third for i in range(private)}},
+            2: {**{f"qk{i}": 2 * third for i in range(private)}, "v": third},
+        }[self.qkv]
+        shapes = {
+            "norm1": _norm_shapes(d),
+            "norm2": _norm_shapes(d),
+            **{f"attn.{name}": _linear_shapes(d, rows) for name, rows in names.items()},
+            "attn.proj": _linear_shapes(third, d),
+            "mlp.fc1": _linear_shapes(d, self.mlp),
+            "mlp.fc2": _linear_shapes(self.mlp, d),
+        }
+        prefix = f"net.backbone_Block_{'id' if self.identity else 'Block'}.*.0"
+        return {k: self._layer(f"{prefix}.{k}", v, (self.depth,)) for k, v in shapes.items()}
+
+    def _block(self, x, layers, op, rows, mask, dim, keep):
+        mask = mask.astype(x.dtype)
+        y = _masked_norm(x, layers["norm1"], mask, dim, BLOCK_EPSILON)
+        x = x + self._attention(y, layers, op, rows, dim, keep) * mask
+        y = _masked_norm(x, layers["norm2"], mask, dim, BLOCK_EPSILON)
+        hidden = _affine(y, layers["mlp.fc1"])
+        places = jnp.arange(self.mlp)
+        start = jnp.where(rows.right, self.mlp - rows.mlp, 0)
+        active = (places >= start) & (places < start + rows.mlp)
+        y = _affine(gelu(hidden) * active.astype(x.dtype), layers["mlp.fc2"])
+        return x + y * mask
+
+    def _attention(self, y, layers, op, rows, dim, keep):
+        """Attention of `heads[op]` heads over `rows.v` channels, laid out as [heads, widest]."""
+        third, counts = self.attention // 3, np.array(self.heads)
+        op = jnp.minimum(op, len(self.heads) - 1)
+        widest = -(-third // counts)
+        length = int((counts * widest).max())
+        heads, room = jnp.asarray(counts)[op], jnp.asarray(widest)[op]
+        width = rows.v // heads
+        place = jnp.arange(length)
+        head, inside = place // room, place % room
+        valid = ((inside < width) & (head < heads)).astype(y.dtype)
+        source = jnp.minimum(head * width + inside, third - 1)
+        tail = jnp.where(rows.right, third - rows.v, 0)
+        q_row, k_row = self._qk_rows(rows)
+        v_row = tail + (2 * third if self.qkv == 0 else 0)
+        if self.qkv == 0 and self.compat == "official":
+            v_row = q_row + 2 * rows.v
+
+        def project(name, first):
+            # Fused weights hold 2 or 3 thirds; those of the chosen op where it has its own.
+            own = [k for k in layers if k.startswith(f"attn.{name}") and k[len(f"attn.{name}") :]
+                   .isdigit()]  # fmt: skip
+            if own:
+                kernel, bias = (
+                    lax.select_n(op.astype(jnp.int32), *(layers[k][leaf] for k in own))
+                    for leaf in ("kernel", "bias")
+                )
+            else:
+                kernel, bias = layers[f"attn.{name}"]["kernel"], layers[f"attn.{name}"]["bias"]
+            index = jnp.clip(first + source, 0, kernel.shape[1] - 1)
+            z = y @ jnp.take(kernel, index, axis=1).astype(y.dtype)
+            return (z + jnp.take(bias, index).astype(y.dtype)) * valid
+
+        fused = "qkv" if self.qkv == 0 else "qk"
+        q, k = project(fused, q_row), project(fused, k_row)
+        v = project("qkv" if self.qkv == 0 else "v", v_row)
+        if self.compat == "official":
+            q = q * (self.dim // 3) ** -0.5
+        else:
+            q = q * lax.rsqrt(jnp.maximum(dim // heads, 1).astype(jnp.float32)).astype(q.dtype)
+        allowed = None if keep is None else keep[None, None, None, :]
+
+        def attention(number):
+            size = int(counts[number] * widest[number])
+
+            def run(q, k, v):
+                parts = (split_heads(a[..., :size], int(counts[number])) for a in (q, k, v))
+                out = merge_heads(attend(*parts, mask=allowed, scale=1.0))
+                return jnp.pad(out, ((0, 0), (0, 0), (0, length - size)))
+
+            return run
+
+        out = lax.switch(op, [attention(i) for i in range(len(counts))], q, k, v)
+        proj = layers["attn.proj"]
+        kernel = jnp.take(proj["kernel"], jnp.clip(tail + source, 0, third - 1), axis=0)
+        kernel = kernel * valid[:, None].astype(kernel.dtype)
+        return out @ kernel.astype(out.dtype) + proj["bias"].astype(out.dtype)
+
+    def _qk_rows(self, rows):
+        """First row of q and of k in their fused weight."""
+        third = self.attention // 3
+        if self.compat == "official":
+            # A prefix or suffix of the fused rows, halved: a narrow net's k rows are q rows of a
+            # wide one.
+            full, used = (3 * third, 3 * rows.v) if self.qkv == 0 else (2 * third, rows.qk)
+            start = jnp.where(rows.right, full - used, 0)
+            return start, start + rows.v
+        start = jnp.where(rows.right, third - rows.v, 0)
+        return start, third + start
+
+
+class _Rows(NamedTuple):
+    """Active hidden rows of one block, and whether they are the last ones."""
+
+    qk: Any
+    v: Any
+    mlp: Any
+    right: Any
+
+
+def _affine(x, layer):
+    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
+
+
+def _norm_shapes(features):
+    return (("scale", (features,), _ones), ("bias", (features,), _zeros))
+
+
+def _linear_shapes(inputs, features):
+    return (("kernel", (inputs, features), _kernel_init), ("bias", (features,), _bias_init))
+
+
+@functools.lru_cache(maxsize=64)
+def _space(*fields) -> Space:
+    return Space(*fields)
+
+
+def embed_patches(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Convolution with stride = kernel as a matrix product: [B, H, W, I] -> [B, H W / p p, O]."""
+    p = kernel.shape[0]
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
+    x = x.reshape(batch, (height // p) * (width // p), p * p * channels)
+    return x @ kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype) + bias.astype(x.dtype)
+
+
+class ViTAS(nn.Module):
+    """A searched network on its own, images [B, H, W, 3] -> logits [B, classes].
+
+    `blocks` has `(heads, attention width, MLP width)` or None (identity) for every position;
+    `vitas_space.Space.decode` makes it from a genome. Drop path grows linearly over positions,
+    identities counted. The softmax's scale is (dim // heads) ** -0.5, which is not the head width.
+
+    Raises ValueError for an attention width that 3 x heads do not divide, no block at all, and an
+    image size that the patch does not divide.
+    """
+
+    patch_size: int = 16
+    dim: int = 230
+    blocks: Sequence[Any] = ((3, 432, 720),) * 12
+    classes: int = 1000
+    image_size: int = 224
+    channels: int = 3
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image size {self.image_size} is not divisible by patch {self.patch_size}"
+            )
+        if all(block is None for block in self.blocks):
+            raise ValueError("all blocks are the identity: the network would be an embedding")
+        for i, block in enumerate(self.blocks):
+            if block is not None and block[1] % (3 * block[0]):
+                raise ValueError(
+                    f"block {i}: attention width {block[1]} is not divisible by 3 x {block[0]} heads"
+                )
+        super().__post_init__()
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes that generic code initializes with."""
+        size = self.image_size
+        return (jax.ShapeDtypeStruct((1, size, size, self.channels), jnp.float32),)
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits [B, classes]; training draws drop path from the rng `dropout`."""
+        return self.intermediates(x, train)["logits"]
+
+    @nn.compact
+    def intermediates(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """`embed` [B, N, D], `block_I` [B, D] (class token), `norm` [B, D], `logits`."""
+        if x.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {x.shape[1]}x{x.shape[2]}, the position table is of "
+                f"{self.image_size}x{self.image_size}"
+            )
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = dict(kernel_init=_kernel_init, bias_init=_bias_init, **types)
+        p, d = self.patch_size, self.dim
+        stem = "net.backbone_init_stem_Patch_init_0.0"
+        conv = (
+            ("kernel", (p, p, self.channels, d), torch_kernel()),
+            ("bias", (d,), torch_bias(self.channels * p * p)),
+        )
+        tokens = (self.image_size // p) ** 2 + 1
+        own = (("cls_token", (1, 1, d), _zeros), ("pos_embed", (1, tokens, d), _zeros))
+        conv = _Layer(conv, self.param_dtype, name=f"{stem}.patch_embed.proj")()
+        own = _Layer(own, self.param_dtype, name=stem)()
+        x = embed_patches(jnp.asarray(x, self.dtype), conv["kernel"], conv["bias"])
+        first = jnp.broadcast_to(own["cls_token"], (len(x), 1, d)).astype(x.dtype)
+        x = jnp.concatenate([first, x], axis=1) + own["pos_embed"].astype(x.dtype)
+        maps = {"embed": x}
+        rates = np.linspace(0, self.drop_path_rate, len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            if block is not None:
+                prefix = f"net.backbone_Block_Block_{i}.0"
+                heads, attention, mlp = block
+
+                def dropped(y, rate=float(rates[i])):
+                    active = train and rate > 0
+                    return drop_path(y, rate, self.make_rng("dropout") if active else None)
+
+                y = LayerNorm(BLOCK_EPSILON, name=f"{prefix}.norm1", **types)(x)
+                y = Linear(attention, name=f"{prefix}.attn.qkv", **linear)(y)
+                parts = (split_heads(a, heads) for a in jnp.split(y, 3, axis=-1))
+                y = merge_heads(attend(*parts, scale=(d // heads) ** -0.5))
+                x = x + dropped(Linear(d, name=f"{prefix}.attn.proj", **linear)(y))
+                y = LayerNorm(BLOCK_EPSILON, name=f"{prefix}.norm2", **types)(x)
+                y = gelu(Linear(mlp, name=f"{prefix}.mlp.fc1", **linear)(y))
+                x = x + dropped(Linear(d, name=f"{prefix}.mlp.fc2", **linear)(y))
+            maps[f"block_{i}"] = x[:, 0]
+        x = LayerNorm(NORM_EPSILON, name="net.backbone_Norm_Norm_0.0", **types)(x)[:, 0]
+        maps["norm"] = x
+        maps["logits"] = Linear(self.classes, name="net.backbone_FC_FC_0.0.module.0", **linear)(x)
+        return maps
+
+
+def standalone_arguments(space: Space, genome: Sequence[int]) -> dict[str, Any]:
+    """Constructor arguments of `ViTAS` for a genome."""
+    patch, dim, blocks = space.decode(space.check(genome))
+    return {
+        "patch_size": patch,
+        "dim": dim,
+        "blocks": blocks,
+        "classes": space.classes,
+        "image_size": space.image_size,
+        "channels": space.channels,
+    }
+
+
+MODEL = Superformer
+
+
+def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
+    """The superformer's blocks are one stack here and have numbers in files."""
+    if not isinstance(module, Superformer):
+        return {}
+    stem = f"net.backbone_Block_{'id' if module.identity else 'Block'}"
+    return {"names": [(f"{stem}.{i}.", f"{stem}_{i}.") for i in range(module.depth)]}
+
+
+def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
+    """Refuse a superformer's file for a stand-alone network and the reverse, by their keys."""
+    names = [key.rsplit(".", 1)[0] for key in keys]
+    shared = any(name.endswith((".attn.qk0", ".attn.qk")) for name in names)
+    single = any(name.endswith(".attn.qkv") for name in names)
+    if isinstance(module, ViTAS) and shared:
+        raise ValueError(
+            "the checkpoint is a superformer's (attn.qk0 or attn.qk) and the model a stand-alone "
+            "network (attn.qkv); load it as search.vitas and extract a genome"
+        )
+    if isinstance(module, Superformer) and single and module.qkv != 0:
+        raise ValueError(
+            "the checkpoint is a stand-alone network's (attn.qkv) and the model a superformer "
+            "(attn.qk0); load it as search.vitas:ViTAS"
+        )
+
+
+def _published(patch: int, dim: int, blocks: dict[int, tuple[int, int, int]], depth: int, rate):
+    return {
+        "cls": "ViTAS",
+        "patch_size": patch,
+        "dim": dim,
+        "blocks": tuple(blocks.get(i) for i in range(depth)),
+        "drop_path_rate": rate,
+    }
+
+
+def _at(positions: Sequence[int], heads, attention, mlp):
+    return {i: one for i, one in zip(positions, zip(heads, attention, mlp))}
+
+
+# The README's searched networks; positions matter for key names.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "superformer": {},
+    "superformer_4_9g": {
+        "dim": 768, "attention": 2880, "mlp": 2880, "depth": 13, "identity": False,
+    },
+    "vitas_858m": _published(
+        16, 154,
+        _at((0, 2, 5, 6, 8, 13, 14), (12, 16, 6, 16, 16, 16, 16),
+            (288, 720, 288, 1008, 1152, 864, 1440), (1008, 576, 1296, 720, 1008, 1152, 1296)),
+        16, 0.1,
+    ),
+    "vitas_1g": _published(
+        16, 192,
+        _at((0, 3, 5, 8, 9, 11, 12, 15), (16, 16, 16, 12, 12, 12, 16, 6),
+            (288, 432, 432, 1152, 1008, 864, 432, 864), (864, 576, 1008, 864, 720, 576, 1296, 864)),
+        16, 0.1,
+    ),
+    "vitas_1_3g": _published(
+        16, 230, _at(range(12), (3,) * 12, (432,) * 12, (720,) * 12), 12, 0.0
+    ),
+    "vitas_2_7g": _published(
+        16, 346,
+        _at((0, 2, 4, 5, 7, 9, 10, 11, 13, 14, 15), (16, 16, 16, 6, 3, 12, 6, 12, 12, 6, 12),
+            (720, 1008, 864, 864, 576, 1296, 1296, 720, 1440, 576, 1152),
+            (720, 864, 1008, 1008, 720, 1296, 1152, 144, 864, 1008, 1296)),
+        16, 0.0,
+    ),
+    "vitas_4_9g": _published(
+        16, 307,
+        _at(range(13), (16,) * 13,
+            (864, 288, 1728, 1152, 2016, 1440, 2592, 1440, 2304, 2016, 2016, 1440, 1728),
+            (1728, 2304, 864, 2016, 864, 1440, 2304, 2016, 864, 576, 2016, 2304, 2304)),
+        13, 0.0,
+    ),
+    # For 32-pixel digits.
+    "digits": {
+        "patches": (4, 8, 16), "heads": (1, 2, 3, 4), "dim": 48, "attention": 360, "mlp": 96,
+        "depth": 4, "classes": 10, "image_size": 32, "compat": "corrected",
+    },
+}  # fmt: skip
