@@ -21,7 +21,8 @@ from jaxmodels.layers.dropout import drop_path
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.layers.squeeze_excite import SqueezeExcite
 from jaxmodels.search import scalenet_space
-from jaxmodels.search.scalenet import Subnet, SuperSupernet, _normal_fan_out, hard_swish
+from jaxmodels.search.scalenet import SuperSupernet, normal_fan_out
+from jaxmodels.search.scalenet_blocks import Subnet, hard_swish
 from jaxmodels.search.scalenet_space import Space
 
 _zeros = nn.initializers.zeros
@@ -120,13 +121,14 @@ class ScaleNet(nn.Module):
         return x
 
     def _block(self, x, row, rate, train):
-        stage, position, number, kind, kernel, expands, squeezes, stride, _, out, hidden, short = row
+        stage, position, number, kind, kernel, expands, squeezes, stride, *widths, short = row
+        _, out, hidden = widths
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         prefix = f"net.backbone_{stage}_{position}.{number}"
 
         def conv(y, name, features, k=1, strides=1, groups=1):
             layer = Conv(
-                features, k, strides, k // 2, groups, kernel_init=_normal_fan_out,
+                features, k, strides, k // 2, groups, kernel_init=normal_fan_out,
                 name=f"{prefix}.{name}", **types,
             )  # fmt: skip
             return layer(y)
@@ -147,7 +149,7 @@ class ScaleNet(nn.Module):
         if squeezes:
             y = SqueezeExcite(
                 hidden, ratio=(hidden // 4) / hidden, divisor=1,
-                names=("squeeze_conv", "excite_conv"), kernel_init=_normal_fan_out,
+                names=("squeeze_conv", "excite_conv"), kernel_init=normal_fan_out,
                 bias_init=_zeros, name=f"{prefix}.se", **types,
             )(y)  # fmt: skip
         y = norm(conv(y, "conv2", out), "bn2")
@@ -169,7 +171,7 @@ def extract(
       ops: op indices [genes]. right: bool [] or [L], the side of each block; the two sides are two
         networks.
     """
-    from jaxmodels.interop.catalog import export, import_state, find
+    from jaxmodels.interop.catalog import export, find, import_state
     from jaxmodels.search.scalenet import make_subnet
 
     space = module.space

@@ -1,6 +1,7 @@
 """Drawing ScaleNet's sub-networks inside `jit`: tables of whole numbers, and two laws.
 
-Hierarchical sampling (HSS) is that of luminolx/ScaleNet@22487c8 (core/searcher/uniform_searcher.py).
+Hierarchical sampling (HSS) is that of luminolx/ScaleNet@22487c8
+(core/searcher/uniform_searcher.py).
 """
 
 from __future__ import annotations

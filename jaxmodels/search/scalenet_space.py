@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -133,7 +134,7 @@ def _check_multipliers(name: str, lists: Sequence[Sequence[float]], stages: int)
     for s, values in enumerate(lists):
         if not len(values):
             raise ValueError(f"{name}[{s}] is empty")
-        if any(b <= a for a, b in zip(values, values[1:])):
+        if any(b <= a for a, b in itertools.pairwise(values)):
             raise ValueError(f"{name}[{s}] {list(values)} must ascend")
 
 
@@ -199,9 +200,7 @@ class Space:
             )
         counts = self.op_counts
         for i in np.flatnonzero((ops < 0) | (ops >= counts)):
-            raise ValueError(
-                f"{self.gene_name(i)}: op index {ops[i]} is not in 0..{counts[i] - 1}"
-            )
+            raise ValueError(f"{self.gene_name(i)}: op index {ops[i]} is not in 0..{counts[i] - 1}")
         for first, _, depth in self.stage_slices():
             if first >= len(self.blocks) or self.blocks[first].ops[0].kind != "identity":
                 continue
@@ -483,6 +482,13 @@ def _op_cost(op: ChoiceOp, inp: int, out: int, size: int, after: int) -> int:
     return expand + depthwise + squeeze + hidden * out * after * after
 
 
+def _plain(value):
+    """Frozen and config dictionaries as dicts, other sequences as lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return dict(value) if isinstance(value, Mapping) else list(value)
+
+
 @functools.lru_cache(maxsize=64)
 def _cached_space(text: str) -> Space:
     return _make_space(**json.loads(text))
@@ -513,7 +519,7 @@ def make_space(
             "resolution_multiplier": resolution_multiplier,
             "max_scaling_stage": max_scaling_stage,
         },
-        default=lambda value: dict(value) if isinstance(value, Mapping) else list(value),
+        default=_plain,
     )
     return _cached_space(plain)
 
@@ -534,9 +540,8 @@ def _make_space(
     deepest = max(depth_multiplier[max_scaling_stage])
     blocks: list[ChoiceBlock] = []
     depth_stage = []
-    for stage, entry in backbone.items():
-        if stage == "final_pooling":
-            continue
+    for stage in _in_order(backbone):
+        entry = backbone[stage]
         n, stride, base_in, base_out, expansions, _, names = entry
         scaled_in, scaled_out = stage != "conv_stem", stage != "conv_out"
         full_in = math.ceil(base_in * widest) + base_in if scaled_in else base_in
@@ -563,6 +568,16 @@ def _make_space(
         *(fixed(depth_multiplier), fixed(channel_multiplier), fixed(resolution_multiplier)),
         *(max_scaling_stage, linear),
     )
+
+
+def _in_order(backbone: Mapping[str, Any]) -> list[str]:
+    """Stage names in the order of the data flow, which a config's sorted keys have lost."""
+    stages = [name for name in backbone if name != "final_pooling"]
+    inner = [name for name in stages if name not in FIXED_STAGES]
+    if all(re.fullmatch(r"stage\d+", name) for name in inner):
+        inner.sort(key=lambda name: int(name[len("stage") :]))
+    ends = [[name for name in stages if name == end] for end in FIXED_STAGES]
+    return [*ends[0], *inner, *ends[1]]
 
 
 def _parse_ops(stage: str, names: Sequence[str], expansions: Sequence) -> tuple[ChoiceOp, ...]:

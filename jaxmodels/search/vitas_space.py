@@ -83,7 +83,7 @@ class Space:
         return (self.image_size // self.patches[patch]) ** 2
 
     def split(self, genes: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """`(patch, ops [.., depth], dim, attention [.., depth], mlp [.., depth])` of [.., genes]."""
+        """`(patch, ops [depth], dim, attention [depth], mlp [depth])`, after any leading axes."""
         widths = genes[..., self.model_genes :]
         ops = genes[..., 1 : 1 + self.depth]
         return genes[..., 0], ops, widths[..., 0], widths[..., 1::2], widths[..., 2::2]

@@ -66,9 +66,7 @@ def run_network(case):
             width = case.inputs[f"subnet_{number}_cm_res"][0]
             ops = case.inputs[f"subnet_{number}_ops"]
             subnets[number] = scalenet.make_subnet(module.space, ops, width)
-            apply = functools.partial(
-                module.apply, subnet=subnets[number], method="intermediates"
-            )
+            apply = functools.partial(module.apply, subnet=subnets[number], method="intermediates")
             forward[number] = jax.jit(apply, compiler_options=CHEAP)
         subnet = subnets[number]
         right, counters = scalenet.advance(counters, subnet, module.n_laterally_coupling)
@@ -84,9 +82,7 @@ def run_network(case):
 def _train(case):
     module, variables = _network(case)
     label = case.inputs["label"]
-    subnet = scalenet.make_subnet(
-        module.space, case.inputs["subnet_ops"], case.inputs["cm_res"][0]
-    )
+    subnet = scalenet.make_subnet(module.space, case.inputs["subnet_ops"], case.inputs["cm_res"][0])
 
     @functools.partial(jax.jit, compiler_options=CHEAP)
     def step(variables, right):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import jaxmodels
 from jaxmodels.interop.catalog import export
-from jaxmodels.search import soft_labels, vitas, vitas_space
+from jaxmodels.search import soft_labels, vitas, vitas_nets, vitas_space
 from train.data import image_mixing
 from train.defaults import default_config
 from train.optimizers import make_schedule
@@ -109,7 +109,7 @@ def _standalone(case):
         "search.vitas:ViTAS",
         case.weights,
         drop_path_rate=config["drop_path_rate"],
-        **vitas.standalone_arguments(space, genome),
+        **vitas_nets.standalone_arguments(space, genome),
     )
     apply = functools.partial(module.apply, method="intermediates")
     maps = jax.jit(apply, compiler_options=CHEAP)(variables, _images(case))

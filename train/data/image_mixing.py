@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a whole batch, as ViTAS and timm have them: the partner is the batch reversed.
+"""Mixup and CutMix of a whole batch, whose partner is the batch reversed (as in timm).
 
 Facts of xiusu/ViTAS@066bb20 (util/mixup.py); H. Zhang et al., arXiv 1710.09412; S. Yun et al.,
 arXiv 1905.04899. Pure functions of arrays; `mix` draws.
@@ -18,9 +18,7 @@ def mixup(images: jax.Array, lam: Any) -> jax.Array:
     return lam * images + (1 - lam) * images[::-1]
 
 
-def mixed_targets(
-    label: jax.Array, lam: Any, classes: int, smoothing: float = 0.1
-) -> jax.Array:
+def mixed_targets(label: jax.Array, lam: Any, classes: int, smoothing: float = 0.1) -> jax.Array:
     """[B] -> [B, K]: lam of the label and 1 - lam of the partner's.
 
     A label is `1 - s + s / K` on its class and `s / K` elsewhere (not `s / (K - 1)`).

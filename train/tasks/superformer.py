@@ -91,8 +91,8 @@ class Superformer:
 
     def hits(self, variables, images, label, mask, genome) -> jax.Array:
         """Rows that are right, averaged over the sides."""
-        found = [((y.argmax(-1) == label) * mask).sum() for y in self.logits(variables, images, genome)]
-        return sum(found) / len(found)
+        sides = self.logits(variables, images, genome)
+        return sum(((y.argmax(-1) == label) * mask).sum() for y in sides) / len(sides)
 
     def evaluate(self, variables, batch):
         """Hits of the probe genomes."""

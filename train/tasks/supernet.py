@@ -79,9 +79,7 @@ class Supernet:
             )
             statistics = updated["batch_stats"]
             logits = logits.astype(jnp.float32)
-            losses.append(
-                soft_labels.classification_loss(logits, batch["label"], self.loss_type)
-            )
+            losses.append(soft_labels.classification_loss(logits, batch["label"], self.loss_type))
             hits.append((logits.argmax(-1) == batch["label"]).mean())
         extra = {"batch_stats": statistics, "counters": {"calls": calls}}
         metrics = {"accuracy": sum(hits) / len(hits), "stage": draw.stage.astype(jnp.float32)}
