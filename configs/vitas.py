@@ -7,6 +7,7 @@ small       python -m train --config configs/vitas.py --workdir runs/vitas
                 --workdir runs/vitas_search
             Numbers: docs/systems/vitas.md.
 ordinal     the same with plain (first channels) sharing; two_sided: with both sides, as published.
+twins       the Twins-based space (inferred) with cyclic sharing by stage.
 retrain     a network of the small space on its own.
 paper       python -m train --config configs/vitas.py:paper --workdir DIR
                 --config.data.options.inner.path=/path/to/imagenet
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 
 from train.defaults import default_config
 
-PRESETS = ("small", "ordinal", "two_sided", "retrain", "paper", "paper_net")
+PRESETS = ("small", "ordinal", "two_sided", "twins", "retrain", "paper", "paper_net")
 IMAGENET = 1281167
 
 
@@ -78,6 +79,9 @@ def _small(config, preset):
     config.search.update(
         flops_min=1.2e6, budget=1.6e6, population=20, generations=10, probability=0.3
     )
+    if preset == "twins":
+        config.model = "search.twins_superformer:digits_twins"
+        config.search.update(flops_min=6e5, budget=9e5)
     if preset == "retrain":
         config.task = "classification"
         config.task_args = {"label_smoothing": 0.1}

@@ -49,23 +49,21 @@ def from_windows(x: jax.Array, height: int, width: int, window: int) -> jax.Arra
     return x.reshape(x.shape[0], height * width, x.shape[-1])
 
 
-class TwinsSVT(nn.Module):
-    """Twins-SVT, images [B, H, W, 3] -> logits [B, classes].
+class TwinsNet(nn.Module):
+    """A Twins network of any widths, images [B, H, W, 3] -> logits [B, classes].
 
-    `dims`, `heads`, `depths`, `windows`, `sr_ratios`, `mlp_ratios` are by stage. `epsilon` is that
-    of the blocks' and the last LayerNorm; those of patch embedding and sub-sampling are 1e-5.
+    `stages` has `(token dim, blocks)`, a block being `(heads, attention width, MLP width)` or None
+    where its position is left out; positions at even places attend within windows. `epsilon` is
+    that of the blocks' and the last LayerNorm; those of patch embedding and sub-sampling are 1e-5.
 
     Raises ValueError when an image does not divide into patches and windows.
     """
 
-    patch_size: int = 4
-    classes: int = 1000
-    dims: Sequence[int] = (64, 128, 256, 512)
-    heads: Sequence[int] = (2, 4, 8, 16)
-    mlp_ratios: Sequence[int] = (4, 4, 4, 4)
-    depths: Sequence[int] = (2, 2, 10, 4)
+    stages: Sequence[Any] = ()
     windows: Sequence[int] = (7, 7, 7, 7)
     sr_ratios: Sequence[int] = (8, 4, 2, 1)
+    patch_size: int = 4
+    classes: int = 1000
     qkv_bias: bool = True
     epsilon: float = 1e-6
     image_size: int = 224
@@ -73,6 +71,11 @@ class TwinsSVT(nn.Module):
     drop_path_rate: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    @property
+    def plan(self) -> Sequence[Any]:
+        """Token dims and blocks by stage."""
+        return self.stages
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes that generic code initializes with."""
@@ -89,10 +92,11 @@ class TwinsSVT(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         linear = dict(kernel_init=_kernel_init, bias_init=nn.initializers.zeros, **types)
         maps: dict[str, jax.Array] = {}
-        rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)))
+        count = sum(len(blocks) for _, blocks in self.plan)
+        rates = iter(np.linspace(0, self.drop_path_rate, count))
         number = 0
         x = jnp.asarray(x, self.dtype)
-        for s, dim in enumerate(self.dims):
+        for s, (dim, blocks) in enumerate(self.plan):
             p = self.patch_size if s == 0 else 2
             batch, height, width, _ = x.shape
             if height % p or width % p:
@@ -102,27 +106,16 @@ class TwinsSVT(nn.Module):
             conv = Conv(dim, p, p, 0, use_bias=True, name=f"patch_embeds.{s}.proj", **types)
             x = conv(x).reshape(batch, height * width, dim)
             x = LayerNorm(PATCH_EPSILON, name=f"patch_embeds.{s}.norm", **types)(x)
-            for i in range(self.depths[s]):
-                name = f"blocks.{s}.{i}"
+            for i, block in enumerate(blocks):
                 rate = float(next(rates))
-
-                def dropped(y, rate=rate):
-                    active = train and rate > 0
-                    return drop_path(y, rate, self.make_rng("dropout") if active else None)
-
-                y = LayerNorm(self.epsilon, name=f"{name}.norm1", **types)(x)
-                y = self._attention(y, s, i % 2 == 1, (height, width), f"{name}.attn", linear)
-                x = x + dropped(y)
-                y = LayerNorm(self.epsilon, name=f"{name}.norm2", **types)(x)
-                hidden = int(dim * self.mlp_ratios[s])
-                y = gelu(Linear(hidden, name=f"{name}.mlp.fc1", **linear)(y))
-                x = x + dropped(Linear(dim, name=f"{name}.mlp.fc2", **linear)(y))
-                maps[f"block_{number}"] = x
+                if block is not None:
+                    x = self._block(x, s, i, block, (height, width), rate, train, linear)
+                    maps[f"block_{number}"] = x
                 number += 1
                 if i == 0:
                     grid = x.reshape(batch, height, width, dim)
-                    position = Conv(dim, 3, 1, 1, dim, use_bias=True, name=f"pos_block.{s}.proj.0",
-                                    **types)  # fmt: skip
+                    name = f"pos_block.{s}.proj.0"
+                    position = Conv(dim, 3, 1, 1, dim, use_bias=True, name=name, **types)
                     x = (position(grid) + grid).reshape(batch, height * width, dim)
             x = x.reshape(batch, height, width, dim)
         x = LayerNorm(self.epsilon, name="norm", **types)(x)
@@ -131,26 +124,60 @@ class TwinsSVT(nn.Module):
         maps["logits"] = Linear(self.classes, name="head", **linear)(x)
         return maps
 
-    def _attention(self, x, stage, everywhere, size, name, linear):
-        dim, heads = x.shape[-1], self.heads[stage]
+    def _block(self, x, stage, place, block, size, rate, train, linear):
+        heads, attention, hidden = block
+        dim, name = x.shape[-1], f"blocks.{stage}.{place}"
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def dropped(y):
+            active = train and rate > 0
+            return drop_path(y, rate, self.make_rng("dropout") if active else None)
+
+        y = LayerNorm(self.epsilon, name=f"{name}.norm1", **types)(x)
+        y = self._attention(
+            y, stage, place % 2 == 1, heads, attention, size, f"{name}.attn", linear
+        )
+        x = x + dropped(Linear(dim, name=f"{name}.attn.proj", **linear)(y))
+        y = LayerNorm(self.epsilon, name=f"{name}.norm2", **types)(x)
+        y = gelu(Linear(hidden, name=f"{name}.mlp.fc1", **linear)(y))
+        return x + dropped(Linear(dim, name=f"{name}.mlp.fc2", **linear)(y))
+
+    def _attention(self, x, stage, everywhere, heads, width, size, name, linear):
+        dim = x.shape[-1]
         biased = {**linear, "use_bias": self.qkv_bias}
         if not everywhere:
             window = self.windows[stage]
-            y = Linear(3 * dim, name=f"{name}.qkv", **biased)(to_windows(x, *size, window))
+            y = Linear(3 * width, name=f"{name}.qkv", **biased)(to_windows(x, *size, window))
             parts = (split_heads(a, heads) for a in jnp.split(y, 3, axis=-1))
-            y = from_windows(merge_heads(attend(*parts)), *size, window)
-            return Linear(dim, name=f"{name}.proj", **linear)(y)
+            return from_windows(merge_heads(attend(*parts)), *size, window)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         ratio = self.sr_ratios[stage]
-        q = Linear(dim, name=f"{name}.q", **biased)(x)
+        q = Linear(width, name=f"{name}.q", **biased)(x)
         if ratio > 1:
             grid = x.reshape(x.shape[0], *size, dim)
             x = Conv(dim, ratio, ratio, 0, use_bias=True, name=f"{name}.sr", **types)(grid)
             x = x.reshape(x.shape[0], -1, dim)
             x = LayerNorm(PATCH_EPSILON, name=f"{name}.norm", **types)(x)
-        k, v = jnp.split(Linear(2 * dim, name=f"{name}.kv", **biased)(x), 2, axis=-1)
-        y = merge_heads(attend(*(split_heads(a, heads) for a in (q, k, v))))
-        return Linear(dim, name=f"{name}.proj", **linear)(y)
+        k, v = jnp.split(Linear(2 * width, name=f"{name}.kv", **biased)(x), 2, axis=-1)
+        return merge_heads(attend(*(split_heads(a, heads) for a in (q, k, v))))
+
+
+class TwinsSVT(TwinsNet):
+    """Twins-SVT: attention as wide as the tokens; everything by stage.
+
+    Raises as `TwinsNet`.
+    """
+
+    dims: Sequence[int] = (64, 128, 256, 512)
+    heads: Sequence[int] = (2, 4, 8, 16)
+    mlp_ratios: Sequence[int] = (4, 4, 4, 4)
+    depths: Sequence[int] = (2, 2, 10, 4)
+
+    @property
+    def plan(self) -> Sequence[Any]:
+        """Token dims and blocks by stage."""
+        sizes = zip(self.dims, self.heads, self.mlp_ratios, self.depths)
+        return [(d, [(h, d, int(d * r))] * depth) for d, h, r, depth in sizes]
 
 
 MODEL = TwinsSVT

@@ -22,9 +22,9 @@ import numpy as np
 from jax import lax
 
 from jaxmodels.layers.activations import gelu
-from jaxmodels.layers.attention import attend, merge_heads, split_heads
 from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.search import vitas_space
+from jaxmodels.search.masked_layers import active_rows, affine, head_layout, masked_norm
 from jaxmodels.search.vitas_nets import (
     BLOCK_EPSILON,
     NORM_EPSILON,
@@ -134,15 +134,6 @@ def token_indices(choice: Choice, channels: int) -> np.ndarray:
     return (int(choice.offset) + np.arange(int(choice.dim))) % channels
 
 
-def _masked_norm(x, layer, mask, count, epsilon):
-    """LayerNorm over the masked channels only, x [B, N, D] zero elsewhere."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centered = (wide - wide.sum(-1, keepdims=True) / count) * mask
-    var = jnp.square(centered).sum(-1, keepdims=True) / count
-    y = centered * lax.rsqrt(var + epsilon) * layer["scale"] + layer["bias"] * mask
-    return y.astype(x.dtype)
-
-
 class Superformer(nn.Module):
     """The weight-sharing vision transformer, images [B, H, W, 3] and a `Choice` -> logits [B, K].
 
@@ -184,6 +175,10 @@ class Superformer(nn.Module):
             *(self.depth, self.classes, self.identity, tuple(self.percent), self.image_size),
             self.channels,
         )
+
+    def choices(self, genes: Any, side: Any) -> Choice:
+        """The arrays of a genome [genes]; `side`: 0 left, 1 right, 2 cyclic."""
+        return choices(self.space, genes, side, self.compat)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes that generic code initializes with."""
@@ -229,7 +224,7 @@ class Superformer(nn.Module):
 
         x, maps["blocks"] = lax.scan(body, x, (weights, genes))
         norm = self._layer("net.backbone_Norm_Norm_0.0", _norm_shapes(self.dim))
-        x = _masked_norm(x, norm, mask, choice.dim, NORM_EPSILON)[:, 0]
+        x = masked_norm(x, norm, mask, choice.dim, NORM_EPSILON)[:, 0]
         maps["norm"] = x
         head = self._layer(
             "net.backbone_FC_FC_0.0.module.0", _linear_shapes(self.dim, self.classes)
@@ -310,73 +305,42 @@ class Superformer(nn.Module):
 
     def _block(self, x, layers, op, rows, mask, dim, keep):
         mask = mask.astype(x.dtype)
-        y = _masked_norm(x, layers["norm1"], mask, dim, BLOCK_EPSILON)
+        y = masked_norm(x, layers["norm1"], mask, dim, BLOCK_EPSILON)
         x = x + self._attention(y, layers, op, rows, dim, keep) * mask
-        y = _masked_norm(x, layers["norm2"], mask, dim, BLOCK_EPSILON)
-        hidden = _affine(y, layers["mlp.fc1"])
-        places = jnp.arange(self.mlp)
-        start = jnp.where(rows.right, self.mlp - rows.mlp, 0)
-        active = (places >= start) & (places < start + rows.mlp)
-        y = _affine(gelu(hidden) * active.astype(x.dtype), layers["mlp.fc2"])
+        y = masked_norm(x, layers["norm2"], mask, dim, BLOCK_EPSILON)
+        hidden = affine(y, layers["mlp.fc1"])
+        active = active_rows(self.mlp, rows.mlp, rows.right)
+        y = affine(gelu(hidden) * active.astype(x.dtype), layers["mlp.fc2"])
         return x + y * mask
 
     def _attention(self, y, layers, op, rows, dim, keep):
-        """Attention of `heads[op]` heads over `rows.v` channels, laid out as [heads, widest]."""
-        third, counts = self.attention // 3, np.array(self.heads)
-        op = jnp.minimum(op, len(self.heads) - 1)
-        widest = -(-third // counts)
-        length = int((counts * widest).max())
-        heads, room = jnp.asarray(counts)[op], jnp.asarray(widest)[op]
-        width = rows.v // heads
-        place = jnp.arange(length)
-        head, inside = place // room, place % room
-        valid = ((inside < width) & (head < heads)).astype(y.dtype)
-        source = jnp.minimum(head * width + inside, third - 1)
+        """Attention of `heads[op]` heads over the block's active rows."""
+        third = self.attention // 3
+        layout = head_layout(tuple(self.heads), third, op, rows.v)
         tail = jnp.where(rows.right, third - rows.v, 0)
         q_row, k_row = self._qk_rows(rows)
-        v_row = tail + (2 * third if self.qkv == 0 else 0)
-        if self.qkv == 0 and self.compat == "official":
-            v_row = q_row + 2 * rows.v
+        v_row = tail
+        if self.qkv == 0:
+            v_row = q_row + 2 * rows.v if self.compat == "official" else 2 * third + tail
 
         def project(name, first):
-            # Fused weights hold 2 or 3 thirds; those of the chosen op where it has its own.
-            own = [k for k in layers if k.startswith(f"attn.{name}") and k[len(f"attn.{name}") :]
-                   .isdigit()]  # fmt: skip
+            # The chosen op's own weights where it has some.
+            own = [k for k in layers if k.removeprefix(f"attn.{name}").isdigit()]
             if own:
-                kernel, bias = (
-                    lax.select_n(op.astype(jnp.int32), *(layers[k][leaf] for k in own))
-                    for leaf in ("kernel", "bias")
-                )
-            else:
-                kernel, bias = layers[f"attn.{name}"]["kernel"], layers[f"attn.{name}"]["bias"]
-            index = jnp.clip(first + source, 0, kernel.shape[1] - 1)
-            z = y @ jnp.take(kernel, index, axis=1).astype(y.dtype)
-            return (z + jnp.take(bias, index).astype(y.dtype)) * valid
+                leaves = (lax.select_n(layout.op.astype(jnp.int32), *(layers[k][leaf] for k in own))
+                          for leaf in ("kernel", "bias"))  # fmt: skip
+                return layout.pick(dict(zip(("kernel", "bias"), leaves)), first, y)
+            return layout.pick(layers[f"attn.{name}"], first, y)
 
-        fused = "qkv" if self.qkv == 0 else "qk"
-        q, k = project(fused, q_row), project(fused, k_row)
-        v = project("qkv" if self.qkv == 0 else "v", v_row)
+        fused, value = {0: ("qkv", "qkv")}.get(self.qkv, ("qk", "v"))
+        q, k, v = project(fused, q_row), project(fused, k_row), project(value, v_row)
         if self.compat == "official":
             q = q * (self.dim // 3) ** -0.5
         else:
-            q = q * lax.rsqrt(jnp.maximum(dim // heads, 1).astype(jnp.float32)).astype(q.dtype)
+            wide = jnp.maximum(dim // layout.heads, 1).astype(jnp.float32)
+            q = q * lax.rsqrt(wide).astype(q.dtype)
         allowed = None if keep is None else keep[None, None, None, :]
-
-        def attention(number):
-            size = int(counts[number] * widest[number])
-
-            def run(q, k, v):
-                parts = (split_heads(a[..., :size], int(counts[number])) for a in (q, k, v))
-                out = merge_heads(attend(*parts, mask=allowed, scale=1.0))
-                return jnp.pad(out, ((0, 0), (0, 0), (0, length - size)))
-
-            return run
-
-        out = lax.switch(op, [attention(i) for i in range(len(counts))], q, k, v)
-        proj = layers["attn.proj"]
-        kernel = jnp.take(proj["kernel"], jnp.clip(tail + source, 0, third - 1), axis=0)
-        kernel = kernel * valid[:, None].astype(kernel.dtype)
-        return out @ kernel.astype(out.dtype) + proj["bias"].astype(out.dtype)
+        return layout.back(layers["attn.proj"], tail, layout.attend(q, k, v, allowed))
 
     def _qk_rows(self, rows):
         """First row of q and of k in their fused weight."""
@@ -398,10 +362,6 @@ class _Rows(NamedTuple):
     v: Any
     mlp: Any
     right: Any
-
-
-def _affine(x, layer):
-    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
 
 
 def _norm_shapes(features):

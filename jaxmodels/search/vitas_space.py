@@ -119,6 +119,14 @@ class Space:
                 f"{where}: attention width {width} is not divisible by 3 x {heads} heads"
             )
 
+    def legal(self, genomes: Any) -> np.ndarray:
+        """Which genomes [N, genes] within the bounds are networks, bool [N]."""
+        _, ops, _, attention, _ = self.split(np.asarray(genomes))
+        active = ops < self.identity_index
+        heads = np.array([*self.heads, 1])[ops]
+        fits = self.table(self.attention)[attention] % (3 * heads) == 0
+        return active.any(1) & (fits | ~active).all(1)
+
     # FLOPs
 
     def flops(self, genomes: Any, official: bool = True) -> Any:
@@ -249,6 +257,18 @@ class Space:
                 f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
                 f"they have {low:,} to {high:,}"
             )
+
+    def example(self, share: float) -> np.ndarray:
+        """A canonical genome with this share of every width and of the depth, int64 [genes]."""
+        low, high = self.bounds()
+        genome = np.rint(low + share * (high - low)).astype(np.int64)
+        depth = max(1, round(share * self.depth))
+        genome[0] = len(self.patches) // 2
+        genome[1 : 1 + self.depth] = 0
+        if self.identity:
+            genome[1 + depth : 1 + self.depth] = self.identity_index
+            genome = self.shift(genome)
+        return genome
 
     def identity_probability(
         self, least: float, budget: float, draws: int = 1000, seed: int = 0

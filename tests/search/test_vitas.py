@@ -230,3 +230,54 @@ def test_windows_that_do_not_tile_a_map_are_named():
         jax.eval_shape(
             functools.partial(TwinsSVT().init, jax.random.key(0)), jnp.zeros((1, 64, 64, 3))
         )
+
+
+TWINS = dict(
+    dims=(24, 48), heads=(2, 4), depths=(3, 4), windows=(4, 2), sr_ratios=(4, 1), classes=4,
+    image_size=32,
+)  # fmt: skip
+
+
+def test_a_twins_genome_cut_out_of_its_superformer_computes_the_same():
+    from jaxmodels.search import twins_superformer
+
+    module, variables = jaxmodels.load("search.twins_superformer", **TWINS)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape)), variables)
+    images = jnp.asarray(rng.normal(size=(2, 32, 32, 3)), jnp.float32)
+    space = module.space
+    genomes = space.sample_many(rng, 2, 0.5, shift=True)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def masked(genome, side):
+        return module.apply(variables, images, twins_superformer.choices(space, genome, side))
+
+    for genome, side in zip(genomes, ("cyclic", "right")):
+        network, own = twins_superformer.extract(module, variables, genome, side)
+        found = masked(genome, twins_superformer.SIDES.index(side))
+        chex.assert_trees_all_close(network.apply(own, images), found, atol=1e-4)
+
+
+def test_shifting_twins_blocks_keeps_windows_and_global_attention_apart():
+    from jaxmodels.search.twins_space import Space as TwinsSpace
+
+    space = TwinsSpace(
+        **{**TWINS, "depths": (6, 6)},
+    )
+    drawn = space.sample_many(np.random.default_rng(0), 400, 0.5)
+    shifted = space.shift(drawn)
+
+    def network(genome):
+        return tuple(
+            (dim, tuple((i % 2, b) for i, b in enumerate(blocks) if b is not None))
+            for dim, blocks in space.decode(genome)
+        )
+
+    assert all(network(a) == network(b) for a, b in zip(drawn, shifted))
+    assert (space.shift(shifted) == shifted).all()
+    assert (space.flops(drawn) == space.flops(shifted)).all()
+    patterns = {network(g): g.tobytes() for g in shifted}
+    assert len(set(patterns.values())) == len(patterns) == len(np.unique(shifted, axis=0))
+    with pytest.raises(ValueError, match=r"gene 1: 4 is not in 0\.\.3"):
+        space.check(np.where(np.arange(space.genes) == 1, 4, shifted[0]))

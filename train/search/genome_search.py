@@ -40,7 +40,7 @@ def problem(space: Space, options: Options, score: Callable[[np.ndarray], np.nda
 
     def evaluate(genomes: np.ndarray) -> np.ndarray:
         flops = space.flops(genomes)
-        networks = legal(space, genomes)
+        networks = space.legal(genomes)
         inside = (flops >= options.flops_min) & (flops <= options.budget) & networks
         fitness = np.where(networks, 5 - (flops - options.budget) / options.budget, 0.0)
         if inside.any():
@@ -50,15 +50,6 @@ def problem(space: Space, options: Options, score: Callable[[np.ndarray], np.nda
     low, high = space.bounds()
     canonical = space.shift if options.shift and space.identity else (lambda genomes: genomes)
     return nsga2.Problem(low, high, evaluate, canonical)
-
-
-def legal(space: Space, genomes: np.ndarray) -> np.ndarray:
-    """Which genomes [N, genes] are networks, bool [N]."""
-    _, ops, _, attention, _ = space.split(np.asarray(genomes))
-    active = ops < space.identity_index
-    heads = np.array([*space.heads, 1])[ops]
-    fits = space.table(space.attention)[attention] % (3 * heads) == 0
-    return active.any(1) & (fits | ~active).all(1)
 
 
 def random_genomes(space: Space, options: Options, rng: np.random.Generator, count: int):
@@ -71,7 +62,7 @@ def random_genomes(space: Space, options: Options, rng: np.random.Generator, cou
     for _ in range(options.tries):
         drawn = space.sample_many(rng, 256, options.probability, options.shift)
         flops = space.flops(drawn)
-        inside = (flops >= options.flops_min) & (flops <= options.budget) & legal(space, drawn)
+        inside = (flops >= options.flops_min) & (flops <= options.budget) & space.legal(drawn)
         for genome in drawn[inside]:
             found.setdefault(genome.tobytes(), genome)
             if len(found) == count:
@@ -113,7 +104,7 @@ def measured(space: Space, options: Options, state: nsga2.State) -> int:
     genomes = np.array([np.frombuffer(key, np.int64) for key in state.scores])
     flops = space.flops(genomes)
     inside = (flops >= options.flops_min) & (flops <= options.budget)
-    return int((inside & legal(space, genomes)).sum())
+    return int((inside & space.legal(genomes)).sum())
 
 
 def random_search(space: Space, options: Options, score, seed: int, evaluations: int):

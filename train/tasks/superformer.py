@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.search import soft_labels, vitas
+from jaxmodels.search import soft_labels, twins_superformer, vitas
 from train.building import build_model
 from train.data import image_mixing
 from train.naming import ConfigError
@@ -25,7 +25,7 @@ SHARING = {"two_sided": (0, 1), "one_sided": (0,), "cyclic": (2,)}
 
 @dataclasses.dataclass(frozen=True)
 class Superformer:
-    """A `vitas.Superformer` trained by sampled genomes.
+    """A `vitas.Superformer` or `TwinsSuperformer` trained by sampled genomes.
 
     Attributes:
       sharing: two_sided (left and right logits added), one_sided (ordinal slices) or cyclic.
@@ -52,8 +52,8 @@ class Superformer:
 
     def logits(self, variables, images, genome) -> list[jax.Array]:
         """Logits of every side of a genome [genes], which may be traced."""
-        space, params = self.model.space, {"params": variables["params"]}
-        chosen = [vitas.choices(space, genome, s, self.model.compat) for s in SHARING[self.sharing]]
+        params = {"params": variables["params"]}
+        chosen = [self.model.choices(genome, side) for side in SHARING[self.sharing]]
         return [self.model.apply(params, images, c).astype(jnp.float32) for c in chosen]
 
     def loss(self, params, extra, batch, rng):
@@ -76,18 +76,7 @@ class Superformer:
 
     def probes(self) -> np.ndarray:
         """Three genomes, a third, two thirds and all of width and depth, int64 [3, genes]."""
-        space = self.model.space
-        low, high = space.bounds()
-        rows = []
-        for share in (1 / 3, 2 / 3, 1.0):
-            genome = np.rint(low + share * (high - low)).astype(np.int64)
-            depth = max(1, round(share * space.depth))
-            genome[0] = len(space.patches) // 2
-            genome[1 : 1 + space.depth] = 0
-            if space.identity:
-                genome[1 + depth : 1 + space.depth] = space.identity_index
-            rows.append(space.shift(genome) if space.identity else genome)
-        return np.array(rows)
+        return np.array([self.model.space.example(share) for share in (1 / 3, 2 / 3, 1.0)])
 
     def hits(self, variables, images, label, mask, genome) -> jax.Array:
         """Rows that are right, averaged over the sides."""
@@ -132,8 +121,11 @@ class Superformer:
 def from_config(config) -> Superformer:
     """The task of a config: its model and `task_args`."""
     task = Superformer(model=build_model(config), **config.task_args)
-    if not isinstance(task.model, vitas.Superformer):
-        raise ConfigError(f"config.model {config.model}: the task superformer trains search.vitas")
+    if not isinstance(task.model, vitas.Superformer | twins_superformer.TwinsSuperformer):
+        raise ConfigError(
+            f"config.model {config.model}: the task superformer trains search.vitas or "
+            "search.twins_superformer"
+        )
     if task.sharing not in SHARING:
         raise ConfigError(
             f"config.task_args.sharing: {task.sharing!r}; known: {', '.join(SHARING)}"
