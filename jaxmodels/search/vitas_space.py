@@ -17,8 +17,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 PERCENT = tuple(k / 10 for k in range(1, 11))
@@ -201,12 +199,15 @@ class Space:
 
     # Sampling
 
-    def sample(self, key: jax.Array, probability: float, shift: bool = False) -> jax.Array:
+    def sample(self, key: Any, probability: float, shift: bool = False) -> Any:
         """One random genome int32 [genes], by a key, inside or outside `jit`.
 
         Uniform patch and widths; every block the identity with `probability`, else uniform over
         the head choices. With `shift` the draw is brought into its canonical form.
         """
+        import jax
+        import jax.numpy as jnp
+
         patch, away, heads, widths = jax.random.split(key, 4)
         ops = jax.random.randint(heads, (self.depth,), 0, len(self.heads))
         if self.identity:

@@ -90,32 +90,36 @@ def generalize(
 ) -> Scaled:
     """The network of a larger stage, within `tolerance` of 2^s F(base).
 
-    Width and depth by ceil, resolution to the nearest multiple of 16 pixels (of 1 below 64).
+    Width and depth by ceil, resolution to the nearest multiple of 16 pixels (of 1 below 64). Where
+    depth and resolution jump over the budget together, the width alone closes the gap.
 
     Raises RuntimeError when no exponent comes near enough, with the nearest.
     """
     target = 2**stage * space.flops(base)
     step = RESOLUTION_STEP if space.base_resolution >= 64 else 1
 
-    def build(exponent: float) -> Scaled:
+    def build(exponent: float, wider: float = 1.0) -> Scaled:
         depth, width, factor = strategy.multipliers(stage) ** exponent
         resolution = max(step, round(space.base_resolution * factor / step) * step)
         stages = deepened(space, base, depth)
-        count = flops(space, stages, width, resolution)
-        return Scaled(float(depth), float(width), resolution, stages, count, exponent)
+        count = flops(space, stages, width * wider, resolution)
+        return Scaled(float(depth), float(width * wider), resolution, stages, count, exponent)
 
-    low, high = 0.0, 4.0
-    tried = []
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        tried.append(build(middle))
-        if tried[-1].flops < target:
-            low = middle
-        else:
-            high = middle
+    def bisected(make, low: float, high: float) -> list[Scaled]:
+        tried = []
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            tried.append(make(middle))
+            low, high = (middle, high) if tried[-1].flops < target else (low, middle)
+        return tried
+
+    tried = bisected(build, 0.0, 4.0)
     # Depth and resolution move in jumps: near one, neighbors of the limit may be closer.
-    tried += [build(low + d) for d in np.linspace(-0.1, 0.1, 401)]
+    tried += [build(tried[-1].exponent + d) for d in np.linspace(-0.1, 0.1, 401)]
     best = min(tried, key=lambda s: abs(s.flops - target))
+    if abs(best.flops - target) > tolerance * target:
+        tried = bisected(lambda wider: build(best.exponent, wider), 0.5, 2.0)
+        best = min(tried, key=lambda s: abs(s.flops - target))
     if abs(best.flops - target) > tolerance * target:
         raise RuntimeError(
             f"stage {stage}: the nearest network has {best.flops:,} multiply-adds, wanted "
