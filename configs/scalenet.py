@@ -71,9 +71,9 @@ def _small(config, preset):
         "every": 5,
         "inner": {"image_size": 25, "augment": True},
     }
-    config.steps, config.batch_size = 1500, 64
+    config.steps, config.batch_size = 800, 64
     config.schedule.update(peak=0.1, warmup_steps=50)
-    config.log_every, config.eval.every, config.checkpoint.every = 100, 1500, 500
+    config.log_every, config.eval.every, config.checkpoint.every = 100, 800, 400
     # Batch statistics: the test's 450 images without padding rows.
     config.eval.batch_size = 150
     config.eval.split = "test"

@@ -70,10 +70,10 @@ def _small(config, preset):
         "every": 5,
         "inner": {"image_size": 32, "augment": True},
     }
-    config.steps, config.batch_size = 2000, 64
+    config.steps, config.batch_size = 1000, 64
     config.optimizer.weight_decay = 0.02
     config.schedule.update(peak=2e-3, warmup_steps=100)
-    config.log_every, config.eval.every, config.checkpoint.every = 100, 2000, 500
+    config.log_every, config.eval.every, config.checkpoint.every = 100, 1000, 500
     config.eval.batch_size = 150
     config.eval.split = "test"
     config.search.update(

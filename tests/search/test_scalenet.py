@@ -10,7 +10,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.search import scalenet, scalenet_nets, scalenet_sampling, soft_labels
-from tests.search.tiny_space import ARGUMENTS, SPACE
+from tests.search.tiny_space import ARGUMENTS, CHEAP, SPACE, drawn_variables
 
 MASKED = scalenet.SuperSupernet(**ARGUMENTS, depthwise="grouped")
 SLICED = MASKED.clone(sliced=True)
@@ -18,14 +18,7 @@ SLICED = MASKED.clone(sliced=True)
 
 @pytest.fixture(scope="module")
 def variables():
-    found = jaxmodels.load("search.scalenet", **ARGUMENTS)[1]
-    rng = np.random.default_rng(0)
-
-    # Statistics and affine parts that tell channels apart.
-    def shaken(x):
-        return jnp.asarray(x + 0.3 * rng.random(x.shape), x.dtype)
-
-    return jax.tree.map(shaken, found)
+    return drawn_variables(MASKED)
 
 
 def networks():
@@ -48,7 +41,7 @@ def _masked(variables, images, subnet, right, size):
     )
 
 
-masked = jax.jit(_masked)
+masked = jax.jit(_masked, compiler_options=CHEAP)
 
 
 def test_one_compiled_function_is_every_sub_network_sliced(variables):
@@ -60,6 +53,7 @@ def test_one_compiled_function_is_every_sub_network_sliced(variables):
             apply = functools.partial(SLICED.apply, subnet=subnet, train=True)
             wanted, statistics = jax.jit(
                 functools.partial(apply, mutable=["batch_stats"]),
+                compiler_options=CHEAP,
             )(variables, image, right=RIGHT)
             found, new = masked(variables, padded, subnet, RIGHT, size)
             chex.assert_trees_all_close(found, wanted, atol=1e-5)
@@ -69,10 +63,12 @@ def test_one_compiled_function_is_every_sub_network_sliced(variables):
 def test_a_network_cut_out_of_the_weights_is_the_sub_network(variables):
     ops, width = networks()[1]
     subnet = scalenet.make_subnet(SPACE, ops, width)
+    sliced = jax.jit(functools.partial(SLICED.apply, subnet=subnet), compiler_options=CHEAP)
     for right in (False, True):
-        wanted = SLICED.apply(variables, IMAGES, subnet, right)
+        wanted = sliced(variables, IMAGES, right=right)
         network, own = scalenet_nets.extract(SLICED, variables, ops, width, right)
-        chex.assert_trees_all_close(network.apply(own, IMAGES), wanted, atol=1e-5)
+        cut = jax.jit(network.apply, compiler_options=CHEAP)(own, IMAGES)
+        chex.assert_trees_all_close(cut, wanted, atol=1e-5)
 
 
 def test_only_used_rows_of_the_chosen_ops_get_gradients(variables):
@@ -84,7 +80,7 @@ def test_only_used_rows_of_the_chosen_ops_get_gradients(variables):
         y = SLICED.apply({**variables, "params": params}, IMAGES, subnet)
         return soft_labels.classification_loss(y, label)
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    gradients = jax.jit(jax.grad(loss), compiler_options=CHEAP)(variables["params"])
     number = int(ops[1])
     chosen = gradients[f"net.backbone_stage1_0.{number}.conv2"]["kernel"]
     other = gradients[f"net.backbone_stage1_0.{3 - number}.conv2"]["kernel"]
@@ -102,7 +98,8 @@ def test_counters_drift_apart_where_sub_networks_differ():
     assert not sides[0].any() and sides[1][0] and not sides[2][0]
     fresh = subnets[0].ops != subnets[1].ops
     assert (sides[2] == fresh).all()  # an op that the second left out is still at its second call
-    assert not np.asarray(scalenet.advance(counters, subnets[0], 1)[1]).any()
+    right, once = scalenet.advance(MASKED.counters(), subnets[0], 1)
+    assert not right.any() and not np.asarray(once).any()  # one-sided: always left
 
 
 def test_checkpoint_names_travel_both_ways(variables):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.search import scalenet_sampling, scalenet_space
-from tests.search.tiny_space import ARGUMENTS, SPACE
+from tests.search.tiny_space import ARGUMENTS, CHEAP, SPACE
 from train.search import scaling_strategy
 
 PUBLISHED = scalenet_space.make_space()
@@ -50,7 +50,9 @@ def test_every_channel_serves_equally_many_widths_from_the_two_sides(width):
 
 
 def test_hierarchical_draws_are_legal_and_follow_the_stages_law():
-    draw = jax.jit(jax.vmap(lambda key: scalenet_sampling.sample(PUBLISHED, key)))
+    draw = jax.jit(
+        jax.vmap(lambda key: scalenet_sampling.sample(PUBLISHED, key)), compiler_options=CHEAP
+    )
     found = jax.device_get(draw(jax.random.split(jax.random.key(0), 20_000)))
     law = np.array([1, 4, 5, 7]) / 17
     share = np.bincount(found.stage, minlength=4) / len(found.stage)
@@ -109,7 +111,7 @@ BAD = {
     "first": (lambda: SPACE.check_ops(_changed(3, 0)), r"stage2\[0\]: the first block"),
     "hole": (
         lambda: SPACE.check_ops(np.where(np.arange(SPACE.genes) == 4, 0, _changed(5, 1))),
-        r"stage2\[2\]: an identity stands before",
+        r"stage2\[1\]: an identity stands before",
     ),
     "width": (lambda: SPACE.check_width(1.7), "1.7 would exceed 1.6"),
     "unsorted": (_with(channel_multiplier=((1.0,), (1.2, 1.1), (1.4,))), "must ascend"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import jaxmodels
 from jaxmodels.search import vitas, vitas_extract, vitas_space
 from jaxmodels.search.vitas_space import Space
+from tests.search.tiny_space import CHEAP, drawn_variables
 
 ARGUMENTS = dict(
     patches=(4, 8), heads=(1, 2, 3), dim=20, attention=90, mlp=24, depth=3, classes=4,
@@ -27,9 +28,19 @@ GENOME = np.array([1, 1, 3, 2, 0, 0, 2, 1, 2, 4, 4, 3, 0])
 
 @pytest.fixture(scope="module")
 def variables():
-    found = jaxmodels.load("search.vitas", **ARGUMENTS)[1]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(x + 0.2 * rng.normal(size=x.shape), x.dtype), found)
+    return drawn_variables(CORRECTED)
+
+
+@functools.cache
+def _compiled(module, patch):
+    return jax.jit(
+        lambda v, x, c: module.apply(v, x, c._replace(patch=patch)), compiler_options=CHEAP
+    )
+
+
+def apply(module, variables, choice):
+    """Logits of a choice whose patch index is a number: one program a module and patch size."""
+    return _compiled(module, choice.patch)(variables, IMAGES, choice._replace(patch=None))
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(1, n)))))
@@ -48,13 +59,15 @@ def test_cyclic_sharing_is_even_for_any_ascending_widths(case):
 @pytest.mark.parametrize("side", ("cyclic", "left", "right"))
 def test_a_genome_cut_out_of_the_weights_computes_the_same(variables, side):
     genome = SPACE.shift(GENOME)
-    wanted = CORRECTED.apply(variables, IMAGES, vitas.make_choice(SPACE, genome, side, "corrected"))
+    choice = vitas.make_choice(SPACE, genome, side, "corrected")
+    wanted = apply(CORRECTED, variables, choice)
     network, own = vitas_extract.extract(CORRECTED, variables, genome, side)
-    chex.assert_trees_all_close(network.apply(own, IMAGES), wanted, atol=1e-5)
+    cut = jax.jit(network.apply, compiler_options=CHEAP)(own, IMAGES)
+    chex.assert_trees_all_close(cut, wanted, atol=1e-5)
 
 
 def test_one_compiled_function_serves_every_genome(variables):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CHEAP)
     @chex.assert_max_traces(n=1)
     def masked(genome, side):
         return CORRECTED.apply(variables, IMAGES, vitas.choices(SPACE, genome, side, "corrected"))
@@ -63,14 +76,14 @@ def test_one_compiled_function_serves_every_genome(variables):
         if (genome[1:4] == SPACE.identity_index).all():
             continue
         choice = vitas.make_choice(SPACE, genome, "cyclic", "corrected")
-        wanted = CORRECTED.apply(variables, IMAGES, choice)  # no padding tokens, one patch size
+        wanted = apply(CORRECTED, variables, choice)  # no padding tokens, one patch size
         chex.assert_trees_all_close(masked(genome, 2), wanted, atol=1e-5)
 
 
 def test_channels_outside_a_cyclic_set_get_no_gradient(variables):
     choice = vitas.make_choice(SPACE, SPACE.shift(GENOME), "cyclic", "corrected")
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CHEAP)
     def gradient(params):
         return jax.grad(lambda p: jnp.square(CORRECTED.apply({"params": p}, IMAGES, choice)).sum())(
             params
@@ -131,10 +144,10 @@ def test_the_official_quirks_make_a_difference(variables):
         ("scale and positions", official, SPACE.shift(GENOME)),
     ):
         choice = vitas.make_choice(SPACE, genome, "left", module.compat)
-        outputs[name] = np.asarray(module.apply(variables, IMAGES, choice))
+        outputs[name] = np.asarray(apply(module, variables, choice))
         if name == "all of them":
             table = choice._replace(last_position=False)
-            outputs["table"] = np.asarray(module.apply(variables, IMAGES, table))
+            outputs["table"] = np.asarray(apply(module, variables, table))
     assert not np.allclose(outputs["all of them"], outputs["none"], atol=1e-3)
     assert not np.allclose(outputs["all of them"], outputs["table"], atol=1e-3)
     # After shifting, consuming width genes in order and by position is the same (Q2).
@@ -152,14 +165,15 @@ def test_the_identity_probability_is_found_or_the_band_refused():
         space.identity_probability(2e9, 1e9)
 
 
-def test_positions_for_another_image_size_are_resized_bicubically(variables):
-    own = {k: np.asarray(v) for k, v in jaxmodels.load("search.vitas:digits_net")[1]["params"][
-        "net.backbone_init_stem_Patch_init_0.0"].items()}  # fmt: skip
-    table = np.random.default_rng(0).normal(size=own["pos_embed"].shape).astype(np.float32)
+def test_positions_for_another_image_size_are_resized_bicubically():
+    table = np.random.default_rng(0).normal(size=(1, 17, 6)).astype(np.float32)
     assert vitas_extract.resize_positions(table, 4) is table
     larger = vitas_extract.resize_positions(table, 6)
-    assert larger.shape == (1, 37, table.shape[-1])
-    assert (larger[:, 0] == table[:, 0]).all()
+    assert larger.shape == (1, 37, 6) and (larger[:, 0] == table[:, 0]).all()
+    flat = np.ones((1, 17, 1), np.float32)
+    assert np.allclose(vitas_extract.resize_positions(flat, 7), 1)
+    with pytest.raises(ValueError, match="no square grid"):
+        vitas_extract.resize_positions(table[:, :16], 4)
 
 
 def _genome(**changes):
@@ -206,21 +220,21 @@ def test_a_superformers_file_is_no_stand_alone_network(variables):
     assert "net.backbone_Block_id_2.0.attn.qk1.weight" in shared
     with pytest.raises(ValueError, match=r"attn\.qk0.*attn\.qkv"):
         jaxmodels.load("search.vitas:digits_net", shared)
-    module, own = jaxmodels.load("search.vitas:digits_net")
+    from jaxmodels.interop import catalog
+
+    module = catalog.find("search.vitas:digits_net").build()
+    own = drawn_variables(module)
     single = export("search.vitas:digits_net", module, own)
     with pytest.raises(ValueError, match=r"attn\.qkv.*attn\.qk0"):
         jaxmodels.load("search.vitas", single, **ARGUMENTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), (("twins_svt_small", 24_060_776), ("twins_svt_base", 56_070_952))
-)
-def test_twins_has_the_published_number_of_parameters(name, parameters):
+def test_twins_has_the_published_number_of_parameters():
     from jaxmodels.interop import catalog
 
-    module = catalog.find(f"search.twins:{name}").build()
+    module = catalog.find("search.twins:twins_svt_small").build()
     shapes = jax.tree.leaves(catalog.shapes(module)["params"])
-    assert sum(int(np.prod(s.shape)) for s in shapes) == parameters
+    assert sum(int(np.prod(s.shape)) for s in shapes) == 24_060_776
 
 
 def test_windows_that_do_not_tile_a_map_are_named():
@@ -233,7 +247,7 @@ def test_windows_that_do_not_tile_a_map_are_named():
 
 
 TWINS = dict(
-    dims=(24, 48), heads=(2, 4), depths=(3, 4), windows=(4, 2), sr_ratios=(4, 1), classes=4,
+    dims=(24, 48), heads=(2, 4), depths=(3, 2), windows=(4, 2), sr_ratios=(4, 1), classes=4,
     image_size=32,
 )  # fmt: skip
 
@@ -241,14 +255,13 @@ TWINS = dict(
 def test_a_twins_genome_cut_out_of_its_superformer_computes_the_same():
     from jaxmodels.search import twins_superformer
 
-    module, variables = jaxmodels.load("search.twins_superformer", **TWINS)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape)), variables)
+    module = twins_superformer.TwinsSuperformer(**TWINS)
+    variables, rng = drawn_variables(module), np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(2, 32, 32, 3)), jnp.float32)
     space = module.space
     genomes = space.sample_many(rng, 2, 0.5, shift=True)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CHEAP)
     @chex.assert_max_traces(n=1)
     def masked(genome, side):
         return module.apply(variables, images, twins_superformer.choices(space, genome, side))
@@ -256,7 +269,8 @@ def test_a_twins_genome_cut_out_of_its_superformer_computes_the_same():
     for genome, side in zip(genomes, ("cyclic", "right")):
         network, own = twins_superformer.extract(module, variables, genome, side)
         found = masked(genome, twins_superformer.SIDES.index(side))
-        chex.assert_trees_all_close(network.apply(own, images), found, atol=1e-4)
+        cut = jax.jit(network.apply, compiler_options=CHEAP)(own, images)
+        chex.assert_trees_all_close(cut, found, atol=1e-4)
 
 
 def test_shifting_twins_blocks_keeps_windows_and_global_attention_apart():
