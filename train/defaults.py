@@ -25,6 +25,7 @@ def default_config() -> ConfigDict:
                     "args": ConfigDict(),  # its arguments besides the learning rate
                     "weight_decay": 0.0,
                     "decay_mask": "matrices",  # matrices (ndim > 1) | all | a regular expression
+                    "decay_factors": (),  # ((regular expression, factor), ...), not decoupled
                     "decoupled": False,  # True: AdamW's way; False: added to the gradient
                     "clip_norm": 0.0,  # 0: no clipping of the global norm
                     "clip_groups": (),  # regular expressions: models clipped each on its own

@@ -128,6 +128,11 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         parts.append(clip_by_group_norms(config.clip_norm, tuple(config.clip_groups)))
     if config.weight_decay and not config.decoupled:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(config.decay_mask)))
+        # What some parameters decay more than others is added to that.
+        parts += [
+            optax.add_decayed_weights(config.weight_decay * (factor - 1), decay_mask(pattern))
+            for pattern, factor in config.decay_factors
+        ]
     parts.append(inner)
     if config.weight_decay and config.decoupled:
         # After the optimizer, scaled by the same rate: w <- w - lr * wd * w.

@@ -1,0 +1,113 @@
+"""ScaleNet: a super-supernet on real digits and its search; the published recipe.
+
+small     python -m train --config configs/scalenet.py --workdir runs/scalenet
+          scikit-learn's digits at 16 to 25 pixels, the reduced space, four fifths of the training
+          images; then
+          python -m train.search --config configs/scalenet.py --checkpoint runs/scalenet
+              --workdir runs/scalenet_search
+          searches base model and scalings on the other fifth. Numbers: docs/systems/scalenet.md.
+uniform   the same with uniform instead of hierarchical sampling.
+retrain   python -m train --config configs/scalenet.py:retrain --workdir DIR
+          a base model of the small space trained on its own.
+paper     python -m train --config configs/scalenet.py:paper --workdir DIR
+              --config.data.options.inner.path=/path/to/imagenet
+          ImageNet-1k, 750k steps. The repository says 8 images a GPU and not how many GPUs: 256
+          images here. Validation images are one training image in 25 (a minival).
+"""
+
+from ml_collections import ConfigDict
+
+from train.defaults import default_config
+
+PRESETS = ("small", "uniform", "retrain", "paper")
+# Official weight decay: convolutions twice the linear layer's, none on biases and BatchNorm.
+CONV_KERNELS = r"backbone.*\.kernel$"
+
+
+def get_config(preset: str = "small"):
+    """The experiment `preset`."""
+    if preset not in PRESETS:
+        raise ValueError(f"configs/scalenet.py: no preset {preset!r}; known: {', '.join(PRESETS)}")
+    config = default_config()
+    config.task = "supernet"
+    config.optimizer.name = "sgd"
+    config.optimizer.args.momentum = 0.9
+    config.optimizer.args.nesterov = True
+    config.optimizer.weight_decay = 4e-5
+    config.optimizer.decay_mask = r"kernel$"
+    config.optimizer.decay_factors = ((CONV_KERNELS, 2.0),)
+    config.schedule.update(name="cosine", warmup_inside=False)
+    config.search = ConfigDict(
+        {
+            "kind": "mcea",
+            "budget": 306e6,
+            "base_error": 25e6,
+            "scale_error": 50e6,
+            "population": 64,
+            "generations": 40,
+            "base_models": 20,
+            "iterations": 8,
+            "ratio": 1.0,
+            "multi_objective": False,
+            "seed": 0,
+            "split": "minival",
+            "chunk": 16,
+            "compare": True,  # random search at the same number of scored networks beside it
+        }
+    )
+    if preset == "paper":
+        _paper(config)
+    else:
+        _small(config, preset)
+    return config
+
+
+def _small(config, preset):
+    config.model = "search.scalenet:digits"
+    config.task_args.law = "uniform" if preset == "uniform" else "hierarchical"
+    config.data.name = "held_out"
+    config.data.options = {
+        "of": "digits",
+        "every": 5,
+        "inner": {"image_size": 25, "augment": True},
+    }
+    config.steps, config.batch_size = 800, 64
+    config.schedule.update(peak=0.1, warmup_steps=50)
+    config.log_every, config.eval.every, config.checkpoint.every = 100, 800, 400
+    # Batch statistics: the test's 450 images without padding rows.
+    config.eval.batch_size = 150
+    config.eval.split = "test"
+    config.search.update(
+        budget=5.5e4, base_error=1.2e4, scale_error=2e4, population=16, generations=6,
+        base_models=4, iterations=2,
+    )  # fmt: skip
+    if preset == "retrain":
+        config.task = "classification"
+        config.task_args = {"label_smoothing": 0.1}
+        config.model = "search.scalenet_nets:digits_base"
+        config.model_args = {}
+        config.data.options.inner.image_size = 16
+        config.steps = 400
+        config.schedule.peak = 0.1
+        config.eval.every = 400
+
+
+def _paper(config):
+    config.model = "search.scalenet"
+    config.data.name = "held_out"
+    # Random resized crops and flips only; crops are made at the largest resolution.
+    config.data.options = {
+        "of": "imagenet",
+        "every": 25,
+        "threads": 16,
+        "inner": {"image_size": 354, "color_jitter": 0.0, "erasing": 0.0},
+    }
+    config.batch_size, config.steps = 256, 750000
+    config.schedule.update(peak=0.12, warmup_steps=375)
+    config.seed = 42
+    config.precision = "bfloat16"
+    config.log_every = 100
+    config.eval.batch_size = 250
+    config.eval.split = "test"
+    config.eval.every = 10000
+    config.checkpoint.every = 5000

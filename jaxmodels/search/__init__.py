@@ -1,0 +1,1 @@
+"""Architecture search: supernets whose sub-networks are arrays, and their search spaces."""

@@ -1,0 +1,598 @@
+"""ScaleNet's search space: encoding, repair, depth scaling, FLOPs, admissible scalings.
+
+J. Xie et al., "ScaleNet: Searching for the Model to Scale", ECCV 2022, arXiv 2207.07267. Facts of
+the encoding and of the counter are those of luminolx/ScaleNet@22487c8
+(core/search_space, core/sampler/evolution/evolution_sampler.py, core/utils/flops.py).
+
+A network is one op index per choice block (op 0 is the identity), followed by a width multiplier
+and a resolution. Everything here is NumPy on the host, in whole numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+OPS = ["id", "ir_3x3_se", "ir_5x5_se", "ir_7x7_se"]
+FIXED_STAGES = ("conv_stem", "conv_out")
+
+
+def backbone(
+    channels: Sequence[int],
+    depths: Sequence[int] = (1, 4, 4, 4, 4, 4, 1),
+    strides: Sequence[int] = (1, 2, 2, 2, 1, 2, 1),
+    expansion: int = 6,
+    out: int = 1280,
+    ops: Sequence[str] = tuple(OPS),
+) -> dict[str, Any]:
+    """The official configuration form for stem and stage widths `channels` and a last 1x1 `out`.
+
+    The first stage does not expand; the form is `[n, stride, c_in, c_out, expansions, unused, ops]`
+    by stage, in the order in which the choice blocks stand.
+    """
+    stages: dict[str, Any] = {
+        "conv_stem": [1, 2, 3, channels[0], [], False, ["conv3x3"]],
+    }
+    for i, (n, stride) in enumerate(zip(depths, strides)):
+        t = 1 if i == 0 else expansion
+        expansions = [[1], *([t] for _ in ops[1:])]
+        stages[f"stage{i + 1}"] = [
+            *(n, stride, channels[i], channels[i + 1], expansions, False),
+            list(ops),
+        ]
+    stages["conv_out"] = [1, 1, channels[-1], out, [], False, ["conv2d"]]
+    return {**stages, "final_pooling": True}
+
+
+PUBLISHED_BACKBONE = backbone((32, 16, 32, 40, 80, 96, 192, 320))
+PUBLISHED_HEAD = {"linear1": {"dim_in": 1280, "dim_out": 1000}}
+PUBLISHED_MULTIPLIERS = (
+    (1.0,),
+    (1.04, 1.08, 1.12, 1.16),
+    (1.2, 1.24, 1.28, 1.32, 1.36),
+    (1.4, 1.44, 1.48, 1.52, 1.56, 1.6, 1.64),
+)
+PUBLISHED_RESOLUTIONS = ((224,), (224, 240, 256), (272, 288, 304), (320, 336, 354))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceOp:
+    """One candidate operation: `kind` is identity, residual or conv; `expansion` of residuals."""
+
+    kind: str
+    kernel: int = 1
+    expansion: float = 1
+    squeeze: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceBlock:
+    """One gene's place. Widths: `base_*` of the base model, `full_*` of the weights.
+
+    `scaled_*` says whether the width follows the width multiplier (image and last 1x1 do not).
+    """
+
+    stage: str
+    position: int
+    stride: int
+    base_in: int
+    base_out: int
+    full_in: int
+    full_out: int
+    scaled_in: bool
+    scaled_out: bool
+    ops: tuple[ChoiceOp, ...]
+
+    def input_width(self, width: float) -> int:
+        """Channels that come in at this width multiplier."""
+        return math.ceil(self.base_in * width) if self.scaled_in else self.base_in
+
+    def output_width(self, width: float) -> int:
+        """Channels that go out at this width multiplier."""
+        return math.ceil(self.base_out * width) if self.scaled_out else self.base_out
+
+    def hidden_width(self, op: int, width: float) -> int:
+        """Hidden channels in the forward pass: `ceil(round(c_in t) w)`."""
+        return math.ceil(round(self.base_in * self.ops[op].expansion) * width)
+
+    def full_hidden(self, op: int) -> int:
+        """Hidden channels of the weights: `round(C_in t)`."""
+        return round(self.full_in * self.ops[op].expansion)
+
+    def projects(self, op: int) -> bool:
+        """Whether an identity has weights: a stride or a change of channels."""
+        changes = self.stride != 1 or self.full_in != self.full_out
+        return self.ops[op].kind == "identity" and changes
+
+
+def _parse_op(name: str, expansion: float) -> ChoiceOp:
+    if name == "id":
+        return ChoiceOp("identity")
+    if name in ("conv2d", "conv3x3"):
+        return ChoiceOp("conv", 3 if name == "conv3x3" else 1)
+    found = re.fullmatch(r"ir_(\d+)x\1_(se|nse)", name)
+    if found is None:
+        raise ValueError(
+            f"unknown operation {name!r}; there are id, conv2d, conv3x3, ir_KxK_se, ir_KxK_nse"
+        )
+    return ChoiceOp("residual", int(found[1]), expansion, found[2] == "se")
+
+
+def _check_multipliers(name: str, lists: Sequence[Sequence[float]], stages: int) -> None:
+    if stages >= len(lists):
+        raise ValueError(
+            f"max_scaling_stage {stages} is beyond the {len(lists)} lists of {name} (0..stage)"
+        )
+    for s, values in enumerate(lists):
+        if not len(values):
+            raise ValueError(f"{name}[{s}] is empty")
+        if any(b <= a for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{name}[{s}] {list(values)} must ascend")
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """A ScaleNet space; build it with `make_space`.
+
+    Attributes:
+      blocks: the choice blocks of the backbone, in order.
+      genes: all genes, the pooling's and the linear layers' (always 0) among them.
+      depth_stage: `(base depth, depth of the super-supernet)` of every stage, these included.
+      depths, widths, resolutions: multipliers by scaling stage 0..max_scaling_stage.
+      linear: `(name, dim_in, dim_out)` of the head's layers.
+    """
+
+    blocks: tuple[ChoiceBlock, ...]
+    depth_stage: tuple[tuple[int, int], ...]
+    depths: tuple[tuple[float, ...], ...]
+    widths: tuple[tuple[float, ...], ...]
+    resolutions: tuple[tuple[int, ...], ...]
+    max_scaling_stage: int
+    linear: tuple[tuple[str, int, int], ...]
+
+    @property
+    def genes(self) -> int:
+        """Length of an encoding without width and resolution."""
+        return sum(n for _, n in self.depth_stage)
+
+    @property
+    def max_width(self) -> float:
+        """The largest width multiplier, for which the weights are built."""
+        return max(self.widths[self.max_scaling_stage])
+
+    @property
+    def base_resolution(self) -> int:
+        """The base model's resolution."""
+        return self.resolutions[0][0]
+
+    @property
+    def op_counts(self) -> np.ndarray:
+        """Number of ops of every gene, int64 [genes]."""
+        counts = [len(b.ops) for b in self.blocks]
+        return np.array(counts + [1] * (self.genes - len(counts)))
+
+    def stage_slices(self) -> list[tuple[int, int, int]]:
+        """`(first gene, base depth, depth)` of every stage."""
+        starts = np.cumsum([0, *(n for _, n in self.depth_stage)])
+        return [(int(s), b, n) for s, (b, n) in zip(starts, self.depth_stage)]
+
+    # Encodings
+
+    def check_ops(self, ops: Sequence[int]) -> np.ndarray:
+        """`ops` as int64 [genes], legal for a sub-network.
+
+        Raises ValueError: wrong length, an index out of range, an identity at the first block of a
+        stage or before another operation of the stage (`repair` mends both).
+        """
+        ops = np.asarray(ops, np.int64)
+        if ops.shape != (self.genes,):
+            raise ValueError(
+                f"a sub-network has {self.genes} op indices (and then width and resolution), "
+                f"not {ops.size}"
+            )
+        counts = self.op_counts
+        for i in np.flatnonzero((ops < 0) | (ops >= counts)):
+            raise ValueError(f"{self.gene_name(i)}: op index {ops[i]} is not in 0..{counts[i] - 1}")
+        for first, _, depth in self.stage_slices():
+            if first >= len(self.blocks) or self.blocks[first].ops[0].kind != "identity":
+                continue
+            active = ops[first : first + depth] > 0
+            if not active[0]:
+                raise ValueError(
+                    f"{self.gene_name(first)}: the first block of a stage cannot be the identity "
+                    "(repair=True makes it op 1)"
+                )
+            holes = np.flatnonzero(active[1:] & ~active[:-1])
+            if holes.size:
+                raise ValueError(
+                    f"{self.gene_name(first + int(holes[0]))}: an identity stands before another "
+                    "operation of its stage (repair=True moves it behind)"
+                )
+        return ops
+
+    def check_subnet(self, subnet: Sequence[float]) -> tuple[np.ndarray, float, int]:
+        """`(ops, width, resolution)` of an encoding; ValueError when it is not legal here."""
+        if len(subnet) != self.genes + 2:
+            raise ValueError(
+                f"a sub-network has {self.genes} + 2 entries (op indices, width, resolution), "
+                f"not {len(subnet)}"
+            )
+        width = float(subnet[-2])
+        self.check_width(width)
+        return self.check_ops([int(v) for v in subnet[:-2]]), width, int(subnet[-1])
+
+    def check_width(self, width: float) -> None:
+        """ValueError when the weights are not wide enough for a multiplier."""
+        if not 0 < width <= self.max_width + 1e-6:
+            raise ValueError(
+                f"width multiplier {width:g} would exceed {self.max_width:g}, for which the "
+                "super-supernet is built"
+                if width > 0
+                else f"width multiplier {width:g} must be positive"
+            )
+
+    def gene_name(self, index: int) -> str:
+        """`stage3[2]` of a gene's number."""
+        if index < len(self.blocks):
+            block = self.blocks[index]
+            return f"{block.stage}[{block.position}]"
+        return f"gene {index}"
+
+    def repair(self, ops: Sequence[int], mode: str = "official") -> np.ndarray:
+        """Base genes made legal, int64 [genes].
+
+        "official" is the published scan: of stages with base depth over 1 the first identity
+        becomes op 1; going right, the next operation is swapped with the identity met before it,
+        and then the memory of identities starts empty (so (1,0,1,1) becomes (1,1,0,1): a hole can
+        stay). "stable" moves all operations in front. Positions beyond the base depth are cleared.
+        """
+        if mode not in ("official", "stable"):
+            raise ValueError(f"repair mode {mode!r}; known: official, stable")
+        ops = np.array(ops, np.int64)
+        for first, base, depth in self.stage_slices():
+            if base != depth:
+                ops[first + base : first + depth] = 0
+            if base <= 1:
+                continue
+            part = ops[first : first + base]
+            if part[0] == 0:
+                part[0] = 1
+            if mode == "stable":
+                part[:] = np.concatenate([part[part > 0], part[part == 0]])
+                continue
+            hole = -1
+            for j in range(base):
+                if part[j] > 0 and hole >= 0:
+                    part[hole], part[j] = part[j], 0
+                    hole = -1
+                elif part[j] == 0 and hole < 0:
+                    hole = j
+        return ops
+
+    def scale_depth(self, base: Sequence[int], depth: float) -> np.ndarray:
+        """Repeats the last operation of every stage up to `ceil(n_b depth)` blocks.
+
+        n_b counts the leading operations; the positions n_b .. ceil(n_b d) - 1 are overwritten
+        and all others keep their value.
+        """
+        ops = np.array(base, np.int64)
+        for first, base_depth, full_depth in self.stage_slices():
+            if full_depth == 1:
+                continue
+            part = ops[first : first + full_depth]
+            holes = np.flatnonzero(part[:base_depth] == 0)
+            leading = int(holes[0]) if holes.size else base_depth
+            end = math.ceil(leading * depth)
+            part[leading:end] = part[leading - 1] if leading else 0
+        return ops
+
+    def multipliers(self, stage: int, indices: Sequence[int]) -> tuple[float, float, int]:
+        """`(depth, width, resolution)` of a scaling stage's index triple; stage 0 is the base."""
+        if stage == 0:
+            return 1.0, 1.0, self.base_resolution
+        d, w, r = (int(i) for i in indices)
+        return self.depths[stage][d], self.widths[stage][w], self.resolutions[stage][r]
+
+    def scaled(
+        self, base: Sequence[int], stage: int, indices: Sequence[int], repair: str = "official"
+    ) -> tuple[np.ndarray, float, int]:
+        """`(ops, width, resolution)` of a base model under one scaling, repaired first."""
+        depth, width, resolution = self.multipliers(stage, indices)
+        return self.scale_depth(self.repair(base, repair), depth), width, resolution
+
+    # FLOPs
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - spaces are few and live as long as a run
+    def cost_table(self, width: float, resolution: int) -> np.ndarray:
+        """Multiply-adds of every (gene, op), int64 [genes, most ops], by the official counter.
+
+        Its two departures from the forward pass are kept: hidden widths are `round(ceil(c_in w) t)`
+        and a stride 2 halves by floor. Ops that a block does not have cost 0.
+        """
+        table = np.zeros((self.genes, int(self.op_counts.max())), np.int64)
+        size = resolution
+        for i, block in enumerate(self.blocks):
+            inp, out = block.input_width(width), block.output_width(width)
+            after = size // block.stride
+            for j, op in enumerate(block.ops):
+                table[i, j] = _op_cost(op, inp, out, size, after)
+            size = after
+        start = self.genes - len(self.linear)
+        for i, (_, dim_in, dim_out) in enumerate(self.linear):
+            table[start + i, 0] = dim_in * dim_out
+        return table
+
+    def flops(self, ops: Any, width: Any = 1.0, resolution: Any = None) -> Any:
+        """Multiply-adds of sub-networks: ops [genes] -> int, ops [N, genes] -> int64 [N]."""
+        ops = np.asarray(ops, np.int64)
+        resolution = self.base_resolution if resolution is None else resolution
+        if ops.ndim == 1:
+            table = self.cost_table(float(width), int(resolution))
+            return int(table[np.arange(self.genes), ops].sum())
+        widths = np.broadcast_to(np.asarray(width, np.float64), len(ops))
+        resolutions = np.broadcast_to(np.asarray(resolution, np.int64), len(ops))
+        total = np.zeros(len(ops), np.int64)
+        pairs, which = np.unique(
+            np.stack([widths, resolutions.astype(np.float64)], 1), axis=0, return_inverse=True
+        )
+        for k, (w, r) in enumerate(pairs):
+            rows = np.flatnonzero(which.ravel() == k)
+            table = self.cost_table(float(w), int(r))
+            total[rows] = table[np.arange(self.genes), ops[rows]].sum(1)
+        return total
+
+    def is_admissible(
+        self, bases: Sequence[Sequence[int]], stage: int, indices: Sequence[int], error: float
+    ) -> bool:
+        """Whether the mean over base models of |2^s F(base) - F(scaled)| is at most `error` 2^s."""
+        return self._distance(bases, stage, indices) <= error * 2**stage
+
+    def _distance(self, bases, stage, indices) -> float:
+        factor = 2**stage
+        gaps = []
+        for base in bases:
+            ops, width, resolution = self.scaled(base, stage, indices)
+            gaps.append(abs(factor * self.flops(base) - self.flops(ops, width, resolution)))
+        return sum(gaps) / len(gaps)
+
+    def scalings(self, stage: int) -> list[tuple[int, int, int]]:
+        """Every (depth, width, resolution) index triple of a stage, in lexicographic order."""
+        shape = (len(self.depths[stage]), len(self.widths[stage]), len(self.resolutions[stage]))
+        return [tuple(int(i) for i in index) for index in np.ndindex(*shape)]
+
+    def admissible(
+        self, bases: Sequence[Sequence[int]], stage: int, error: float
+    ) -> list[tuple[int, int, int]]:
+        """The scalings of a stage that keep to its budget for these base models."""
+        return [t for t in self.scalings(stage) if self.is_admissible(bases, stage, t, error)]
+
+    # Random base models
+
+    def base_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bound of every gene of a base model, int64 [genes] each."""
+        low = np.zeros(self.genes, np.int64)
+        high = self.op_counts - 1
+        for first, base, depth in self.stage_slices():
+            if base == depth == 1:
+                high[first] = 0
+                continue
+            low[first] = 1
+            high[first + base : first + depth] = 0
+        return low, high
+
+    def random_base(self, rng: np.random.Generator) -> np.ndarray:
+        """A base model with uniform ops and uniform depths, int64 [genes]."""
+        counts = self.op_counts
+        ops = np.where(counts > 1, 1 + (rng.random(self.genes) * (counts - 1)).astype(int), 0)
+        for first, base, depth in self.stage_slices():
+            if base != depth:
+                ops[first + int(rng.integers(1, base + 1)) : first + depth] = 0
+        return ops
+
+    def random_base_within(
+        self, rng: np.random.Generator, budget: float, error: float, tries: int = 20000
+    ) -> np.ndarray:
+        """A random base model with |FLOPs - budget| <= error, by rejection.
+
+        Raises RuntimeError with the range of FLOPs seen when `tries` draws all miss.
+        """
+        seen = []
+        for _ in range(tries):
+            base = self.random_base(rng)
+            flops = self.flops(base)
+            if abs(flops - budget) <= error:
+                return base
+            seen.append(flops)
+        raise RuntimeError(
+            f"none of {tries} random base models lies within {error:,.0f} of {budget:,.0f} "
+            f"multiply-adds; they have {min(seen):,} to {max(seen):,}"
+        )
+
+    def smallest_and_largest(self) -> tuple[np.ndarray, np.ndarray]:
+        """The cheapest and the dearest base model by the counter."""
+        table = self.cost_table(1.0, self.base_resolution)
+        low, high = self.base_bounds()
+        small, large = np.zeros(self.genes, np.int64), np.zeros(self.genes, np.int64)
+        for i in range(self.genes):
+            real = range(max(1, int(low[i])), int(high[i]) + 1) if high[i] else [0]
+            large[i] = max(real, key=lambda j: table[i, j])
+            small[i] = min(real, key=lambda j: table[i, j]) if low[i] else 0
+        return small, large
+
+    # What HSS can draw
+
+    def scaling_stage_of(self, width: float, resolution: int) -> int:
+        """The stage that has this width (float32 or wider) and resolution; ValueError if none."""
+        for s in range(self.max_scaling_stage + 1):
+            widths = np.asarray(self.widths[s])
+            near = np.isclose(widths, width, rtol=1e-6, atol=0).any()
+            if near and int(resolution) in self.resolutions[s]:
+                return s
+        raise ValueError(
+            f"no scaling stage has width {width:g} and resolution {resolution}; widths "
+            f"{list(self.widths)}, resolutions {list(self.resolutions)}"
+        )
+
+    def resample(self, ops: Sequence[int], stage: int) -> np.ndarray:
+        """The sub-network that HSS's rule makes of its own base part, int64 [genes].
+
+        Finds base depths and a depth multiplier of the stage under which `ops` is a base model
+        with its last operation repeated, and builds it again from these.
+
+        Raises ValueError when `ops` is no draw of hierarchical sampling.
+        """
+        ops = self.check_ops(ops)
+        for depth in self.depths[stage]:
+            base = ops.copy()
+            for first, most, full in self.stage_slices():
+                if full == 1:
+                    continue
+                total = int((ops[first : first + full] > 0).sum())
+                fits = [
+                    n
+                    for n in range(1, most + 1)
+                    if math.ceil(n * depth) == total
+                    and (ops[first + n - 1 : first + total] == ops[first + n - 1]).all()
+                ]
+                if not fits:
+                    break
+                base[first + fits[-1] : first + full] = 0
+            else:
+                return self.scale_depth(base, depth)
+        raise ValueError(f"no depth multiplier of stage {stage} makes {ops.tolist()}")
+
+
+def _op_cost(op: ChoiceOp, inp: int, out: int, size: int, after: int) -> int:
+    if op.kind == "identity":
+        return 0  # the official counter leaves out the projection of a first block's identity too
+    if op.kind == "conv":
+        return inp * out * after * after * op.kernel**2
+    hidden = round(inp * op.expansion)
+    expand = 0 if op.expansion == 1 else inp * hidden * size * size
+    depthwise = hidden * hidden * after * after // hidden * op.kernel**2
+    squeeze = 2 * hidden * (hidden // 4) if op.squeeze else 0
+    return expand + depthwise + squeeze + hidden * out * after * after
+
+
+def _plain(value):
+    """Frozen and config dictionaries as dicts, other sequences as lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return dict(value) if isinstance(value, Mapping) else list(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_space(text: str) -> Space:
+    return _make_space(**json.loads(text))
+
+
+def make_space(
+    backbone: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
+    depth_multiplier: Sequence[Sequence[float]] = PUBLISHED_MULTIPLIERS,
+    channel_multiplier: Sequence[Sequence[float]] = PUBLISHED_MULTIPLIERS,
+    resolution_multiplier: Sequence[Sequence[int]] = PUBLISHED_RESOLUTIONS,
+    max_scaling_stage: int = 3,
+) -> Space:
+    """The space of a configuration in the official form; the published one by default.
+
+    Args:
+      backbone: stage name -> `[n, stride, c_in, c_out, expansion per op, unused, op names]`, and
+        `final_pooling`. head: name -> `{"dim_in", "dim_out"}`.
+
+    Raises ValueError: unknown ops, unsorted or empty multipliers, `max_scaling_stage` beyond them.
+    """
+    plain = json.dumps(
+        {
+            "backbone": backbone if backbone is not None else PUBLISHED_BACKBONE,
+            "head": head if head is not None else PUBLISHED_HEAD,
+            "depth_multiplier": depth_multiplier,
+            "channel_multiplier": channel_multiplier,
+            "resolution_multiplier": resolution_multiplier,
+            "max_scaling_stage": max_scaling_stage,
+        },
+        default=_plain,
+    )
+    return _cached_space(plain)
+
+
+def _make_space(
+    backbone, head, depth_multiplier, channel_multiplier, resolution_multiplier, max_scaling_stage
+) -> Space:
+    lists = {
+        "depth_multiplier": depth_multiplier,
+        "channel_multiplier": channel_multiplier,
+        "resolution_multiplier": resolution_multiplier,
+    }
+    for name, values in lists.items():
+        _check_multipliers(name, values, max_scaling_stage)
+    if not backbone.get("final_pooling"):
+        raise ValueError("backbone.final_pooling must be true: the head takes pooled features")
+    widest = max(channel_multiplier[max_scaling_stage])
+    deepest = max(depth_multiplier[max_scaling_stage])
+    blocks: list[ChoiceBlock] = []
+    depth_stage = []
+    for stage in _in_order(backbone):
+        entry = backbone[stage]
+        n, stride, base_in, base_out, expansions, _, names = entry
+        scaled_in, scaled_out = stage != "conv_stem", stage != "conv_out"
+        full_in = math.ceil(base_in * widest) + base_in if scaled_in else base_in
+        full_out = math.ceil(base_out * widest) + base_out if scaled_out else base_out
+        ops = _parse_ops(stage, names, expansions)
+        depth = n if stage in FIXED_STAGES else math.ceil(n * deepest)
+        for i in range(depth):
+            blocks.append(
+                ChoiceBlock(
+                    *(stage, i, stride if i == 0 else 1, base_in, base_out, full_in, full_out),
+                    *(scaled_in, scaled_out, ops),
+                )
+            )
+            base_in, full_in, scaled_in = base_out, full_out, scaled_out
+        depth_stage.append((n, depth))
+    linear = tuple((name, fc["dim_in"], fc["dim_out"]) for name, fc in head.items())
+    depth_stage += [(1, 1)] * (1 + len(linear))
+
+    def fixed(values):
+        return tuple(tuple(v) for v in values)
+
+    return Space(
+        *(tuple(blocks), tuple(depth_stage)),
+        *(fixed(depth_multiplier), fixed(channel_multiplier), fixed(resolution_multiplier)),
+        *(max_scaling_stage, linear),
+    )
+
+
+def _in_order(backbone: Mapping[str, Any]) -> list[str]:
+    """Stage names in the order of the data flow, which a config's sorted keys have lost."""
+    stages = [name for name in backbone if name != "final_pooling"]
+    inner = [name for name in stages if name not in FIXED_STAGES]
+    if all(re.fullmatch(r"stage\d+", name) for name in inner):
+        inner.sort(key=lambda name: int(name[len("stage") :]))
+    ends = [[name for name in stages if name == end] for end in FIXED_STAGES]
+    return [*ends[0], *inner, *ends[1]]
+
+
+def _parse_ops(stage: str, names: Sequence[str], expansions: Sequence) -> tuple[ChoiceOp, ...]:
+    if len(expansions) == 1:
+        expansions = list(expansions) * len(names)
+    elif not expansions:
+        expansions = [1] * len(names)
+    if len(expansions) != len(names):
+        raise ValueError(
+            f"{stage}: {len(expansions)} expansions for {len(names)} operations {list(names)}"
+        )
+    ops = []
+    for name, t in zip(names, expansions):
+        ops += [_parse_op(name, one) for one in (t if isinstance(t, list) else [t])]
+    expands = {op.expansion == 1 for op in ops if op.kind == "residual"}
+    if len(expands) > 1:
+        raise ValueError(f"{stage}: expansion 1 beside larger ones has no common form")
+    return tuple(ops)

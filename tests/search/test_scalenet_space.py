@@ -1,0 +1,169 @@
+"""ScaleNet's space: reference points, even channel use, sampling's law, bad input, strategy."""
+
+import math
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.search import scalenet_sampling, scalenet_space
+from tests.search.tiny_space import ARGUMENTS, CHEAP, SPACE
+from train.search import scaling_strategy
+
+PUBLISHED = scalenet_space.make_space()
+
+
+def test_reference_points_of_the_published_space():
+    small, large = PUBLISHED.smallest_and_largest()
+    ops, width, resolution = PUBLISHED.scaled(large, 3, (6, 6, 2))
+    # The specification's smallest network keeps an op in the first and last stage.
+    small[[1, 38]] = np.maximum(small[[1, 38]], 1)
+    assert PUBLISHED.genes == 43
+    assert PUBLISHED.flops(small) == 176_513_152
+    assert PUBLISHED.flops(large) == 713_511_936
+    assert PUBLISHED.flops(ops, width, resolution) == 7_538_810_451
+    assert [len(PUBLISHED.scalings(s)) for s in (1, 2, 3)] == [48, 75, 147]
+
+
+def test_a_hundred_thousand_networks_are_counted_at_once():
+    rng = np.random.default_rng(0)
+    ops = np.array([PUBLISHED.random_base(rng) for _ in range(200)])
+    one = [PUBLISHED.flops(o, 1.2, 272) for o in ops]
+    begin = time.process_time()
+    many = PUBLISHED.flops(np.tile(ops, (500, 1)), 1.2, 272)
+    assert many[:200].tolist() == one and many[-200:].tolist() == one
+    assert time.process_time() - begin < 30  # a loop over networks takes minutes
+
+
+@pytest.mark.parametrize("width", (32, 16, 40, 80, 96, 192, 320))
+def test_every_channel_serves_equally_many_widths_from_the_two_sides(width):
+    most = math.ceil(1.64 * width)
+    full = most + width
+    usage = np.zeros(full, int)
+    for active in range(width, most + 1):
+        usage[:active] += 1
+        usage[full - active :] += 1
+    assert (usage == most - width + 1).all()
+    block = next(b for b in PUBLISHED.blocks if b.base_out == width)
+    assert block.full_out == full
+
+
+def test_hierarchical_draws_are_legal_and_follow_the_stages_law():
+    draw = jax.jit(
+        jax.vmap(lambda key: scalenet_sampling.sample(PUBLISHED, key)), compiler_options=CHEAP
+    )
+    found = jax.device_get(draw(jax.random.split(jax.random.key(0), 20_000)))
+    law = np.array([1, 4, 5, 7]) / 17
+    share = np.bincount(found.stage, minlength=4) / len(found.stage)
+    assert (np.abs(share - law) < 3 * np.sqrt(law * (1 - law) / len(found.stage))).all()
+    t = scalenet_sampling.tables(PUBLISHED)
+    for i in range(300):
+        ops = np.concatenate([found.ops[i], [0, 0]])
+        stage = PUBLISHED.scaling_stage_of(t.widths[found.width[i]], t.sizes[found.resolution[i]])
+        assert stage == found.stage[i]
+        # The tail repeats the last base op, or `resample` refuses.
+        assert (PUBLISHED.resample(ops, stage) == ops).all()
+
+
+def test_uniform_draws_mix_stages():
+    draw = jax.jit(jax.vmap(lambda key: scalenet_sampling.sample(SPACE, key, "uniform")))
+    found = jax.device_get(draw(jax.random.split(jax.random.key(0), 4000)))
+    widths = np.bincount(found.width, minlength=5) / 4000
+    assert np.allclose(widths, 0.2, atol=0.03)
+    assert len({(w, d) for w, d in zip(found.width.tolist(), found.depth.tolist())}) == 25
+
+
+def test_repair_keeps_the_official_hole_and_the_stable_mode_closes_it():
+    genes = np.zeros(43, int)
+    genes[3:7] = (3, 0, 2, 1)
+    assert PUBLISHED.repair(genes)[3:7].tolist() == [3, 2, 0, 1]
+    assert PUBLISHED.repair(genes, "stable")[3:7].tolist() == [3, 2, 1, 0]
+    scaled = PUBLISHED.scale_depth(PUBLISHED.repair(genes), 1.4)
+    assert scaled[3:7].tolist() == [3, 2, 2, 1]
+
+
+def test_width_arithmetic_of_the_official_training_is_a_switch():
+    from jaxmodels.search.scalenet import make_subnet
+
+    ops = np.zeros(43, int)
+    exact = make_subnet(PUBLISHED, ops, 1.2).outputs[10]
+    single = make_subnet(PUBLISHED, ops, 1.2, "float32").outputs[10]
+    assert (exact, single) == (48, 49)
+
+
+def _with(**changes):
+    return lambda: scalenet_space.make_space(**{**ARGUMENTS, **changes})
+
+
+LEGAL = SPACE.scale_depth(SPACE.random_base(np.random.default_rng(0)), 1.0)
+
+
+def _changed(index, value):
+    ops = LEGAL.copy()
+    ops[index] = value
+    return ops
+
+
+BAD = {
+    "length": (lambda: SPACE.check_subnet([0] * 5), r"10 \+ 2 entries .* not 5"),
+    "op": (lambda: SPACE.check_ops(_changed(1, 7)), r"stage1\[0\]: op index 7 is not in 0..2"),
+    "first": (lambda: SPACE.check_ops(_changed(3, 0)), r"stage2\[0\]: the first block"),
+    "hole": (
+        lambda: SPACE.check_ops(np.where(np.arange(SPACE.genes) == 4, 0, _changed(5, 1))),
+        r"stage2\[1\]: an identity stands before",
+    ),
+    "width": (lambda: SPACE.check_width(1.7), "1.7 would exceed 1.6"),
+    "unsorted": (_with(channel_multiplier=((1.0,), (1.2, 1.1), (1.4,))), "must ascend"),
+    "empty": (_with(depth_multiplier=((1.0,), (), (1.4,))), r"depth_multiplier\[1\] is empty"),
+    "stage": (_with(max_scaling_stage=3), "max_scaling_stage 3 is beyond the 3 lists"),
+    "resolution": (
+        lambda: scalenet_sampling.encode(scalenet_sampling.tables(SPACE), LEGAL, 1.0, 99),
+        r"no images at resolution 99; there are \[12, 13, 14, 16\]",
+    ),
+    "law": (lambda: scalenet_sampling.sample(SPACE, jax.random.key(0), "even"), "sampling law"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_named(mistake):
+    make, message = BAD[mistake]
+    with pytest.raises((ValueError, KeyError), match=message):
+        make()
+
+
+def test_a_band_that_nothing_lies_in_ends_with_the_range_seen():
+    with pytest.raises(RuntimeError, match=r"none of 50 random base models .* they have"):
+        SPACE.random_base_within(np.random.default_rng(0), 1.0, 0.1, tries=50)
+
+
+def test_the_strategy_returns_the_slopes_of_log_linear_data():
+    slopes = np.array([0.11, 0.07, 0.05])
+    searched = {s: np.exp(slopes * s) for s in (1, 2, 3)}
+    fit = scaling_strategy.fit(searched)
+    assert np.allclose(fit.coefficients[:, 0], slopes, atol=1e-6)
+    curved = scaling_strategy.fit(searched, "quadratic")
+    assert np.allclose(curved.multipliers(2), searched[2])
+    with pytest.raises(ValueError, match="quadratic fit needs 2"):
+        scaling_strategy.fit({1: (1.1, 1.1, 1.1)}, "quadratic")
+
+
+@pytest.mark.parametrize("stage", (4, 5))
+def test_generalized_networks_meet_their_budget(stage):
+    rng = np.random.default_rng(1)
+    base = PUBLISHED.random_base_within(rng, 306e6, 25e6)
+    fit = scaling_strategy.fit({1: (1.12, 1.08, 1.07), 2: (1.28, 1.2, 1.2), 3: (1.5, 1.4, 1.4)})
+    scaled = scaling_strategy.generalize(PUBLISHED, base, fit, stage)
+    target = 2**stage * PUBLISHED.flops(base)
+    assert abs(scaled.flops - target) <= 0.02 * target and scaled.resolution % 16 == 0
+
+
+def test_searched_values_rebuild_the_searched_networks():
+    base = PUBLISHED.random_base(np.random.default_rng(2))
+    for stage in (1, 2, 3):
+        triple = PUBLISHED.scalings(stage)[7]
+        ops, width, resolution = PUBLISHED.scaled(base, stage, triple)
+        depth = PUBLISHED.multipliers(stage, triple)[0]
+        stages = scaling_strategy.deepened(PUBLISHED, base, depth)
+        again = scaling_strategy.flops(PUBLISHED, stages, width, resolution)
+        assert again == PUBLISHED.flops(ops, width, resolution)

@@ -1,0 +1,1 @@
+"""Evolutionary searches over supernets: pure `init` and `step`, seeded, resumable."""

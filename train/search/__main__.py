@@ -1,0 +1,167 @@
+"""`python -m train.search --config FILE --checkpoint RUN --workdir DIR`: search a trained supernet.
+
+Every sub-step is saved: the same command goes on after a kill, with the same result. Writes
+`search.json` (the state), `found.json` (the networks), `report.md` and `frontier.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodels.platform_choice import choose_platform
+
+choose_platform()
+
+from train.command_line import read_flags, stop_with_one_line  # noqa: E402
+from train.naming import ConfigError  # noqa: E402
+
+FLAGS = {"checkpoint": "a supernet's run directory", "workdir": "where the search is kept"}
+
+
+def main(argv: list[str]) -> int:
+    """Load the supernet, search, and write what was found."""
+    config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
+    if "search" not in config:
+        raise ConfigError("config.search: this config has no search")
+    from train.building import build_task
+    from train.checkpoints import load_params
+    from train.loop import compilation_cache
+
+    compilation_cache()
+    workdir = Path(paths["workdir"])
+    workdir.mkdir(parents=True, exist_ok=True)
+    task = build_task(config)
+    variables = load_params(paths["checkpoint"], ema=True)
+    kinds = {"mcea": _mcea, "genome": _genome}
+    if config.search.kind not in kinds:
+        raise ConfigError(f"config.search.kind: {config.search.kind!r}; known: mcea, genome")
+    found, table, points = kinds[config.search.kind](config, task, variables, workdir)
+    (workdir / "found.json").write_text(json.dumps(found, indent=2) + "\n")
+    lines = ["| quantity | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
+    report = "\n".join(lines)
+    (workdir / "report.md").write_text(f"# Search\n\n{report}\n\n![frontier](frontier.png)\n")
+    draw_frontier(points, workdir / "frontier.png")
+    print(report)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _mcea(config, task, variables, workdir):
+    from train.search import mcea, scaling_strategy, scoring
+
+    search = config.search
+    scorer = scoring.scalenet_scorer(task, variables, config.data, search.split, chunk=search.chunk)
+    space = task.model.space
+    names = [f for f in mcea.Options.__dataclass_fields__ if f in search]
+    options = mcea.Options(**{f: search[f] for f in names})
+    problem = mcea.Problem(space, lambda networks: scoring.network_scores(task, scorer, networks))
+    path = workdir / "search.json"
+    state = mcea.load(path) if path.exists() else mcea.init(search.seed)
+
+    def after(state):
+        mcea.save(path, state)
+        last = f", objective {state.chain[-1]['objective']:.2f} %" if state.chain else ""
+        _say(f"{state.phase} {state.iteration}.{state.place}: {state.evaluations} networks{last}")
+
+    state = mcea.run(problem, options, state, after)
+    objective = state.chain[-1]["objective"]
+    table = {
+        "fitness (%)": f"{objective:.2f}",
+        "networks scored": state.evaluations,
+        "traces of the scoring function": scorer.traces,
+        "base (multiply-adds)": f"{space.flops(state.base):,}",
+    }
+    if search.compare:
+        value, _ = mcea.random_search(problem, options, search.seed, state.evaluations)
+        table["random search, as many networks (%)"] = f"{value:.2f}"
+    found = {"base": list(state.base), "stages": {}, "fitness": objective}
+    searched = {}
+    for s, triple in state.scalings.items():
+        ops, width, resolution = space.scaled(state.base, s, triple)
+        depth = space.multipliers(s, triple)[0]
+        searched[s] = (depth, width, resolution / space.base_resolution)
+        network = (tuple(int(v) for v in ops), float(width), int(resolution))
+        flops = space.flops(ops, width, resolution)
+        found["stages"][f"S{s}"] = {
+            "depth": depth, "width": width, "resolution": resolution, "flops": flops,
+            "ops": list(network[0]), "accuracy": state.accuracy.get(network),
+        }  # fmt: skip
+        table[f"S{s}"] = f"d {depth:g}, w {width:g}, r {resolution}: {flops:,} multiply-adds"
+    strategy = scaling_strategy.fit(searched)
+    for s in (space.max_scaling_stage + 1, space.max_scaling_stage + 2):
+        # On toy spaces one block more is over 2 % of a network.
+        tolerance = 0.02 if options.budget > 1e8 else 0.1
+        scaled = scaling_strategy.generalize(space, state.base, strategy, s, tolerance)
+        found["stages"][f"S{s}"] = {
+            "depth": scaled.depth, "width": scaled.width, "resolution": scaled.resolution,
+            "flops": scaled.flops, "ops_by_stage": [list(p) for p in scaled.stages],
+        }  # fmt: skip
+        table[f"S{s} (generalized)"] = (
+            f"d {scaled.depth:.3g}, w {scaled.width:.3g}, r {scaled.resolution}: "
+            f"{scaled.flops:,} multiply-adds"
+        )
+    points = [(space.flops(np.array(o), w, r), a) for (o, w, r), a in state.accuracy.items()]
+    return found, table, np.array(points)
+
+
+def _genome(config, task, variables, workdir):
+    from train.search import genome_search, nsga2, scoring
+
+    search = config.search
+    scorer = scoring.vitas_scorer(task, variables, config.data, search.split, chunk=search.chunk)
+    space = task.model.space
+    names = [f for f in genome_search.Options.__dataclass_fields__ if f in search]
+    options = genome_search.Options(**{f: search[f] for f in names})
+    problem = genome_search.problem(space, options, scorer)
+    state = genome_search.run(problem, space, options, search.seed, workdir / "search.json")
+    genes, objectives = nsga2.best(state)
+    measured = genome_search.measured(space, options, state)
+    table = {
+        "accuracy on held-out images (%)": f"{100 - objectives[0, 0]:.2f}",
+        "networks measured": measured,
+        "traces of the scoring function": scorer.traces,
+        "network": str(space.decode(genes[0])),
+        "multiply-adds": f"{space.flops(genes[0]):,}",
+    }
+    if search.compare:
+        _, value = genome_search.random_search(space, options, scorer, search.seed, measured)
+        table["random search, as many networks (%)"] = f"{value:.2f}"
+    found = {"genome": genes[0].tolist(), "accuracy": 100 - float(objectives[0, 0])}
+    keys = np.array([np.frombuffer(k, np.int64) for k in state.scores])
+    values = 100 - np.array([v[0] for v in state.scores.values()])
+    kept = values > 7  # penalties are below that
+    points = np.stack([space.flops(keys[kept]), values[kept]], axis=1)
+    return found, table, points
+
+
+def draw_frontier(points: np.ndarray, path: Path) -> None:
+    """Accuracy against multiply-adds of everything scored, the best for their size joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    axis.plot(points[:, 0], points[:, 1], ".", color="#bbbbbb", label="scored")
+    order = np.argsort(points[:, 0], kind="stable")
+    best = np.maximum.accumulate(points[order, 1])
+    rises = np.flatnonzero(np.diff(best, prepend=-np.inf) > 0)
+    axis.plot(points[order[rises], 0], best[rises], "-o", color="#4477aa", label="frontier")
+    axis.set(xscale="log", xlabel="multiply-adds", ylabel="held-out accuracy (%)")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".part.png"), dpi=110)
+    plt.close(figure)
+    path.with_suffix(".part.png").replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(stop_with_one_line(main, sys.argv))
