@@ -20,7 +20,7 @@ from jaxmodels.video.stylegan2 import num_latents
 from jaxmodels.video.stylegan2_layers import EqualizedLinear
 from jaxmodels.vision.ir_se import body, narrowed, units
 
-# Styles below the first take the coarsest map, below the second the middle one, the rest the finest.
+# Styles below the first take the coarsest map, below the second the middle one.
 MIDDLE, FINE = 3, 7
 # Units whose outputs are the three maps, by depth of the network (ends of stages 2, 3 and 4).
 TAPS = {50: (6, 20, 23), 100: (15, 45, 48), 152: (10, 46, 49)}
@@ -55,7 +55,7 @@ class StyleBlock(nn.Module):
 
 
 def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear resizing with aligned corners (PyTorch's align_corners=True), two matrix products."""
+    """Bilinear resizing with aligned corners (PyTorch's align_corners=True), [B, h, w, C]."""
 
     def weights(old: int, new: int) -> jax.Array:
         place = jnp.arange(new) * ((old - 1) / max(new - 1, 1))

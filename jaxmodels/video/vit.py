@@ -2,8 +2,8 @@
 
 A. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929, in the form of
 huggingface/transformers (`models/vit/modeling_vit.py`): pre-norm blocks, exact GELU. Of its two
-spellings (`encoder.layer.i.attention.attention.query` in published files, `layers.i.attention.q_proj`
-in newer ones) the newer one is ours; both are read.
+spellings (`encoder.layer.i.attention.attention.query` in published files,
+`layers.i.attention.q_proj` in newer ones) the newer one is ours; both are read.
 """
 
 from __future__ import annotations
@@ -22,26 +22,15 @@ from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.layers.normalization import LayerNorm
 
 # Published files -> our names; applied to whole keys on the way in.
+_LAYER = r"^(?:vit\.)?encoder\.layer\.(\d+)\."
 SPELLINGS = (
-    (
-        r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.attention\.query\.",
-        r"layers.\1.attention.q_proj.",
-    ),
-    (
-        r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.attention\.key\.",
-        r"layers.\1.attention.k_proj.",
-    ),
-    (
-        r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.attention\.value\.",
-        r"layers.\1.attention.v_proj.",
-    ),
-    (
-        r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.output\.dense\.",
-        r"layers.\1.attention.o_proj.",
-    ),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.mlp.fc1."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.mlp.fc2."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.", r"layers.\1."),
+    (_LAYER + r"attention\.attention\.query\.", r"layers.\1.attention.q_proj."),
+    (_LAYER + r"attention\.attention\.key\.", r"layers.\1.attention.k_proj."),
+    (_LAYER + r"attention\.attention\.value\.", r"layers.\1.attention.v_proj."),
+    (_LAYER + r"attention\.output\.dense\.", r"layers.\1.attention.o_proj."),
+    (_LAYER + r"intermediate\.dense\.", r"layers.\1.mlp.fc1."),
+    (_LAYER + r"output\.dense\.", r"layers.\1.mlp.fc2."),
+    (_LAYER, r"layers.\1."),
     (r"^vit\.", ""),
 )
 
