@@ -16,8 +16,8 @@ SMALL_GENERATOR = {
     "w_dim": 32,
     "img_resolution": 32,
     "mapping_layers": 4,
-    "channel_base": 1024,
-    "channel_max": 64,
+    "channel_base": 512,
+    "channel_max": 32,
 }
 
 

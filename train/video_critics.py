@@ -158,9 +158,11 @@ def load_face_model(path: str, switch: str) -> FaceModel:
     return face_mesh.face_model_from_arrays(arrays, landmarks=arrays)
 
 
-def build_critics(args: dict[str, Any], say=print) -> Critics:
+def build_critics(args: dict[str, Any], say=print, provided: tuple[str, ...] = ()) -> Critics:
     """Critics of `task_args`, whose keys `weights`, `networks` ({term: arguments}), `files`
     ({term: path}), `sizes`, `face_model_from` and `untrained_critics` are taken out.
+
+    `provided` are terms whose networks the caller loads itself.
 
     Raises ConfigError for unknown terms, and for terms without weights unless `untrained_critics`
     allows them.
@@ -181,7 +183,7 @@ def build_critics(args: dict[str, Any], say=print) -> Critics:
     for name, model in MODELS.items():
         if not weights[name]:
             continue
-        if not files.get(name) and not untrained:
+        if not files.get(name) and not untrained and name not in provided:
             raise ConfigError(
                 f"config.task_args.files.{name}: the {name} term needs weights of {model}; set "
                 f"config.task_args.weights.{name}=0 to train without it"

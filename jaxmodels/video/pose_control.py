@@ -188,7 +188,8 @@ class PoseEditor(NamedTuple):
 
         def moved(name):
             theirs = getattr(driving, name)
-            return getattr(source, name) + theirs - theirs[:1] if relative else theirs
+            # The driver's change first: a driver that stands still changes nothing, exactly.
+            return getattr(source, name) + (theirs - theirs[:1]) if relative else theirs
 
         names = ("pose", "expression", "camera")
         return self.drive(ws, source, source._replace(**{n: moved(n) for n in names}))

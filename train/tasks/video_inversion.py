@@ -197,7 +197,7 @@ class VideoInversion:
             rng = jax.random.split(jax.random.key(seed), 3)
             z = jax.random.normal(rng[0], (1, self.generator.z_dim))
             low = (CLIP_FRAMES, self.model.split, self.model.w_dim)
-            walk = std * jax.random.normal(rng[1], low)
+            walk = std * smooth_walk(jax.random.normal(rng[1], low))
             shared = jnp.broadcast_to(z, (CLIP_FRAMES, z.shape[1]))
             batch = {"z": shared, "key_noise": walk, "frame_noise": walk}
             clean = self.frames(variables, batch)["frame"]
@@ -267,6 +267,18 @@ class VideoInversion:
 
 # (standard deviation of the low codes' noise from frame to frame, noise on the input frames).
 _STUDIES = ((0.0, INPUT_NOISE), (0.35, 0.0))
+
+
+def smooth_walk(noise: jax.Array, memory: float = 0.9) -> jax.Array:
+    """Independent normal steps [T, ...] -> a stationary walk of the same variance."""
+    fresh = jnp.sqrt(1 - memory**2)
+
+    def step(before, new):
+        now = memory * before + fresh * new
+        return now, now
+
+    _, rest = jax.lax.scan(step, noise[0], noise[1:])
+    return jnp.concatenate([noise[:1], rest])
 
 
 def encoder_variables(variables) -> dict[str, Any]:
