@@ -62,6 +62,14 @@ RUN = [
 ALONE = ["--config.parallel.data=1"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These programs run a few steps each: nearly all of their time is the compiler's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def rows_of(workdir, kind="train"):
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]

@@ -206,10 +206,10 @@ def face(batch=1, seed=0):
 
 def test_equal_faces_change_nothing_at_all_and_high_codes_never_change():
     ws, mesh = jax.random.normal(jax.random.key(0), (2, 8, 8)), face(2)
+    edit = editor()
 
     @jax.jit
     def edits(ws, mesh):
-        edit = editor()
         same = edit.drive(ws, mesh, mesh), edit.set_pose(ws, mesh)
         smiling = edit.set_expression(ws, mesh, 0.5 * jnp.ones(5), relative=True)
         return same, (edit.set_pose(ws, mesh, yaw=20.0), smiling)
@@ -225,7 +225,7 @@ def test_equal_faces_change_nothing_at_all_and_high_codes_never_change():
 def test_reenactment_by_a_still_driver_leaves_the_source_alone():
     source, ws = face(1), jax.random.normal(jax.random.key(0), (1, 8, 8))
     driver = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), face(1, seed=5))
-    run = jax.jit(lambda *x: editor().reenact(*x))
+    run = jax.jit(editor().reenact)
     codes = run(ws, source, driver)
     np.testing.assert_array_equal(codes, jnp.repeat(ws, 3, 0))
     moved = driver._replace(pose=driver.pose.at[2, 1].add(0.4))

@@ -78,22 +78,33 @@ class VideoInversion:
             )
         extra["critics"] = self.critics.load(extra["critics"])
         if self.encoder_from:
-            params = self._pretrained(params, extra)
+            given = self._pretrained({"params": params, **encoder_variables(extra)})
+            params = given.pop("params")
+            extra |= given
         average = extra["generator"]["buffers"]["mapping"]["w_avg"]
         extra["buffers"] = {**extra["buffers"], "w_avg": jnp.copy(average)}
         return params, extra
 
-    def _pretrained(self, params, extra):
+    def _pretrained(self, own):
+        """The encoder's collections with what the file has in place of the fresh ones."""
         key = "config.task_args.encoder_from"
         require(self.encoder_from, f"{key}=''")
         state = read_state(self.encoder_from)
         # Queries and heads are ours; published files end with the backbone.
-        skip = ("queries", "layer_embeddings", "heads") if self.model.backbone == "vit" else ()
+        vit = self.model.backbone == "vit"
+        skip = ("queries", "layer_embeddings", "heads", "w_avg") if vit else ()
         given, _ = catalog.import_state(
             catalog.find(self.model_name), self.model, state, skip, source=self.encoder_from
         )
-        del extra
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given["params"], params)
+        taken = {
+            name: jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given[name], tree)
+            for name, tree in own.items()
+            if name != "buffers"
+        }
+        # Heads and queries that no published file has begin as this run's seed drew them.
+        for name in () if not vit else ("queries", "layer_embeddings", "heads"):
+            taken["params"][name] = own["params"][name]
+        return taken
 
     # Frames.
 
@@ -130,7 +141,7 @@ class VideoInversion:
     def loss(self, params, extra, batch, rng, step):
         """The weighted terms, each logged under its name."""
         del rng
-        variables = {"params": params, "buffers": extra["buffers"]}
+        variables = {"params": params, **encoder_variables(extra)}
         frozen = jax.lax.stop_gradient({k: extra[k] for k in ("generator", "critics")})
         frames = self.frames(frozen, batch)
         codes = self.encode(variables, frames)
