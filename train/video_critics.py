@@ -149,13 +149,13 @@ def read_state(path: str) -> dict[str, np.ndarray]:
     return state
 
 
-def load_face_model(path: str, switch: str) -> FaceModel:
+def load_face_model(path: str, switch: str, expression: int = face_mesh.EXPRESSION) -> FaceModel:
     """The mesh model of an npz file (FLAME's arrays by their own names), or the synthetic one."""
     if not path:
-        return face_mesh.synthetic_face_model()
+        return face_mesh.synthetic_face_model(expression=expression)
     require(path, switch)
     arrays = checkpoint.read_npz(path)
-    return face_mesh.face_model_from_arrays(arrays, landmarks=arrays)
+    return face_mesh.face_model_from_arrays(arrays, expression=expression, landmarks=arrays)
 
 
 def build_critics(args: dict[str, Any], say=print, provided: tuple[str, ...] = ()) -> Critics:

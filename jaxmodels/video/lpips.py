@@ -44,6 +44,8 @@ TRUNKS: dict[str, tuple[tuple, ...]] = {
 }
 # (window, stride) of the trunk's pools; no padding, incomplete windows dropped.
 POOLS = {"vgg": (2, 2), "alex": (3, 2)}
+# Smallest images of which every tap keeps a pixel.
+SMALLEST = {"vgg": 16, "alex": 31}
 
 
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
@@ -124,6 +126,11 @@ class LPIPS(nn.Module):
 
     def features(self, x: jax.Array, normalize: bool = False) -> list[jax.Array]:
         """Five maps of unit vectors [B, h, w, C], of which `distances` takes two lists."""
+        if min(x.shape[1:3]) < SMALLEST[self.net]:
+            raise ValueError(
+                f"LPIPS with {self.net} needs images of at least {SMALLEST[self.net]} pixels, got "
+                f"{x.shape[1]}x{x.shape[2]}"
+            )
         x = 2 * x - 1 if normalize else x
         x = (x - jnp.asarray(SHIFT, x.dtype)) / jnp.asarray(SCALE, x.dtype)
         return [_unit(f.astype(jnp.promote_types(f.dtype, jnp.float32))) for f in self.trunk(x)]

@@ -17,6 +17,7 @@ from jaxmodels.video import upfirdn as ufd
 from jaxmodels.video.landmarks import decode_heat_maps
 from jaxmodels.video.style_encoders import at_stage
 from jaxmodels.video.stylegan2_layers import modulated_conv2d
+from jaxmodels.video.vit import ViT
 from jaxmodels.vision import ir_se
 from tests.golden_case import GoldenCase
 
@@ -86,8 +87,9 @@ def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
     else:
         mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         synthesis = dict(config.get("synthesis_kwargs", {}))
-        for ignored in ("num_fp16_res", "architecture", "fused_modconv"):
-            synthesis.pop(ignored, None)
+        synthesis.pop("num_fp16_res", None)
+        if synthesis.get("architecture") == "skip":
+            del synthesis["architecture"]
         arguments = {
             **{k: config[k] for k in ("z_dim", "w_dim", "img_resolution") if k in config},
             "img_channels": config.get("img_channels", 3),
@@ -324,7 +326,8 @@ def _fan(case: GoldenCase) -> dict[str, Any]:
 
 
 def _vit(case: GoldenCase) -> dict[str, Any]:
-    config = {k: v for k, v in case.config.items() if k not in ("hidden_act", "num_channels")}
+    fields = ViT.__dataclass_fields__
+    config = {k: v for k, v in case.config.items() if k in fields}
     module, variables = jaxmodels.load("video.vit", case.weights, **config)
     apply = jax.jit(functools.partial(module.apply, method="intermediates"))
     return apply(variables, _image(case, "x"))

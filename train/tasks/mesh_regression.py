@@ -182,8 +182,10 @@ def from_config(config) -> MeshRegression:
         dict(args.pop("generator_args", {})),
         "config.task_args.generator_args",
     )
-    face = load_face_model(args.pop("face_model_from", ""), "config.task='mesh_regression'")
     drive = build_drive(config, args, generator)
+    face = load_face_model(
+        args.pop("face_model_from", ""), "config.task_args.face_model_from=''", drive.expression
+    )
     model = build_model(config)
     if model.sizes[2] != drive.expression:
         raise ConfigError(

@@ -253,7 +253,10 @@ def from_config(config) -> PoseControlTraining:
         encoder = build_named(
             config, "video.video_encoder", encoder_args, "config.task_args.encoder_args"
         )
-    face = load_face_model(args.get("face_model_from", ""), "config.task='video_inversion'")
+    expression = config.data.options.get("expression", face_mesh.EXPRESSION)
+    face = load_face_model(
+        args.get("face_model_from", ""), "config.task='video_inversion'", expression
+    )
     provided = ()
     if args.get("regressor_from"):
         args["weights"] = {**dict(args.get("weights", {}))}
