@@ -50,7 +50,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmodels.video import latent_editing
+    from jaxmodels.video import latent_editing, video_metrics
     from jaxmodels.video.video_encoder import stream
     from train import video_files
     from train.initialization import starting_variables
@@ -80,6 +80,13 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         style = model.apply(own, still, method="encode_key")
     control = _Control(edit) if edit.yaw or edit.pitch or edit.roll else None
 
+    embed = None
+    if "identity" in task.critics.modules:
+        from jaxmodels.vision.ir_se import embed_faces
+
+        network = task.critics.modules["identity"]
+        embed = jax.jit(lambda v, x: embed_faces(network, v["critics"]["identity"], x))
+
     @jax.jit
     def draw(variables, codes, alpha):
         if style is not None:
@@ -93,6 +100,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     started, count, first = None, 0, None
     sums = {"flicker": 0.0, "mse": 0.0}
     before, strip = None, []
+    identities: list = []
     with video_files.frame_writer(output, edit.fps) as write:
         for frame, codes in stream(model, own, crops, edit.refresh, edit.every):
             if control is not None:
@@ -107,6 +115,8 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
                 change = (image - before[0]) - (target - before[1])
                 sums["flicker"] += float(np.abs(change).mean())
             before = image, target
+            if embed is not None:
+                identities.append(embed(variables, jnp.stack([image, target])))
             write(_finished(edit, image, quads, whole))
             strip.append((target, image))
             if len(strip) > 4 * STRIP_COLUMNS:
@@ -121,6 +131,10 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         "frames_per_s": (count - 1) / max(seconds, 1e-9) if count > 1 else float("nan"),
         "mse": sums["mse"] / count,
     }
+    if len(identities) > 1:
+        edited, original = jnp.stack(identities, 1)
+        numbers["TL-ID"] = float(video_metrics.local_identity(edited, original))
+        numbers["TG-ID"] = float(video_metrics.global_identity(edited, original))
     if count > 1:
         numbers["flicker"] = sums["flicker"] / (count - 1)
     if edit.refresh == "first":

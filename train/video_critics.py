@@ -110,6 +110,29 @@ class Critics:
             terms["mesh"] = face_mesh.mesh_loss(self.face, a, b)
         return {name: self.weights[name] * value for name, value in terms.items()}
 
+    def measures(
+        self, variables: Mapping[str, Any], y_hat: jax.Array, y: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Distances of every image [B], unweighted: PSNR in dB, LPIPS, identity cosine, landmark
+        error in pixels of a 256-pixel image, mesh error, each where its network is there."""
+        mse = jnp.square(y_hat - y).mean((1, 2, 3))
+        found = {"psnr": 10 * jnp.log10(4 / jnp.maximum(mse, 1e-12))}
+        if "lpips" in self.modules:
+            found["lpips"] = self.modules["lpips"].apply(variables["lpips"], y_hat, y)
+        if "identity" in self.modules:
+            module = self.modules["identity"]
+            a, b = (embed_faces(module, variables["identity"], x) for x in (y_hat, y))
+            found["identity"] = (a * b).sum(-1)
+        if "landmarks" in self.modules:
+            a, b = (self.landmarks(variables, x) for x in (y_hat, y))
+            scale = 4 * LANDMARK_SIZE / self.sizes["landmarks"]
+            found["landmark_error"] = jnp.linalg.norm(a - b, axis=-1).mean(-1) * scale
+        if "mesh" in self.modules:
+            a, b = (self.mesh_code(variables, x) for x in (y_hat, y))
+            a, b = (face_mesh.project(face_mesh.pose_face(self.face, m), b.camera) for m in (a, b))
+            found["mesh_error"] = jnp.abs(a - b).sum(-1).mean(-1)
+        return found
+
     def landmarks(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
         """[B, K, 2] in heat-map pixels of images in [-1, 1], differentiable."""
         faces = resize((images + 1) / 2, self.sizes["landmarks"])

@@ -181,7 +181,11 @@ def test_paper_recipe_runs_twenty_steps_on_folders_of_frames(clips, tmp_path, ca
     command = ["edit_video", *flags, *arguments, *edit]
     assert edit_video.main([*command, f"--output={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
-    assert "frames_per_s" in said and "high codes equal over the clip  True" in said
+    assert (
+        "TL-ID" in said
+        and "frames_per_s" in said
+        and "high codes equal over the clip  True" in said
+    )
     assert len(video_files.frame_files(tmp_path / "out")) == 4
     assert (tmp_path / "strip.png").stat().st_size > 100
     pytest.importorskip("av")

@@ -177,7 +177,9 @@ class VideoInversion:
 
         key = made if last == "key" else self.synthesize(variables, codes["key"])
         found = error(made, last)
+        measures = self.critics.measures(variables["critics"], made, pool(frames[last]))
         return {
+            **{name: (value * mask).sum() for name, value in measures.items()},
             "mse": found.sum(),
             "key_mse": error(key, "key").sum(),
             "mean_latent_mse": error(mean, last).sum(),
