@@ -193,7 +193,7 @@ class VideoInversion:
         if not config.data.name.startswith("latent_walks"):
             return self._report_clips(variables, config)
         variables = jax.device_put(variables)
-        static, moving = (self._flickers(variables, std, noise) for std, noise in _STUDIES)
+        static, moving = self._flickers(variables)
         return {
             "flicker_static_reuse": float(static[:, 0].mean()),
             "flicker_static_full": float(static[:, 1].mean()),
@@ -202,11 +202,12 @@ class VideoInversion:
             "flicker_moving_full": float(moving[:, 1].mean()),
         }
 
-    def _flickers(self, variables, std: float, noise: float) -> np.ndarray:
-        """[clips, 2]: flicker with reused codes and with all codes of every frame."""
+    def _flickers(self, variables) -> np.ndarray:
+        """[2, clips, 2]: of static noisy and of moving clips, flicker with reused codes and with
+        all codes of every frame."""
 
         @jax.jit
-        def one(variables, seed):
+        def one(variables, seed, std, noise):
             rng = jax.random.split(jax.random.key(seed), 3)
             z = jax.random.normal(rng[0], (1, self.generator.z_dim))
             low = (CLIP_FRAMES, self.model.split, self.model.w_dim)
@@ -217,7 +218,9 @@ class VideoInversion:
             seen = clean + noise * jax.random.normal(rng[2], clean.shape)
             return self._both_modes(variables, seen, clean)
 
-        return np.asarray([one(variables, 1000 + i) for i in range(CLIPS)])
+        return np.asarray(
+            [[one(variables, 1000 + i, *study) for i in range(CLIPS)] for study in _STUDIES]
+        )
 
     def _both_modes(self, variables, seen, clean):
         """Flicker [2] of a clip [T, S, S, 3] in reuse and in full mode against the clean one."""
