@@ -7,7 +7,7 @@ example into frames, so that the truth satisfies the reuse of high codes and is 
 - `key_noise`, `frame_noise` [n_low, w_dim]: what is added to the low codes of the two frames
   (`key_noise` is zero unless `both`);
 - with `mesh`, `source` and `target` [9 + expression]: pose, expression and camera that drive the
-  low codes of the two frames instead (`train.tasks.pose_control`).
+  low codes of the two frames instead (`train.tasks.pose_control`); some of them may be equal.
 
 Examples are functions of (seed, split, index) alone; evaluation never sees training latents.
 """
@@ -77,7 +77,8 @@ class Walks:
         rng = np.random.default_rng((options["data_seed"], self.stream, int(index)))
         example = {"z": rng.standard_normal(options["z_dim"])}
         if options["mesh"]:
-            example |= {name: mesh_code(rng, options) for name in ("source", "target")}
+            source, target = mesh_code(rng, options), mesh_code(rng, options)
+            example |= {"source": source, "target": partly(rng, source, target)}
         else:
             shape = (options["n_low"], options["w_dim"])
             noise = options["std"] * rng.standard_normal((2, *shape))
@@ -93,6 +94,18 @@ def mesh_code(rng: np.random.Generator, options: Mapping[str, Any]) -> np.ndarra
     expression = rng.normal(size=options["expression"]) * _SMALL
     camera = np.array([8.0, 0, 0]) + rng.normal(size=3) * np.array([0.4, 0.004, 0.004])
     return np.concatenate([[pitch, yaw, roll], jaw, expression, camera])
+
+
+def partly(rng: np.random.Generator, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """`after` with some of turn, face (jaw and expression) and camera left as they were before.
+
+    An edit asks for one of them: a network that only ever saw all of them move would not know it.
+    """
+    groups = np.zeros(len(before), int)
+    groups[3:-3], groups[-3:] = 1, 2
+    moves = rng.random(3) < 0.6
+    moves[rng.integers(3)] = True
+    return np.where(moves[groups], after, before)
 
 
 def source(split: str, options: Mapping[str, Any]) -> Walks:
