@@ -90,6 +90,11 @@ def read(path: str | os.PathLike, *, prefer: Iterable[str] = ()) -> Checkpoint:
         from jaxmodels.interop import torch_archive
 
         tree = torch_archive.read(path)
+    elif path.suffix == ".pkl":
+        raise CheckpointError(
+            f"{path}: a pickle of Python objects needs the code that wrote it and is never run; "
+            "there, export a state_dict: torch.save(network.state_dict(), 'network.pt')"
+        )
     else:
         raise CheckpointError(
             f"{path}: unknown ending {path.suffix!r}; a checkpoint ends in .safetensors, .npz, "

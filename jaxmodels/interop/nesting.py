@@ -34,6 +34,8 @@ WEIGHT_SETS = (
     "g_ema",
 )
 EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema", "g_ema")
+# Arrays that stand beside a weight set and belong to it (StyleGAN2's mean latent).
+COMPANIONS = ("latent_avg",)
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
 _LEFTOVERS = ("total_ops", "total_params")
 
@@ -53,7 +55,9 @@ def unwrap(
     taken: list[str] = []
     others: list[str] = []
     node = tree
+    beside: dict[str, np.ndarray] = {}
     if isinstance(node, Mapping):
+        beside = {k: node[k] for k in COMPANIONS if isinstance(node.get(k), np.ndarray)}
         absent = [name for name in prefer if not _is_weights(node.get(name))]
         if prefer and len(absent) == len(prefer):
             there = [str(k)[:40] for k, v in node.items() if _is_weights(v)]
@@ -86,6 +90,7 @@ def unwrap(
                 tensors = {k[len(prefix) :]: v for k, v in tensors.items()}
                 taken.append(f"prefix {prefix}")
                 stripped = True
+    tensors = {**beside, **tensors}
     return tensors, ", ".join(taken), others
 
 

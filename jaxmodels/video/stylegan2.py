@@ -1,0 +1,592 @@
+"""StyleGAN2: mapping and synthesis networks, and the residual discriminator.
+
+T. Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, in the
+form of NVlabs/stylegan2-ada-pytorch@d72cc7d (`training/networks.py`): architectures "skip" (G) and
+"resnet" (D), names of its state dicts. rosinality/stylegan2-pytorch@bef283a's names are read as
+well (`jaxmodels.video.stylegan2_names`), and written by `to_rosinality` there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.video import stylegan2_names
+from jaxmodels.video.stylegan2_layers import (
+    EPSILON,
+    EqualizedLinear,
+    clamped,
+    conv2d_resample,
+    leaky_relu,
+    modulated_conv2d,
+)
+from jaxmodels.video.upfirdn import BINOMIAL, setup_filter, upsample2d
+
+NOISE_MODES = ("const", "random", "none")
+SMALLEST = 8
+
+
+def num_latents(size: int) -> int:
+    """Codes of a W+ latent for images of `size` pixels: 2 log2(size) - 2 (18 at 1024).
+
+    Raises ValueError unless size is a power of two of at least 8.
+    """
+    if int(size) != size or size < SMALLEST or int(size) & (int(size) - 1):
+        raise ValueError(f"generator size must be a power of two of at least 8, got {size}")
+    return 2 * int(math.log2(size)) - 2
+
+
+def channels_of(
+    resolution: int, base: int, largest: int, given: Mapping[Any, int] | None = None
+) -> int:
+    """Feature maps at a resolution: `given[resolution]`, else min(base / resolution, largest)."""
+    if given:
+        table = {int(k): int(v) for k, v in dict(given).items()}
+        if resolution not in table:
+            raise ValueError(f"channels has no entry for {resolution}; it has {sorted(table)}")
+        return table[resolution]
+    return min(base // resolution, largest)
+
+
+def check_wplus(ws, layers: int) -> None:
+    """Refuse a W+ code [B, n, w_dim] whose n is not the generator's."""
+    if ws.ndim != 3 or ws.shape[1] != layers:
+        raise ValueError(
+            f"W+ codes must be [batch, {layers}, w_dim] for this generator "
+            f"({layers} latents), got {ws.shape}"
+        )
+
+
+def normalize_second_moment(x: jax.Array) -> jax.Array:
+    """x / sqrt(mean over the last axis of x^2 + 1e-8)."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+
+
+def truncate(
+    ws: jax.Array, w_avg: jax.Array, psi: float | jax.Array, cutoff: int | None = None
+) -> jax.Array:
+    """w_avg + psi (w - w_avg), on the first `cutoff` layers only when it is given.
+
+    ws [B, n, D] or [B, D] (no cutoff), w_avg [D] -> like ws.
+    """
+    moved = w_avg + (ws - w_avg) * psi
+    if cutoff is None:
+        return moved
+    return jnp.where((jnp.arange(ws.shape[1]) < cutoff)[:, None], moved, ws)
+
+
+class MappingNetwork(nn.Module):
+    """z [B, z_dim] -> w [B, w_dim]: normalization, then layers of linear and leaky ReLU."""
+
+    w_dim: int = 512
+    num_layers: int = 8
+    layer_features: int | None = None
+    lr_multiplier: float = 0.01
+    w_avg_beta: float = 0.995
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, update_average: bool = False) -> jax.Array:
+        """w; with `update_average` the batch's mean moves the buffer `w_avg` (mutable)."""
+        average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
+        x = normalize_second_moment(jnp.asarray(z, self.param_dtype))
+        hidden = self.layer_features or self.w_dim
+        for i in range(self.num_layers):
+            x = EqualizedLinear(
+                self.w_dim if i == self.num_layers - 1 else hidden,
+                lr_multiplier=self.lr_multiplier,
+                activation="lrelu",
+                dtype=self.param_dtype,
+                param_dtype=self.param_dtype,
+                name=f"fc{i}",
+            )(x)
+        if update_average and not self.is_initializing():
+            mean = jax.lax.stop_gradient(x.mean(0))
+            average.value = mean + self.w_avg_beta * (average.value - mean)
+        return x
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution + noise + bias + leaky ReLU, x [B, H, W, I] -> [B, r, r, O]."""
+
+    features: int
+    resolution: int
+    up: int = 1
+    use_noise: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    fused: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, w: jax.Array, noise_mode: str, noise: jax.Array | None = None
+    ) -> jax.Array:
+        inputs, r, kind = x.shape[-1], self.resolution, self.param_dtype
+        shape = (3, 3, inputs, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(1.0), shape, kind)
+        styles = EqualizedLinear(inputs, bias_init=1, dtype=kind, param_dtype=kind, name="affine")
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), kind)
+        if self.use_noise:
+            const = self.variable(
+                "buffers", "noise_const", lambda: jax.random.normal(self.make_rng("params"), (r, r))
+            )
+            strength = self.param("noise_strength", nn.initializers.zeros, (), kind)
+            if noise is not None:
+                noise = noise * strength
+            elif noise_mode == "const":
+                noise = (const.value * strength)[None, :, :, None]
+            elif noise_mode == "random":
+                shape = (x.shape[0], r, r, 1)
+                noise = jax.random.normal(self.make_rng("noise"), shape, kind) * strength
+        y = modulated_conv2d(
+            x,
+            kernel,
+            styles(w),
+            noise=noise if self.use_noise else None,
+            f=setup_filter(self.resample_filter),
+            up=self.up,
+            fused=self.fused,
+        )
+        return leaky_relu(y, bias, clamp=self.conv_clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution without demodulation, x [B, H, W, I] -> [B, H, W, channels]."""
+
+    features: int = 3
+    conv_clamp: float | None = None
+    fused: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        inputs, kind = x.shape[-1], self.param_dtype
+        shape = (1, 1, inputs, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(1.0), shape, kind)
+        styles = EqualizedLinear(inputs, bias_init=1, dtype=kind, param_dtype=kind, name="affine")
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), kind)
+        scaled = styles(w) / math.sqrt(inputs)
+        y = modulated_conv2d(x, kernel, scaled, demodulate=False, fused=self.fused)
+        return clamped(y + bias.astype(y.dtype), self.conv_clamp).astype(kind)
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: (up-)convolutions and the running image, `x, image -> x, image`."""
+
+    features: int
+    resolution: int
+    img_channels: int = 3
+    first: bool = False
+    use_noise: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    fused: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array | None,
+        image: jax.Array | None,
+        ws: jax.Array,
+        noise_mode: str,
+        noises: tuple[jax.Array | None, ...],
+    ) -> tuple[jax.Array, jax.Array]:
+        """ws [B, 2 (first) or 3, w_dim]: the codes of the convolutions and of to-RGB."""
+        kind = self.param_dtype
+        layer = dict(
+            features=self.features,
+            resolution=self.resolution,
+            use_noise=self.use_noise,
+            conv_clamp=self.conv_clamp,
+            resample_filter=self.resample_filter,
+            fused=self.fused,
+            dtype=self.dtype,
+            param_dtype=kind,
+        )
+        if self.first:
+            shape = (self.features, self.resolution, self.resolution)
+            const = self.param("const", nn.initializers.normal(1.0), shape, kind)
+            x = jnp.broadcast_to(const.transpose(1, 2, 0), (ws.shape[0], *shape[1:], shape[0]))
+            x = x.astype(self.dtype)
+        else:
+            x = SynthesisLayer(up=2, name="conv0", **layer)(x, ws[:, 0], noise_mode, noises[0])
+        x = SynthesisLayer(name="conv1", **layer)(x, ws[:, -2], noise_mode, noises[-1])
+        rgb = ToRGB(self.img_channels, self.conv_clamp, self.fused, self.dtype, kind, name="torgb")(
+            x, ws[:, -1]
+        )
+        if image is not None:
+            rgb = upsample2d(image, setup_filter(self.resample_filter)) + rgb
+        return x, rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """W+ [B, n, w_dim] -> features and running image of every resolution."""
+
+    img_resolution: int
+    img_channels: int = 3
+    channel_base: int = 32768
+    channel_max: int = 512
+    channels: Mapping[Any, int] | None = None
+    use_noise: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    fused: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, ws: jax.Array, noise_mode: str = "const", noises: tuple | None = None
+    ) -> dict[str, jax.Array]:
+        layers = num_latents(self.img_resolution)
+        check_wplus(ws, layers)
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode is one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
+        if noises is not None and len(noises) != layers - 1:
+            raise ValueError(f"{layers - 1} noise maps are needed, got {len(noises)}")
+        noises = (None,) * (layers - 1) if noises is None else noises
+        x = image = None
+        maps: dict[str, jax.Array] = {}
+        for b in range(int(math.log2(self.img_resolution)) - 1):
+            resolution = 4 * 2**b
+            first = max(2 * b - 1, 0)
+            x, image = SynthesisBlock(
+                channels_of(resolution, self.channel_base, self.channel_max, self.channels),
+                resolution,
+                self.img_channels,
+                first=b == 0,
+                use_noise=self.use_noise,
+                conv_clamp=self.conv_clamp,
+                resample_filter=self.resample_filter,
+                fused=self.fused,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"b{resolution}",
+            )(x, image, ws[:, first : 2 * b + 2], noise_mode, noises[first : 2 * b + 1])
+            maps[f"x_b{resolution}"], maps[f"rgb_b{resolution}"] = x, image
+        maps["image"] = image
+        return maps
+
+
+class Generator(nn.Module):
+    """StyleGAN2's generator, z [B, z_dim] -> images [B, S, S, 3], roughly in [-1, 1], not clamped.
+
+    `channels` {resolution: maps} replaces min(channel_base / resolution, channel_max);
+    `conv_clamp` is 256 for NVlabs networks trained in mixed precision; `fused` convolves with a
+    weight for every sample; `dtype` is that of the feature maps, styles and images stay in
+    `param_dtype`.
+
+    Raises ValueError for sizes that are not powers of two of at least 8.
+    """
+
+    z_dim: int = 512
+    w_dim: int = 512
+    img_resolution: int = 1024
+    img_channels: int = 3
+    mapping_layers: int = 8
+    mapping_features: int | None = None
+    lr_multiplier: float = 0.01
+    w_avg_beta: float = 0.995
+    channel_base: int = 32768
+    channel_max: int = 512
+    channels: Mapping[Any, int] | None = None
+    use_noise: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    fused: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        num_latents(self.img_resolution)
+        super().__post_init__()
+
+    @property
+    def num_latents(self) -> int:
+        """Codes of a W+ latent."""
+        return num_latents(self.img_resolution)
+
+    def setup(self) -> None:
+        self.mapping = MappingNetwork(
+            self.w_dim,
+            self.mapping_layers,
+            self.mapping_features,
+            self.lr_multiplier,
+            self.w_avg_beta,
+            self.dtype,
+            self.param_dtype,
+        )
+        self.synthesis = SynthesisNetwork(
+            self.img_resolution,
+            self.img_channels,
+            self.channel_base,
+            self.channel_max,
+            self.channels,
+            self.use_noise,
+            self.conv_clamp,
+            tuple(self.resample_filter),
+            self.fused,
+            self.dtype,
+            self.param_dtype,
+        )
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes that generic code initializes with: z [1, z_dim]."""
+        return (jax.ShapeDtypeStruct((1, self.z_dim), jnp.float32),)
+
+    def __call__(
+        self,
+        z: jax.Array,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "const",
+    ) -> jax.Array:
+        """Images of latents; `noise_mode` "random" draws from the rng "noise"."""
+        ws = self.map_latents(z, truncation_psi, truncation_cutoff)
+        return self.synthesize(ws, noise_mode)
+
+    def to_w(self, z: jax.Array, update_average: bool = False) -> jax.Array:
+        """w [B, w_dim] of z, not truncated."""
+        return self.mapping(z, update_average)
+
+    def map_latents(
+        self,
+        z: jax.Array,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        z2: jax.Array | None = None,
+        mixing_index: int | None = None,
+    ) -> jax.Array:
+        """W+ [B, n, w_dim] of z; from layer `mixing_index` on the styles of z2."""
+        w = self.mapping(z)
+        ws = jnp.repeat(w[:, None], self.num_latents, 1)
+        if z2 is not None:
+            late = (jnp.arange(self.num_latents) >= mixing_index)[:, None]
+            ws = jnp.where(late, self.mapping(z2)[:, None], ws)
+        if truncation_psi == 1.0:
+            return ws
+        return truncate(ws, self.average(), truncation_psi, truncation_cutoff)
+
+    def average(self) -> jax.Array:
+        """The mean latent `w_avg` [w_dim]."""
+        return self.mapping.get_variable("buffers", "w_avg")
+
+    def synthesize(
+        self, ws: jax.Array, noise_mode: str = "const", noises: tuple | None = None
+    ) -> jax.Array:
+        """Images of W+ codes [B, n, w_dim]; `noises` replaces the n - 1 noise maps."""
+        return self.synthesis(ws, noise_mode, noises)["image"]
+
+    def intermediates(self, ws: jax.Array, noise_mode: str = "const") -> dict[str, jax.Array]:
+        """`x_b{r}`, `rgb_b{r}`: features and running image after each resolution; `image`."""
+        return self.synthesis(ws, noise_mode)
+
+
+class DiscriminatorConv(nn.Module):
+    """Equalized convolution, optional down-sampling, bias and leaky ReLU."""
+
+    features: int
+    kernel_size: int = 3
+    down: int = 1
+    use_bias: bool = True
+    activation: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gain: float = 1.0) -> jax.Array:
+        k, inputs = self.kernel_size, x.shape[-1]
+        shape = (k, k, inputs, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
+        kernel = jnp.asarray(kernel / math.sqrt(math.prod(shape[:3])), self.dtype)
+        y = conv2d_resample(
+            jnp.asarray(x, self.dtype), kernel, setup_filter(self.resample_filter), down=self.down
+        )
+        bias = None
+        if self.use_bias:
+            init = nn.initializers.zeros
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+        if self.activation:
+            return leaky_relu(y, bias, gain, self.conv_clamp)
+        y = y if bias is None else y + bias.astype(y.dtype)
+        return clamped(y * gain, self.conv_clamp, gain)
+
+
+def minibatch_deviation(x: jax.Array, group_size: int | None = 4, channels: int = 1) -> jax.Array:
+    """x [B, H, W, C] with `channels` more maps: the mean standard deviation within groups.
+
+    Group g holds samples g, g + B/G, g + 2 B/G, ... (strided), G = min(B, group_size). Variances
+    are biased, plus 1e-8. Raises ValueError when G does not divide B.
+    """
+    batch, height, width, features = x.shape
+    group = batch if group_size is None else min(group_size, batch)
+    if batch % group:
+        raise ValueError(
+            f"batch {batch} does not divide into groups of {group} (minibatch standard deviation); "
+            f"use a multiple of {group} or another mbstd_group_size"
+        )
+    wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    y = wide.reshape(group, batch // group, height, width, channels, features // channels)
+    y = y - y.mean(0)
+    y = jnp.sqrt(jnp.square(y).mean(0) + EPSILON).mean((1, 2, 4))
+    y = jnp.tile(y, (group, 1))[:, None, None]
+    y = jnp.broadcast_to(y, (batch, height, width, channels)).astype(x.dtype)
+    return jnp.concatenate([x, y], -1)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block of half the resolution, divided by sqrt 2."""
+
+    features: int
+    out: int
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, image: jax.Array | None) -> jax.Array:
+        conv = dict(
+            conv_clamp=self.conv_clamp,
+            resample_filter=self.resample_filter,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        if image is not None:
+            x = DiscriminatorConv(self.features, 1, name="fromrgb", **conv)(image)
+        half = math.sqrt(0.5)
+        skip = DiscriminatorConv(
+            self.out, 1, 2, use_bias=False, activation=False, name="skip", **conv
+        )(x, half)
+        x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
+        return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x, half) + skip
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """Minibatch deviation, 3x3 convolution and two linear maps: [B, 4, 4, C] -> [B, 1]."""
+
+    mbstd_group_size: int | None = 4
+    mbstd_num_channels: int = 1
+    conv_clamp: float | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features, kind = x.shape[-1], self.param_dtype
+        x = jnp.asarray(x, kind)
+        if self.mbstd_num_channels > 0:
+            x = minibatch_deviation(x, self.mbstd_group_size, self.mbstd_num_channels)
+        types = dict(dtype=kind, param_dtype=kind)
+        x = DiscriminatorConv(features, conv_clamp=self.conv_clamp, name="conv", **types)(x)
+        # Checkpoints flatten channels first.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = EqualizedLinear(features, activation="lrelu", name="fc", **types)(x)
+        return EqualizedLinear(1, name="out", **types)(x)
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator, images [B, S, S, 3] in [-1, 1] -> logits [B, 1].
+
+    Arguments as for `Generator`; `mbstd_group_size` samples share a minibatch deviation (None: all
+    of the batch), `mbstd_num_channels` 0 leaves it out.
+    """
+
+    img_resolution: int = 1024
+    img_channels: int = 3
+    channel_base: int = 32768
+    channel_max: int = 512
+    channels: Mapping[Any, int] | None = None
+    mbstd_group_size: int | None = 4
+    mbstd_num_channels: int = 1
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        num_latents(self.img_resolution)
+        super().__post_init__()
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes that generic code initializes with: images [1, S, S, channels]."""
+        shape = (1, self.img_resolution, self.img_resolution, self.img_channels)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        size = self.img_resolution
+        if image.ndim != 4 or image.shape[1:] != (size, size, self.img_channels):
+            raise ValueError(
+                f"images must be [batch, {size}, {size}, {self.img_channels}], got {image.shape}"
+            )
+
+        def maps(resolution: int) -> int:
+            return channels_of(resolution, self.channel_base, self.channel_max, self.channels)
+
+        x, resolution = None, size
+        while resolution > 4:
+            x = DiscriminatorBlock(
+                maps(resolution),
+                maps(resolution // 2),
+                self.conv_clamp,
+                tuple(self.resample_filter),
+                self.dtype,
+                self.param_dtype,
+                name=f"b{resolution}",
+            )(x, image if resolution == size else None)
+            resolution //= 2
+        return DiscriminatorEpilogue(
+            self.mbstd_group_size,
+            self.mbstd_num_channels,
+            self.conv_clamp,
+            self.dtype,
+            self.param_dtype,
+            name="b4",
+        )(x)
+
+
+MODEL = Generator
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stylegan2_1024": {"img_resolution": 1024},
+    "stylegan2_256": {"img_resolution": 256},
+    "stylegan2_discriminator_1024": {"cls": "Discriminator", "img_resolution": 1024},
+    "stylegan2_discriminator_256": {"cls": "Discriminator", "img_resolution": 256},
+}
+
+
+def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
+    """Resampling filters travel along: they are the constructor's, not the checkpoint's."""
+    if not isinstance(module, (Generator, Discriminator)):
+        return {}
+    f = setup_filter(module.resample_filter)
+    fresh = {key: f for key in stylegan2_names.filter_keys(module)}
+    return {"travels": [r"(.*\.)?resample_filter"], "fresh": fresh}
+
+
+def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
+    """Refuse files of another naming with a sentence that says which one it is."""
+    if isinstance(module, (Generator, Discriminator)):
+        stylegan2_names.check(keys, module)
+
+
+def upgrade_checkpoint(state: Mapping[str, np.ndarray], module: nn.Module) -> dict[str, Any]:
+    """Any known naming -> NVlabs's."""
+    if isinstance(module, (Generator, Discriminator)):
+        return stylegan2_names.to_nvlabs(state, module)
+    return dict(state)

@@ -1,0 +1,451 @@
+"""Training the video encoder, its generator and its control; video in, edited video out."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from train import edit_video, predict, video_files
+from train.__main__ import main
+from train.command_line import read_flags, stop_with_one_line
+from train.data import face_clips, face_stills, pipeline
+from train.loop import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "video2stylegan.py")
+GAN = str(ROOT / "configs" / "stylegan2.py")
+POSE = str(ROOT / "configs" / "pose_control.py")
+
+# Runs that share a compiled step stay on one worker.
+on_one_worker = pytest.mark.xdist_group("video2stylegan")
+
+ENCODER = [
+    "--config.model_args.image_size=16",
+    "--config.model_args.patch_size=8",
+    "--config.model_args.hidden_size=16",
+    "--config.model_args.num_layers=1",
+    "--config.model_args.num_heads=2",
+    "--config.model_args.stylegan_size=16",
+    "--config.model_args.w_dim=8",
+    "--config.model_args.n_low=4",
+]
+GENERATOR = [
+    "--config.task_args.generator_from=",
+    "--config.task_args.generator_args.z_dim=8",
+    "--config.task_args.generator_args.w_dim=8",
+    "--config.task_args.generator_args.img_resolution=16",
+    "--config.task_args.generator_args.mapping_layers=2",
+    "--config.task_args.generator_args.channel_base=64",
+    "--config.task_args.generator_args.channel_max=8",
+]
+WALKS = [
+    "--config.data.options.z_dim=8",
+    "--config.data.options.w_dim=8",
+    "--config.data.options.n_low=4",
+    "--config.data.options.eval_examples=8",
+]
+RUN = [
+    "--config.steps=4",
+    "--config.batch_size=8",
+    "--config.log_every=1",
+    "--config.eval.every=0",
+    "--config.eval.batch_size=8",
+    "--config.checkpoint.every=2",
+    "--config.schedule.warmup_steps=2",
+]
+ALONE = ["--config.parallel.data=1"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These programs run a few steps each: nearly all of their time is the compiler's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def rows_of(workdir, kind="train"):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Four steps of the small recipe, smaller."""
+    workdir = tmp_path_factory.mktemp("small")
+    flags = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
+    assert main(["train", *flags, f"--workdir={workdir}"]) == 0
+    return workdir, flags
+
+
+@on_one_worker
+def test_a_run_reports_both_ways_of_encoding(small_run):
+    workdir, _ = small_run
+    assert np.isfinite([r["loss"] for r in rows_of(workdir)]).all()
+    final = rows_of(workdir, "eval")[-1]
+    assert final["relative_mse"] > 0 and final["mse"] > 0
+    report = (workdir / "report.md").read_text()
+    assert "flicker_static_reuse" in report and "static_clips_steadier" in report
+
+
+@on_one_worker
+def test_a_run_on_a_mesh_agrees_and_a_resumed_run_is_the_same_bit_for_bit(small_run, tmp_path):
+    workdir, flags = small_run
+    wanted = [r["loss"] for r in rows_of(workdir)]
+    stopped = tmp_path / "stopped"
+    shutil.copytree(workdir, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= 2]
+    (stopped / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert main(["train", *flags, f"--workdir={stopped}"]) == 0
+    assert [r["loss"] for r in rows_of(stopped)] == wanted
+    spread = [f for f in flags if f not in ALONE]
+    spread += ["--config.parallel.data=4", "--config.parallel.fsdp=2"]
+    mesh = tmp_path / "mesh"
+    assert main(["train", *spread, f"--workdir={mesh}"]) == 0
+    np.testing.assert_allclose([r["loss"] for r in rows_of(mesh)], wanted, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The published format: two folders of aligned PNG frames, one with landmarks beside it."""
+    root = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 4), ("b", 3)):
+        (root / name).mkdir()
+        base = rng.integers(0, 255, (4, 4, 3), np.uint8)
+        for t in range(count):
+            image = Image.fromarray(np.roll(base, t, 0)).resize((32, 32), Image.Resampling.BICUBIC)
+            image.save(root / name / f"{t:06d}.png")
+    np.savez(root / "a.npz", landmarks=rng.uniform(0, 32, (4, 68, 2)))
+    return root
+
+
+PAPER = [
+    "--config.model=video.video_encoder",
+    *ENCODER,
+    *GENERATOR,
+    # AlexNet's last pool leaves nothing of 16 pixels.
+    "--config.model_args.image_size=32",
+    "--config.model_args.stylegan_size=32",
+    "--config.task_args.generator_args.img_resolution=32",
+    "--config.task_args.untrained_critics=True",
+    "--config.task_args.networks.lpips.width_divisor=32",
+    # Two deep networks, whose gradients take a minute to compile; they are traced below.
+    "--config.task_args.weights.identity=0.0",
+    "--config.task_args.weights.landmarks=0.0",
+    "--config.task_args.networks.mesh.width_divisor=32",
+    "--config.task_args.networks.mesh.stages=(1,1,1,1)",
+    "--config.task_args.networks.mesh.hidden=8",
+    "--config.task_args.sizes.mesh=32",
+    "--config.data.options.image_size=32",
+    "--config.data.options.held_out=0.5",
+    "--config.data.options.workers=0",
+    "--config.precision=float32",
+    "--config.ema.decay=0.9",
+    *RUN,
+    *ALONE,
+]
+
+
+@on_one_worker
+def test_paper_recipe_runs_twenty_steps_on_folders_of_frames(clips, tmp_path, capsys):
+    flags = [f"--config={CONFIG}:paper", *PAPER, f"--config.data.options.path={clips}"]
+    flags += ["--config.steps=20", "--config.batch_size=2", "--config.log_every=5"]
+    flags += ["--config.eval.batch_size=1", "--config.checkpoint.every=20"]
+    assert main(["train", *flags, f"--workdir={tmp_path}"]) == 0
+    rows = rows_of(tmp_path)
+    assert {"l2", "lpips", "mesh", "w_norm"} <= set(rows[0])
+    assert all(np.isfinite(r["loss"]) for r in rows)
+    # The weight of the code norm fades over the run.
+    assert "the synthetic one stands in" in capsys.readouterr().out
+    assert "flicker_clips_reuse" in (tmp_path / "report.md").read_text()
+    # Prediction on a clip, and the whole command on it.
+    output = tmp_path / "rows.csv"
+    arguments = [f"--checkpoint={tmp_path}", f"--input={clips / 'a'}"]
+    assert predict.main(["predict", *flags, *arguments, f"--output={output}"]) == 0
+    assert output.read_text().splitlines()[0] == "frame,mse,psnr,flicker"
+    assert len(output.read_text().splitlines()) == 5
+    np.save(tmp_path / "n.npy", np.arange(1.0, 9.0))
+    edit = [f"--config.edit.direction={tmp_path / 'n.npy'}", "--config.edit.alpha=1.5"]
+    edit += [f"--config.edit.strip={tmp_path / 'strip.png'}", f"--config.edit.style={clips / 'b'}"]
+    command = ["edit_video", *flags, *arguments, *edit]
+    assert edit_video.main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().out
+    assert "frames_per_s" in said and "high codes equal over the clip  True" in said
+    assert len(video_files.frame_files(tmp_path / "out")) == 4
+    assert (tmp_path / "strip.png").stat().st_size > 100
+    pytest.importorskip("av")
+    assert edit_video.main([*command, f"--output={tmp_path / 'out.mp4'}"]) == 0
+    frames = list(video_files.read_frames(tmp_path / "out.mp4"))
+    assert len(frames) == 4 and frames[0].shape == (32, 32, 3)
+    still = np.asarray(Image.open(tmp_path / "out" / "000000.png"), int)
+    assert np.abs(still - frames[0]).mean() < 20
+
+
+def test_videos_with_landmarks_are_aligned_and_pasted_back(tmp_path, small_run):
+    pytest.importorskip("av")
+    workdir, flags = small_run
+    rng = np.random.default_rng(0)
+    big = rng.integers(0, 255, (8, 8, 3), np.uint8)
+    with video_files.frame_writer(tmp_path / "talk.mp4") as write:
+        for _ in range(3):
+            write(np.asarray(Image.fromarray(big).resize((96, 64), Image.Resampling.BICUBIC)))
+    points = np.full((3, 68, 2), 40.0)
+    points[:, 36:42], points[:, 42:48] = [36, 26], [56, 26]
+    points[:, 48], points[:, 54] = [40, 44], [52, 44]
+    np.savez(tmp_path / "talk.npz", landmarks=points)
+    options = pipeline.resolve(
+        {"name": "face_clips", "options": {"path": str(tmp_path), "image_size": 16}}
+    )[1]
+    (clip,) = face_clips.source("train", options)
+    frames, landmarks = face_clips.read_clip(clip, options)
+    assert frames.shape == (3, 16, 16, 3) and frames.min() >= -1
+    # Eyes stand left and right of the middle, above it.
+    eyes = landmarks[0, [36, 42]]
+    assert eyes[0, 0] < 8 < eyes[1, 0] and (eyes[:, 1] < 8).all()
+    arguments = [f"--checkpoint={workdir}", f"--input={tmp_path / 'talk.mp4'}"]
+    arguments += [f"--config.edit.landmarks={tmp_path / 'talk.npz'}", f"--output={tmp_path / 'o'}"]
+    assert edit_video.main(["edit_video", *flags, *arguments]) == 0
+    done = video_files.read_image(tmp_path / "o" / "000000.png")
+    first = next(video_files.read_frames(tmp_path / "talk.mp4"))
+    assert done.shape == (64, 96, 3)
+    # Far from the face nothing changed.
+    assert np.abs(done[:4, :4].astype(int) - first[:4, :4]).max() <= 1
+
+
+def test_flips_mirror_both_frames_and_their_landmarks():
+    options = pipeline.resolve({"name": "face_clips:astronaut", "options": {}})[1]
+    clip = face_clips.source("train", options)[3]
+    plain = face_clips.PairTransform(tuple({**options, "flip": False}.items()), True)
+    mirrored = 0
+    for seed in range(8):
+        a = plain(clip, np.random.default_rng(seed))
+        b = face_clips.train_transform(options)(clip, np.random.default_rng(seed))
+        if not np.array_equal(a["key"], b["key"]):
+            mirrored += 1
+            np.testing.assert_array_equal(a["key"][:, ::-1], b["key"])
+            np.testing.assert_array_equal(a["frame"][:, ::-1], b["frame"])
+            np.testing.assert_allclose(
+                b["frame_landmarks"][36], [32, 0] + [-1, 1] * a["frame_landmarks"][45], atol=1e-4
+            )
+    assert 0 < mirrored < 8
+    assert len(set(face_clips._MIRROR.tolist())) == 68
+
+
+def test_stills_of_a_folder_split_by_name_and_lfw_faces_are_in_range(tmp_path):
+    for i in range(4):
+        folder = tmp_path / f"{i:05d}"
+        folder.mkdir()
+        Image.new("RGB", (20, 20), (i * 60, 0, 255)).save(folder / f"{i:05d}.png")
+    data = {"name": "face_stills:ffhq", "options": {"path": str(tmp_path), "image_size": 16}}
+    module, options = pipeline.resolve(data)
+    assert pipeline.split_sizes(data) == {"train": 3, "test": 1}
+    assert module.source("test", options)[0]["image"][0, 0, 0] == pytest.approx(180 / 127.5 - 1)
+    lfw = pipeline.resolve({"name": "face_stills", "options": {}})[1]
+    images = face_stills.source("train", lfw)
+    assert len(images) == 80 and images[0]["image"].shape == (32, 32, 3)
+    assert -1 <= images[0]["image"].min() < -0.2
+
+
+@pytest.fixture(scope="module")
+def gan_run(tmp_path_factory):
+    """Five steps of StyleGAN2 at reduced size: both regularizers run."""
+    workdir = tmp_path_factory.mktemp("gan")
+    sizes = ["img_resolution=16", "channel_base=64", "channel_max=8"]
+    flags = [f"--config={GAN}", "--config.data.options.image_size=16", *ALONE]
+    flags += [f"--config.model_args.{s}" for s in (*sizes, "z_dim=8", "w_dim=8")]
+    flags += ["--config.model_args.mapping_layers=2"]
+    flags += [f"--config.task_args.discriminator_args.{s}" for s in sizes]
+    flags += ["--config.steps=5", "--config.batch_size=4", "--config.log_every=1"]
+    flags += ["--config.eval.every=0", "--config.checkpoint.every=5"]
+    assert main(["train", *flags, f"--workdir={workdir}"]) == 0
+    return workdir, flags
+
+
+@on_one_worker
+def test_generator_and_discriminator_train_in_turn_with_lazy_regularizers(gan_run):
+    workdir, _ = gan_run
+    rows = rows_of(workdir)
+    assert [r["path_length"] > 0 for r in rows] == [True, False, False, False, True]
+    assert [r["r1"] > 0 for r in rows] == [True, False, False, False, False]
+    assert all(np.isfinite(r["loss"]) for r in rows)
+    assert "sliced_wasserstein_untrained" in (workdir / "report.md").read_text()
+
+
+@on_one_worker
+def test_an_encoder_inverts_a_generator_of_a_finished_run(gan_run, tmp_path):
+    from train.checkpoints import load_params
+
+    workdir, _ = gan_run
+    flags = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
+    flags += [f"--config.task_args.generator_from={workdir}"]
+    config, _ = read_flags(["train", *flags, f"--workdir={tmp_path}"], need_workdir=True)
+    state = Plan(config).fresh()
+    tree = load_params(workdir)
+    taken = state.extra["generator"]["params"]["synthesis"]["b4"]["const"]
+    np.testing.assert_array_equal(taken, tree["gan"]["average"]["synthesis"]["b4"]["const"])
+    average = tree["buffers"]["mapping"]["w_avg"]
+    np.testing.assert_array_equal(state.extra["buffers"]["w_avg"], average)
+    assert np.abs(average).max() > 0
+
+
+@on_one_worker
+def test_control_learns_to_turn_what_its_mesh_codes_turn(tmp_path):
+    flags = [f"--config={POSE}", *GENERATOR, *ALONE, "--config.data.options.expression=4"]
+    flags += [f for f in WALKS if "eval_examples" not in f]
+    flags += ["--config.data.options.eval_examples=64", "--config.model_args.n_low=4"]
+    flags += ["--config.model_args.w_dim=8", "--config.model_args.code_size=13"]
+    flags += ["--config.model_args.condition_size=32", "--config.model_args.num_layers=1"]
+    flags += ["--config.steps=200", "--config.batch_size=32", "--config.log_every=100"]
+    flags += ["--config.eval.every=0", "--config.checkpoint.every=200"]
+    flags += ["--config.schedule.peak=4e-3", "--config.schedule.warmup_steps=10"]
+    assert main(["train", *flags, f"--workdir={tmp_path}"]) == 0
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    numbers = dict(line.strip("| ").split(" | ") for line in lines if line.startswith("| "))
+    assert float(numbers["relative_codes"]) < 0.5
+    assert float(numbers["yaw_correlation_codes"]) > 0.8
+
+
+@on_one_worker
+def test_the_third_stage_runs_on_folders_of_frames(clips, tmp_path):
+    kept = [f for f in PAPER if "model_args" not in f and "config.model=" not in f]
+    encoder = [
+        f.replace("model_args", "task_args.encoder_args") for f in PAPER if "model_args" in f
+    ]
+    flags = [f"--config={POSE}:paper", *kept, *encoder, f"--config.data.options.path={clips}"]
+    flags += ["--config.task_args.encoder_args.scan_layers=False"]
+    sizes = ("n_low=4", "w_dim=8", "condition_size=8", "num_layers=1", "num_heads=2")
+    flags += [f"--config.model_args.{s}" for s in sizes]
+    flags += ["--config.steps=2", "--config.batch_size=2", "--config.eval.batch_size=1"]
+    assert main(["train", *flags, f"--workdir={tmp_path}"]) == 0
+    row = rows_of(tmp_path)[-1]
+    assert {"codes", "cycle", "image"} <= set(row)
+    assert np.isfinite(row["loss"])
+
+
+MISTAKES = {
+    "--config.task_args.generator_args.w_dim=16": "takes [6, 16]",
+    "--config.model_args.n_low=6": "n_low must lie within 1 .. 5",
+    "--config.task_args.generator_args.img_resolution=24": "power of two of at least 8, got 24",
+    "--config.task_args.weights.lpips=0.8": "config.task_args.files.lpips: the lpips term needs",
+    "--config.task_args.weights.lpisp=0.8": "no term 'lpisp'",
+    "--config.task_args.generator_from=nowhere.pt": "no file 'nowhere.pt'",
+    "--config.data.name=face_clips": "data.options",
+}
+
+
+@pytest.mark.parametrize("flag", MISTAKES)
+def test_a_mistake_gets_one_line(flag, tmp_path, capsys):
+    argv = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE, flag]
+    assert stop_with_one_line(main, ["train", *argv, f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and MISTAKES[flag] in error
+
+
+def test_missing_critics_name_the_file_and_the_switch(tmp_path, capsys):
+    argv = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
+    argv += ["--config.task_args.weights.landmarks=1.0"]
+    argv += ["--config.task_args.files.landmarks=fan.pth"]
+    argv += ["--config.task_args.networks.landmarks.width_divisor=32"]
+    argv += ["--config.task_args.networks.landmarks.num_modules=1"]
+    assert stop_with_one_line(main, ["train", *argv, f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "no file 'fan.pth'; config.task_args.weights.landmarks=0 runs without" in error
+
+
+def test_clips_that_cannot_be_trained_on_are_named(tmp_path, capsys):
+    options = {"path": str(tmp_path), "image_size": 16}
+    resolved = pipeline.resolve({"name": "face_clips", "options": options})[1]
+    with pytest.raises(ValueError, match="neither folders of frames nor videos"):
+        face_clips.source("train", resolved)
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "one" / "000000.png")
+    with pytest.raises(ValueError, match="a clip of one frame has no pairs"):
+        face_clips.source("train", resolved)
+    Image.new("RGB", (16, 12)).save(tmp_path / "one" / "000001.png")
+    with pytest.raises(ValueError, match=r"000001\.png is 16x12; aligned frames are square"):
+        face_clips.read_clip(str(tmp_path / "one"), resolved)
+    np.savez(tmp_path / "one.npz", landmarks=np.zeros((5, 68, 2)))
+    with pytest.raises(ValueError, match="5 sets of landmarks for 2 frames; frame 2"):
+        face_clips.read_clip(str(tmp_path / "one"), resolved, [0])
+    with pytest.raises(ValueError, match="no folder of clips None"):
+        face_clips.source("train", {**resolved, "path": None})
+
+
+def test_editing_refuses_wrong_inputs_in_one_line(small_run, tmp_path, capsys):
+    workdir, flags = small_run
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    np.save(tmp_path / "short.npy", np.ones(3))
+    base = ["edit_video", *flags, f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}"]
+    for more, message in [
+        ([f"--input={tmp_path}"], "frames are 20x20, the encoder takes 16x16"),
+        (["--input=nowhere"], "--input nowhere: no such file"),
+        ([f"--input={tmp_path}", f"--config.edit.direction={tmp_path / 'short.npy'}"], "width 8"),
+        ([f"--input={tmp_path}", "--config.edit.yaw=10.0"], "config.edit.control_from"),
+    ]:
+        assert stop_with_one_line(edit_video.main, [*base, *more]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_broken_videos_and_odd_sizes_are_named(tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "x.mp4").write_bytes(os.urandom(100))
+    with pytest.raises(ValueError, match=r"x\.mp4: not a readable video"):
+        list(video_files.read_frames(tmp_path / "x.mp4"))
+    with pytest.raises(ValueError, match=r"H\.264 wants even sizes"):
+        with video_files.frame_writer(tmp_path / "y.mp4") as write:
+            write(np.zeros((15, 16, 3), np.uint8))
+    assert not (tmp_path / "y.mp4").exists()
+    frame = np.array([[[0, 128, 255]]], np.uint8)
+    np.testing.assert_array_equal(video_files.to_bytes(video_files.to_unit(frame)), frame)
+
+
+def test_a_static_walk_is_static_and_keys_differ_from_frames_by_low_codes_only(small_run):
+    from train.tasks.video_inversion import smooth_walk
+
+    walk = smooth_walk(jax.random.normal(jax.random.key(0), (400, 50)))
+    assert float(walk.std()) == pytest.approx(1, abs=0.1)
+    assert float(jnp.abs(jnp.diff(walk, axis=0)).mean()) < 0.5
+    data = {"name": "latent_walks", "options": {"eval_examples": 4}}
+    (batch,) = pipeline.eval_batches(data, "test", batch_size=4)
+    assert (batch["key_noise"] == 0).all() and batch["frame_noise"].shape == (4, 5, 32)
+    assert batch["frame_noise"].std() == pytest.approx(0.35, rel=0.1)
+
+
+def test_every_term_and_measure_is_a_number_for_an_image():
+    from train.video_critics import build_critics
+
+    args = {
+        "untrained_critics": True,
+        "networks": {
+            "lpips": {"width_divisor": 32},
+            "identity": {"width_divisor": 32, "se_reduction": 2},
+            "landmarks": {"width_divisor": 32, "num_modules": 1},
+            "mesh": {"width_divisor": 32, "stages": (1, 1, 1, 1), "hidden": 8},
+        },
+        "sizes": {"landmarks": 64, "mesh": 32},
+    }
+    said = []
+    critics = build_critics(args, said.append)
+    assert not args and "synthetic one stands in" in said[0]
+    variables = jax.eval_shape(critics.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+    def terms(variables, y_hat, y):
+        found = critics.image_terms(variables, y_hat, y)
+        return found | critics.geometry_terms(variables, y_hat, y)
+
+    shapes = jax.eval_shape(terms, variables, images, images)
+    assert set(shapes) == {"l2", "lpips", "identity", "landmarks", "mesh"}
+    assert all(s.shape == () for s in shapes.values())
+    measures = jax.eval_shape(critics.measures, variables, images, images)
+    assert set(measures) == {"psnr", "lpips", "identity", "landmark_error", "mesh_error"}
+    assert all(s.shape == (2,) for s in measures.values())

@@ -1,0 +1,306 @@
+"""Video in, edited video out, frame by frame.
+
+`python -m train.edit_video --config configs/video2stylegan.py --checkpoint RUN --input CLIP
+--output OUT [--config.edit.KEY=VALUE ...]`: CLIP is a folder of frames or a video file, OUT a
+folder or a file ending in .mp4. Every frame is encoded with the clip's key codes, edited,
+synthesized and written before the next one is read.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.platform_choice import choose_platform
+
+choose_platform()
+
+from train.command_line import read_flags, stop_with_one_line  # noqa: E402
+from train.naming import ConfigError  # noqa: E402
+
+FLAGS = {
+    "checkpoint": "a run directory of the task video_inversion",
+    "input": "a video file, or a folder of frames",
+    "output": "a video file, or a folder for frames",
+}
+STRIP_COLUMNS = 8
+
+
+def main(argv: list[str]) -> int:
+    """Encode, edit and write a clip; say how fast, and how steady it is."""
+    config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
+    from train.loop import compilation_cache
+
+    compilation_cache()
+    if "edit" not in config:
+        raise ConfigError("--config: it has no key `edit`; use configs/video2stylegan.py")
+    numbers = edit_clip(config, paths["checkpoint"], paths["input"], paths["output"])
+    width = max(map(len, numbers))
+    for name, value in numbers.items():
+        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name}  {value}")
+    return 0
+
+
+def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, Any]:
+    """The command as a function: {number: value} of the finished clip."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxmodels.video import latent_editing, video_metrics
+    from jaxmodels.video.video_encoder import stream
+    from train import video_files
+    from train.initialization import starting_variables
+    from train.loop import Plan
+    from train.tasks.video_inversion import encoder_variables
+
+    edit = config.edit
+    if not Path(source).exists():
+        raise ConfigError(f"--input {source}: no such file or directory")
+    if Path(source).absolute() == Path(output).absolute():
+        raise ConfigError("--output: it is the input; name another")
+    with config.unlocked():
+        config.init_from = checkpoint
+    plan = Plan(config)
+    task = plan.task
+    params, extra = starting_variables(config, plan.abstract, task, plan.make)
+    variables = {"params": params, **extra}
+    own, model = encoder_variables(variables), task.model
+    direction = _direction(edit, model.w_dim) if edit.direction else None
+    layers = tuple(edit.layers) or None
+    size = model.image_size
+
+    style = None
+    if edit.style:
+        image = next(video_files.read_frames(edit.style))
+        still = jnp.asarray(_sized(video_files.to_unit(image), size))[None]
+        style = model.apply(own, still, method="encode_key")
+    control = _Control(edit) if edit.yaw or edit.pitch or edit.roll else None
+
+    embed = None
+    if "identity" in task.critics.modules:
+        from jaxmodels.vision.ir_se import embed_faces
+
+        network = task.critics.modules["identity"]
+        embed = jax.jit(lambda v, x: embed_faces(network, v["critics"]["identity"], x))
+
+    @jax.jit
+    def draw(variables, codes, alpha):
+        if style is not None:
+            codes = latent_editing.mix_styles(codes, style, model.split)
+        if direction is not None:
+            codes = latent_editing.move(codes, direction, alpha, layers)
+        return task.synthesize(variables, codes)[0]
+
+    frames = _aligned(edit, source, size)
+    crops, quads, whole = _tee(frames)
+    started, count, first = None, 0, None
+    sums = {"flicker": 0.0, "mse": 0.0}
+    before, strip = None, []
+    identities: list = []
+    with video_files.frame_writer(output, edit.fps) as write:
+        for frame, codes in stream(model, own, crops, edit.refresh, edit.every):
+            if control is not None:
+                codes = control(frame, codes)
+            image = np.asarray(draw(variables, codes, edit.alpha))
+            if count == 0:
+                # The first frame pays for compilation.
+                started, first = time.perf_counter(), codes
+            target = np.asarray(_pooled(frame, image.shape[0]))
+            sums["mse"] += float(np.square(image - target).mean())
+            if before is not None:
+                change = (image - before[0]) - (target - before[1])
+                sums["flicker"] += float(np.abs(change).mean())
+            before = image, target
+            if embed is not None:
+                identities.append(embed(variables, jnp.stack([image, target])))
+            write(_finished(edit, image, quads, whole))
+            strip.append((target, image))
+            if len(strip) > 4 * STRIP_COLUMNS:
+                strip = strip[::2]
+            count += 1
+    if not count:
+        raise ConfigError(f"--input {source}: it has no frames")
+    seconds = time.perf_counter() - started
+    split = model.split
+    numbers: dict[str, Any] = {
+        "frames": count,
+        "frames_per_s": (count - 1) / max(seconds, 1e-9) if count > 1 else float("nan"),
+        "mse": sums["mse"] / count,
+    }
+    if len(identities) > 1:
+        edited, original = jnp.stack(identities, 1)
+        numbers["TL-ID"] = float(video_metrics.local_identity(edited, original))
+        numbers["TG-ID"] = float(video_metrics.global_identity(edited, original))
+    if count > 1:
+        numbers["flicker"] = sums["flicker"] / (count - 1)
+    if edit.refresh == "first":
+        same = np.array_equal(np.asarray(first[:, split:]), np.asarray(codes[:, split:]))
+        numbers["high codes equal over the clip"] = str(bool(same))
+    if edit.strip:
+        write_strip(edit.strip, strip)
+        numbers["strip"] = edit.strip
+    return numbers
+
+
+def write_strip(path: str, pairs: list) -> None:
+    """A PNG of frames: the input above, the output below."""
+    import numpy as np
+    from PIL import Image
+
+    from train import video_files
+
+    step = max(1, len(pairs) // STRIP_COLUMNS)
+    chosen = pairs[::step][:STRIP_COLUMNS]
+    rows = [np.concatenate([video_files.to_bytes(p[i]) for p in chosen], 1) for i in (0, 1)]
+    picture = Image.fromarray(np.concatenate(rows))
+    if picture.height < 256:
+        scale = 256 // picture.height
+        picture = picture.resize(
+            (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+        )
+    picture.save(path)
+
+
+class _Control:
+    """The control network of a run of `pose_control`, with the regressor that it was trained on."""
+
+    def __init__(self, edit):
+        import jax
+
+        from jaxmodels.video.pose_control import PoseEditor
+        from train.initialization import starting_variables
+        from train.loop import Plan
+
+        if not edit.control_from:
+            raise ConfigError("config.edit.control_from: turning the head needs a control network")
+        other = _run_config(edit.control_from)
+        with other.unlocked():
+            other.init_from = edit.control_from
+        plan = Plan(other)
+        params, extra = starting_variables(other, plan.abstract, plan.task, plan.make)
+        task = plan.task
+        if "mesh" not in task.critics.modules:
+            raise ConfigError(
+                f"config.edit.control_from: {edit.control_from} has no mesh regressor; train it "
+                "with config.task_args.regressor_from"
+            )
+        editor = PoseEditor(task.model, {"params": params}, task.face)
+        asked = {k: edit[k] or None for k in ("yaw", "pitch", "roll")}
+
+        @jax.jit
+        def turn(critics, frame, codes):
+            mesh = task.critics.mesh_code(critics, frame)
+            mesh = mesh._replace(shape=mesh.shape[:, : task.face.shape_size])
+            return editor.set_pose(codes, mesh, relative=True, **asked)
+
+        self._turn, self._critics = turn, extra["critics"]
+
+    def __call__(self, frame, codes):
+        return self._turn(self._critics, frame[None], codes)
+
+
+def _run_config(run: str):
+    """A run's own config, from its config.json."""
+    import json
+
+    from ml_collections import ConfigDict
+
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"config.edit.control_from: {run} is no run directory (no config.json)")
+    return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _direction(edit, width: int):
+    import numpy as np
+
+    from jaxmodels.video.latent_editing import check_direction
+
+    path = Path(edit.direction)
+    if not path.is_file():
+        raise FileNotFoundError(f"config.edit.direction: no file {edit.direction!r}")
+    loaded = np.load(path, allow_pickle=False)
+    vector = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
+    return check_direction(vector, width)
+
+
+def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """(crop float32 [S, S, 3], its quad or None, whole frame or None) of every frame."""
+    import numpy as np
+
+    from jaxmodels.video.face_alignment import (
+        Quad,
+        check_landmarks,
+        crop_quad,
+        ffhq_quads,
+        smooth_quads,
+    )
+    from jaxmodels.video.video_encoder import check_frames, check_range
+    from train import video_files
+
+    quads = None
+    if edit.landmarks:
+        if not Path(edit.landmarks).is_file():
+            raise FileNotFoundError(f"config.edit.landmarks: no file {edit.landmarks!r}")
+        with np.load(edit.landmarks, allow_pickle=False) as arrays:
+            landmarks = arrays["landmarks"]
+        check_landmarks(landmarks, len(landmarks))
+        quads = smooth_quads(ffhq_quads(landmarks), 1.0, 3.0)
+    for t, frame in enumerate(video_files.read_frames(source)):
+        unit = video_files.to_unit(frame)
+        if quads is None:
+            check_frames(unit[None], size)
+            crop, quad, whole = unit, None, None
+        else:
+            if t >= len(quads.center):
+                check_landmarks(landmarks, t + 1)
+            quad, whole = Quad(*(part[t] for part in quads)), unit
+            crop = np.asarray(crop_quad(unit, quad, size))
+        if t == 0:
+            check_range(crop, print)
+        yield crop, quad, whole
+
+
+def _tee(frames):
+    """The crops as a stream; the present quad and whole frame in two boxes beside it."""
+    quads, whole = [None], [None]
+
+    def crops():
+        for crop, quads[0], whole[0] in frames:
+            yield crop
+
+    return crops(), quads, whole
+
+
+def _finished(edit, image, quads, whole):
+    import numpy as np
+
+    from jaxmodels.video.face_alignment import paste_quad
+    from train import video_files
+
+    if quads[0] is not None:
+        image = np.asarray(paste_quad(whole[0], image, quads[0]))
+    return video_files.to_bytes(image)
+
+
+def _pooled(frame, size: int):
+    import jax.numpy as jnp
+
+    from train.video_critics import pool
+
+    return pool(jnp.asarray(frame)[None], size)[0]
+
+
+def _sized(frame, size: int):
+    from jaxmodels.video.video_encoder import check_frames
+
+    check_frames(frame[None], size)
+    return frame
+
+
+if __name__ == "__main__":
+    sys.exit(stop_with_one_line(main, sys.argv))
