@@ -13,7 +13,8 @@ from jaxmodels.driving import forecast_objective, forecasting_metrics, vectoriza
 from jaxmodels.interop.conversion import to_torch
 
 # Sizes of a case's data, which are no arguments of a network.
-ABOUT_DATA = ("B", "P", "V", "resolution")
+ABOUT_DATA = ("B", "P", "V", "N", "resolution")
+VECTORIZE = ("obs", "dt", "radius", "heading_min_disp", "max_polylines", "max_vectors")
 
 
 def run(case) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def convnet(case, arguments):
 
 def features(case):
     given = case.inputs
-    options = {k: v for k, v in case.config.items() if k != "slow_target"}
+    options = {k: case.config[k] for k in VECTORIZE if k in case.config}
     scene = vectorization.vectorize(
         given["tracks_xy"],
         given["tracks_valid"],
