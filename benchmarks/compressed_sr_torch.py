@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jaxmodels.restoration.swin2sr import (
+from jaxmodels.restoration.windows import (
     relative_coords_table,
     relative_position_index,
     shifted_window_mask,

@@ -282,7 +282,7 @@ class Space:
         Raises ValueError for a band out of reach or when the probability leaves (0, 1).
         """
         self.check_budget(least, budget)
-        probability = 0.5
+        probability, mean = 0.5, float("nan")
         seen: dict[int, float] = {}
         while True:
             hundredths = round(100 * probability)

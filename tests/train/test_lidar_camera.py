@@ -309,7 +309,10 @@ def test_simulated_frames_are_a_function_of_their_seed(tmp_path):
     [
         (["--config.data.options.image_size=7"], "image_size must be an integer >= 16"),
         (["--config.data.options.source=nuscene"], "known are simulated"),
-        (["--config.data.options.source=waymo", "--config.data.options.path=/none"], "no *.tfrecord"),
+        (
+            ["--config.data.options.source=waymo", "--config.data.options.path=/none"],
+            "no *.tfrecord",
+        ),
         (["--config.model_args.layer_type=wide"], "known are basic"),
     ],
 )
