@@ -29,7 +29,5 @@ def class_rows(logits: Callable, variables: Any, path, config) -> list[tuple]:
 def baseline_numbers(config) -> dict[str, float]:
     """Accuracy of logistic regression on the data's pixels, where the family offers it."""
     family, _ = pipeline.resolve(config.data)
-    try:
-        return {"logistic_regression": family.baseline(config.data)}
-    except AttributeError:
-        return {}
+    value = family.baseline(config.data) if hasattr(family, "baseline") else None
+    return {} if value is None else {"logistic_regression": value}
