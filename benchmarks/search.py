@@ -25,9 +25,7 @@ def _scalenet_space():
     from jaxmodels.search import scalenet_space
 
     return scalenet_space.make_space(
-        scalenet_space.backbone((8, 4, 8, 8, 12, 12, 16, 20), expansion=2, out=32),
-        {"linear1": {"dim_in": 32, "dim_out": 10}},
-        resolution_multiplier=((16,), (16, 17, 18), (19, 20, 21), (23, 24, 25)),
+        **scalenet_space.DIGITS, resolution_multiplier=scalenet_space.DIGITS_RESOLUTIONS
     )
 
 

@@ -78,7 +78,7 @@ def _small(config, preset):
     config.eval.batch_size = 150
     config.eval.split = "test"
     config.search.update(
-        budget=5.5e4, base_error=1.2e4, scale_error=2e4, population=16, generations=6,
+        budget=1.1e5, base_error=1.5e4, scale_error=2.5e4, population=16, generations=6,
         base_models=4, iterations=2,
     )  # fmt: skip
     if preset == "retrain":

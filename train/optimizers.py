@@ -131,7 +131,7 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
         # What some parameters decay more than others is added to that.
         parts += [
             optax.add_decayed_weights(config.weight_decay * (factor - 1), decay_mask(pattern))
-            for pattern, factor in config.decay_factors
+            for pattern, factor in config.get("decay_factors", ())
         ]
     parts.append(inner)
     if config.weight_decay and config.decoupled:

@@ -379,10 +379,14 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
-    # Reduced spaces of the specification, for digits of 16 to 28 pixels.
     "digits": {
+        **scalenet_space.DIGITS,
+        "resolution_multiplier": scalenet_space.DIGITS_RESOLUTIONS,
+    },
+    # All seven stages and three kernels at reduced width, as slow to compile as the published one.
+    "digits_seven_stages": {
         "backbone": scalenet_space.backbone((8, 4, 8, 8, 12, 12, 16, 20), expansion=2, out=32),
         "head": {"linear1": {"dim_in": 32, "dim_out": 10}},
-        "resolution_multiplier": ((16,), (16, 17, 18), (19, 20, 21), (23, 24, 25)),
+        "resolution_multiplier": scalenet_space.DIGITS_RESOLUTIONS,
     },
 }

@@ -234,9 +234,8 @@ MODEL = ScaleNet
 VARIANTS: dict[str, dict[str, Any]] = {
     # A small fixed network of the digits space, for comparison with searched ones.
     "digits_base": {
-        "backbone": scalenet_space.backbone((8, 4, 8, 8, 12, 12, 16, 20), expansion=2, out=32),
-        "head": {"linear1": {"dim_in": 32, "dim_out": 10}},
-        "stages": ((0,), (1,), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1,), (0,), (0,), (0,)),
+        **scalenet_space.DIGITS,
+        "stages": ((0,), (1,), (1, 1), (1, 1), (1,), (0,)),
         "resolution": 16,
     },
 }

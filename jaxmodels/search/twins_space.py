@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.search.vitas_space import check_band
+
 HEAD_SHARES = (0.5, 1.0, 1.5, 2.0)
 IDENTITY = len(HEAD_SHARES)
 TOKEN_STEP = 8
@@ -253,12 +255,7 @@ class Space:
 
     def check_budget(self, least: float, budget: float) -> None:
         """ValueError, with the range there is, for a band that no network can lie in."""
-        low, high = self.cheapest_and_dearest()
-        if least > budget or budget < low or least > high:
-            raise ValueError(
-                f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
-                f"they have {low:,} to {high:,}"
-            )
+        check_band(least, budget, self.cheapest_and_dearest())
 
     def legal(self, genomes: Any) -> np.ndarray:
         """Every genome within the bounds is a network, bool [N]."""

@@ -252,12 +252,7 @@ class Space:
 
     def check_budget(self, least: float, budget: float) -> None:
         """ValueError, with the range there is, for a band that no network can lie in."""
-        low, high = self.cheapest_and_dearest()
-        if least > budget or budget < low or least > high:
-            raise ValueError(
-                f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
-                f"they have {low:,} to {high:,}"
-            )
+        check_band(least, budget, self.cheapest_and_dearest())
 
     def example(self, share: float) -> np.ndarray:
         """A canonical genome with this share of every width and of the depth, int64 [genes]."""
@@ -315,6 +310,15 @@ class Space:
             raise ValueError(f"a width share is none of {list(self.percent)}")
         genomes = np.concatenate([np.asarray(ops, np.int64), indices], axis=1)
         return np.stack([self.check(g, empty=True) for g in genomes])
+
+
+def check_band(least: float, budget: float, reach: tuple[int, int]) -> None:
+    """ValueError when a band of multiply-adds and what networks reach have nothing in common."""
+    if least > budget or budget < reach[0] or least > reach[1]:
+        raise ValueError(
+            f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
+            f"they have {reach[0]:,} to {reach[1]:,}"
+        )
 
 
 # The official configuration form

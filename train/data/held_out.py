@@ -92,10 +92,12 @@ def read_image(path, options: Mapping[str, Any]):
     return module.read_image(path, inner)
 
 
-def baseline(data: Mapping[str, Any]) -> float:
-    """The family's own baseline, fitted on its whole training split."""
+def baseline(data: Mapping[str, Any]) -> float | None:
+    """The family's own baseline, fitted on its whole training split; None where it has none."""
     from train.data import pipeline
 
     _, options = pipeline.resolve(data)
     module, _ = _inner(options)
+    if not hasattr(module, "baseline"):
+        return None
     return module.baseline({"name": options["of"], "options": _options(options)})

@@ -18,6 +18,7 @@ from jaxmodels.search import soft_labels, twins_superformer, vitas
 from train.building import build_model
 from train.data import image_mixing
 from train.naming import ConfigError
+from train.search import answers
 
 # What each way of sharing token channels runs: left 0, right 1, cyclic 2.
 SHARING = {"two_sided": (0, 1), "one_sided": (0,), "cyclic": (2,)}
@@ -97,25 +98,16 @@ class Superformer:
 
     def report(self, variables, sums, config):
         """The data's own baseline beside the genomes' accuracies."""
-        from train.data import pipeline
-
-        family, _ = pipeline.resolve(config.data)
-        if not hasattr(family, "baseline"):
-            return {}
-        return {"logistic_regression": family.baseline(config.data)}
+        return answers.baseline_numbers(config)
 
     def predict(self, variables, path, config):
         """Classes of images by the largest probe: rows (file, class, probability)."""
-        from train.data.image_folder import images_below
-
         genome = self.probes()[-1]
-        size = config.eval.batch_size or config.batch_size
-        apply = jax.jit(lambda v, x: jax.nn.softmax(sum(self.logits(v, x, genome))))
-        rows = [("file", "class", "probability")]
-        for names, images in images_below(path, config.data, batch_size=size):
-            p = np.asarray(apply(variables, images))[: len(names)]
-            rows += [(n, int(q.argmax()), float(q.max())) for n, q in zip(names, p)]
-        return rows
+
+        def logits(variables, images):
+            return sum(self.logits(variables, images, genome))
+
+        return answers.class_rows(logits, variables, path, config)
 
 
 def from_config(config) -> Superformer:

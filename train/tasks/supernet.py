@@ -18,6 +18,7 @@ import numpy as np
 from jaxmodels.search import scalenet, scalenet_sampling, soft_labels
 from train.building import build_model
 from train.naming import ConfigError
+from train.search import answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,27 +138,16 @@ class Supernet:
 
     def report(self, variables, sums, config):
         """The data's own baseline beside the sub-networks' accuracies."""
-        from train.data import pipeline
-
-        family, _ = pipeline.resolve(config.data)
-        if not hasattr(family, "baseline"):
-            return {}
-        return {"logistic_regression": family.baseline(config.data)}
+        return answers.baseline_numbers(config)
 
     def predict(self, variables, path, config):
         """Classes of images by the largest probe network: rows (file, class, probability)."""
-        from train.data.image_folder import images_below
-
         ops, width, resolution = (p[-1] for p in self.probes())
-        size = config.eval.batch_size or config.batch_size
-        apply = jax.jit(
-            lambda v, x: jax.nn.softmax(self.running_logits(v, x, ops, width, resolution))
-        )
-        rows = [("file", "class", "probability")]
-        for names, images in images_below(path, config.data, batch_size=size):
-            p = np.asarray(apply(variables, images))[: len(names)]
-            rows += [(n, int(q.argmax()), float(q.max())) for n, q in zip(names, p)]
-        return rows
+
+        def logits(variables, images):
+            return self.running_logits(variables, images, ops, width, resolution)
+
+        return answers.class_rows(logits, variables, path, config)
 
     def running_logits(self, variables, images, ops, width, resolution) -> jax.Array:
         """Left logits with running statistics: what one image's answer may depend on."""
