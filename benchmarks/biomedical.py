@@ -284,7 +284,8 @@ def stream(shape=STREAM_SHAPES[1], tile: int = 64, step: float = 1.0) -> dict[st
 
     from train.segmentation_inference import FileArray, LazyVolume, Windows, stream_labels
 
-    module = _network(3, (2, 4))
+    # One convolution a stage: this is about memory, which a larger network's windows only shift.
+    module = _network(3, (2, 4)).clone(n_conv_per_stage=(1, 1), n_conv_per_stage_decoder=(1,))
     variables = _variables(module)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "volume.npy"

@@ -125,6 +125,13 @@ def _cross_validation(known, settings, rows, test, first, held) -> tuple[str, st
     return title, known["cross_validation"].text(), "on", told
 
 
+def sees_patches(plans: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration sees less than a whole median case at once."""
+    own = plans["configurations"][name]
+    shape = own["median_shape"][-len(own["patch_size"]) :]
+    return any(p < n for p, n in zip(own["patch_size"], shape))
+
+
 def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, str, str, str]]:
     """(practice, survey, on or off, gain in Dice with its interval) of every surveyed practice.
 
@@ -132,8 +139,6 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
     compare two ways to predict that differ in the practice.
     """
     known = survey.load()
-    from train.challenge_stages import practice_of_patch
-
     oof = {name: _mean_rows(rows) for name, rows in chosen["per_case"].items()}
     table = test or oof
     names = list(settings.configurations)
@@ -145,7 +150,7 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
             gain = f"{_gain(table[before], table[after])} ({after} - {before})"
         rows.append((title, known[entry].text(), "on" if on else "off", gain))
 
-    patched = any(practice_of_patch(plans, name) for name in names)
+    patched = any(sees_patches(plans, name) for name in names)
     add("patch-based training", "patches", patched, "3d_lowres", "3d_fullres")
     add("downsampling", "downsampling", "3d_lowres" in names, "3d_fullres", "3d_cascade")
     flat = [

@@ -109,11 +109,10 @@ def stages_of_challenge(config, command: str = "") -> list[Stage]:
         Stage(
             "prepared",
             {
-                "kind": "fingerprint, plan, folds, preprocessing",
+                "kind": "fingerprint, plan, folds",
                 "plan": plan,
                 "folds": settings.folds,
                 "group_regex": settings.content["group_regex"],
-                "configurations": sorted(settings.configurations),
                 # A folder given from outside is known by its files.
                 "data": _listing(Path(path)) if path else settings.content["bundled"],
             },
@@ -125,9 +124,9 @@ def stages_of_challenge(config, command: str = "") -> list[Stage]:
         prior = (f"oof_{LOWRES}",) if name == CASCADE else ()
         members = []
         for seed, fold in settings.members():
-            stages.append(_train_stage(config, settings, name, seed, fold, prior))
+            stages.append(_train_stage(config, settings, name, seed, fold, prior, raw))
             members.append(stages[-1].name)
-        stages.append(_oof_stage(config, settings, name, tuple(members), prior))
+        stages.append(_oof_stage(config, settings, name, tuple(members), prior, raw))
     oof = tuple(f"oof_{name}" for name in settings.configurations)
     choice = {"ensemble": settings.content["ensemble"], "weights": settings.content["weights"]}
     stages.append(
@@ -207,8 +206,9 @@ def _prepare(folder: Path, raw_folder: Path, settings: Settings) -> dict[str, fl
         preparation.fingerprint(raw, folder)
     if not (folder / "plans.json").exists():
         preparation.plan(folder, **settings.content["plan"])
+    plans = preparation.read_json(folder / "plans.json")
     for name in settings.configurations:
-        preparation.preprocess_all(raw, folder, name)
+        preparation.configuration_of(plans, name)
     return {"cases": len(cases)}
 
 
@@ -277,10 +277,12 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def _train_stage(config, settings: Settings, name, seed, fold, prior) -> Stage:
+def _train_stage(config, settings: Settings, name, seed, fold, prior, raw) -> Stage:
     def run(folder, uses):
         from train.loop import fit
 
+        # Another configuration must not invalidate what is trained: each prepares its own cases.
+        preparation.preprocess_all(RawDataset.open(uses[raw]), uses["prepared"], name)
         path = uses[prior[0]] / "prior" if prior else None
         own = fold_config(config, uses["prepared"], name, fold, seed, path)
         return fit(own, folder, command=f"stage {folder.name}") or None
@@ -295,7 +297,7 @@ def _train_stage(config, settings: Settings, name, seed, fold, prior) -> Stage:
     steps = settings.content["steps"].get(name, config.steps)
     told = {"kind": "train", "configuration": name, "fold": fold, "seed": seed, "steps": steps}
     return Stage(
-        member_name(name, seed, fold), {**told, "config": content}, ("prepared", *prior), run
+        member_name(name, seed, fold), {**told, "config": content}, ("prepared", raw, *prior), run
     )
 
 
@@ -316,17 +318,21 @@ def _member(config, uses, settings: Settings, name: str, seed: int, fold: int, p
 # -- out-of-fold predictions -----------------------------------------------------------------------
 
 
-def _oof_stage(config, settings: Settings, name, members, prior) -> Stage:
+def _oof_stage(config, settings: Settings, name, members, prior, raw) -> Stage:
     def run(folder, uses):
-        return _predict_held_out(folder, uses, config, settings, name, prior)
+        return _predict_held_out(folder, uses, config, settings, name, prior, raw)
 
     keys = ("mirroring", "step")
     told = {"kind": "out-of-fold prediction", "configuration": name}
     told |= {k: settings.content[k] for k in keys}
-    return Stage(f"oof_{name}", told, ("prepared", *members, *prior), run)
+    # The first stage of a cascade also writes what the second reads.
+    told["cascade"] = name == LOWRES and CASCADE in settings.configurations
+    return Stage(f"oof_{name}", told, ("prepared", raw, *members, *prior), run)
 
 
-def _predict_held_out(folder, uses, config, settings: Settings, name, prior) -> dict[str, float]:
+def _predict_held_out(
+    folder, uses, config, settings: Settings, name, prior, raw
+) -> dict[str, float]:
     """`CASE.npy` float16 probabilities on the original grid, and which fold's model made them."""
     prepared = uses["prepared"]
     known = preparation.read_json(prepared / "dataset.json")
@@ -334,6 +340,8 @@ def _predict_held_out(folder, uses, config, settings: Settings, name, prior) -> 
     plans = preparation.read_json(prepared / "plans.json")
     path = uses[prior[0]] / "prior" if prior else None
     feeds_cascade = name == LOWRES and CASCADE in settings.configurations
+    if feeds_cascade:
+        preparation.preprocess_all(RawDataset.open(uses[raw]), prepared, CASCADE)
     (folder / "prior").mkdir(exist_ok=True)
     recorded = {}
     for fold, cases in enumerate(held):
@@ -585,10 +593,3 @@ class _TestPredictor:
                 singles[f"{name}, first model"] = [restored(members[0])]
                 singles[f"{name}, first model, no mirroring"] = [restored(p)]
         return singles, found
-
-
-def practice_of_patch(plans: Mapping[str, Any], name: str) -> bool:
-    """Whether a configuration sees less than a whole median case at once."""
-    own = plans["configurations"][name]
-    shape = own["median_shape"][-len(own["patch_size"]) :]
-    return any(p < n for p, n in zip(own["patch_size"], shape))

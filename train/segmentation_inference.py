@@ -110,9 +110,10 @@ def predict_probabilities(
 
 
 class FileArray:
-    """An array in a file, mapped only while a block of it is read or written.
+    """An array in a file of which only the blocks at hand are in memory.
 
-    A lasting map would count every page it ever touched as resident memory.
+    Blocks are read and written by position: a memory map would count every page around the rows
+    it touches as resident.
     """
 
     def __init__(self, path: str | os.PathLike, shape, dtype, offset: int = 0, order: str = "C"):
@@ -120,21 +121,55 @@ class FileArray:
         self.offset, self.order = offset, order
 
     @classmethod
-    def create(cls, path, shape, dtype, offset: int = 0, order: str = "C") -> FileArray:
+    def create(cls, path, shape, dtype, offset: int = 0) -> FileArray:
         """A file of zeros; it takes disk space only where it is written."""
         size = offset + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         with open(path, "r+b" if Path(path).exists() else "w+b") as file:
             file.truncate(size)
-        return cls(path, shape, dtype, offset, order)
+        return cls(path, shape, dtype, offset)
 
-    def _map(self, mode: str) -> np.memmap:
-        return np.memmap(self.path, self.dtype, mode, self.offset, self.shape, self.order)
+    def _ranges(self, where) -> list[range]:
+        where = where if isinstance(where, tuple) else (where,)
+        where = (*where, *(slice(None),) * (len(self.shape) - len(where)))
+        return [range(*w.indices(n)) for w, n in zip(where, self.shape)]
+
+    def _runs(self, ranges: list[range]):
+        """(index into the block, byte offset) of every run that is contiguous in the file."""
+        whole = len(ranges)
+        while whole > 1 and len(ranges[whole - 1]) == self.shape[whole - 1]:
+            whole -= 1
+        # Axes before `leading` are walked; the run covers the rest.
+        leading = whole - 1
+        strides = np.cumprod([1, *self.shape[:0:-1]], dtype=np.int64)[::-1] * self.dtype.itemsize
+        last = sum(int(r.start * s) for r, s in zip(ranges[leading:], strides[leading:]))
+        for index in np.ndindex(*(len(r) for r in ranges[:leading])):
+            place = sum(int(r[i] * s) for r, i, s in zip(ranges, index, strides))
+            yield index, self.offset + place + last
 
     def __getitem__(self, where) -> np.ndarray:
-        return np.array(self._map("r")[where])
+        if self.order != "C":
+            flipped = FileArray(self.path, self.shape[::-1], self.dtype, self.offset)
+            where = where if isinstance(where, tuple) else (where,)
+            where = (*where, *(slice(None),) * (len(self.shape) - len(where)))
+            return flipped[where[::-1]].transpose()
+        ranges = self._ranges(where)
+        block = np.empty([len(r) for r in ranges], self.dtype)
+        if block.size:
+            with open(self.path, "rb", buffering=0) as file:
+                for index, place in self._runs(ranges):
+                    run = memoryview(block[index]).cast("B")
+                    if os.preadv(file.fileno(), [run], place) != run.nbytes:
+                        raise DataError(f"{self.path}: the file ends too early")
+        return block
 
     def __setitem__(self, where, values) -> None:
-        self._map("r+")[where] = values
+        ranges = self._ranges(where)
+        shape = [len(r) for r in ranges]
+        block = np.ascontiguousarray(np.broadcast_to(values, shape), self.dtype)
+        if block.size:
+            with open(self.path, "r+b", buffering=0) as file:
+                for index, place in self._runs(ranges):
+                    os.pwritev(file.fileno(), [memoryview(block[index]).cast("B")], place)
 
 
 class LazyVolume:
@@ -155,7 +190,7 @@ class LazyVolume:
             self._blocks = FileArray(self.path, header.shape, header.dtype, header.offset, order)
             self._transposed = False
         elif name.endswith(".nii"):
-            image = _nibabel().load(self.path)
+            image = _nibabel().load(self.path, mmap=False)
             self._blocks, self._transposed = image.dataobj, True
             self.affine = image.affine
             self.spacing = tuple(float(z) for z in image.header.get_zooms()[:3][::-1])

@@ -118,6 +118,26 @@ def test_streaming_from_disk_writes_what_memory_would_hold(network, tmp_path, en
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"labels{ending}", f"volume{ending}"]
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_blocks_of_a_file_are_those_of_the_array(order, tmp_path):
+    array = np.asarray(RNG.normal(size=(4, 5, 6)), np.float32)
+    path = tmp_path / "blocks"
+    path.write_bytes(b"head" + array.tobytes(order))
+    blocks = inference.FileArray(path, array.shape, np.float32, 4, order)
+    whole = slice(None)
+    for where in (
+        (slice(1, 3),),
+        (whole, slice(2, 4)),
+        (slice(0, 9), whole, slice(1, 2)),
+        (whole,),
+    ):
+        np.testing.assert_array_equal(blocks[where], array[where])
+        if order == "C":
+            array[where] += 1
+            blocks[where] = array[where]
+            np.testing.assert_array_equal(blocks[whole, whole, whole], array)
+
+
 def test_streaming_refuses_compressed_files(tmp_path):
     with pytest.raises(DataError, match=r"uncompressed \.nii; decompress"):
         inference.LazyVolume(tmp_path / "x.nii.gz")
