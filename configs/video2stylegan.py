@@ -36,6 +36,7 @@ TOY_GENERATOR = {
     "channel_base": 1024,
     "channel_max": 40,
 }
+TERMS = ("lpips", "identity", "landmarks", "mesh")
 TOY_ENCODER = {
     "image_size": 32,
     "patch_size": 4,
@@ -96,6 +97,9 @@ def _small(config, preset):
         "mesh": 0.0,
         "w_norm": 0.0,
     }
+    config.task_args.networks = {name: {} for name in TERMS}
+    config.task_args.files = {name: "" for name in TERMS}
+    config.task_args.sizes = {"landmarks": 256, "mesh": 224}
     config.data.name = "latent_walks"
     config.data.options = {"z_dim": 32, "w_dim": 32, "n_low": 5, "std": 0.35}
     config.optimizer.weight_decay = 0.01

@@ -85,6 +85,17 @@ def frame_writer(path: str | os.PathLike, fps: int = 25) -> Iterator[Any]:
         return
     av = _av()
     part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        with _video_writer(av, path, part, fps) as write:
+            yield write
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def _video_writer(av: Any, path: Path, part: Path, fps: int) -> Iterator[Any]:
     with av.open(os.fspath(part), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.pix_fmt = "yuv420p"
@@ -107,7 +118,6 @@ def frame_writer(path: str | os.PathLike, fps: int = 25) -> Iterator[Any]:
         finally:
             for packet in stream.encode() if started else ():
                 container.mux(packet)
-    part.replace(path)
 
 
 def to_unit(frame: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from train.checkpoints import load_params
 from train.naming import ConfigError
 from train.video_critics import Critics, build_critics, pool, read_state, require
 
-CLIPS, CLIP_FRAMES = 12, 8
+CLIP_FRAMES = 8
 INPUT_NOISE = 0.1
 
 
@@ -45,7 +45,7 @@ class VideoInversion:
       generator_from: a StyleGAN2 checkpoint of either naming, or a run directory of the task
         `stylegan2`. encoder_from: a ViT, pSp or e4e file to begin with, or "".
       psi: how far latents of made-up clips keep from the mean (1: no truncation).
-      steps: length of the run.
+      steps: length of the run. report_clips: clips on which flicker is reported; 0: none.
     """
 
     model: VideoEncoder
@@ -56,6 +56,7 @@ class VideoInversion:
     model_name: str = "video.video_encoder"
     psi: float = 0.8
     steps: int = 1
+    report_clips: int = 12
 
     uses_step = True
 
@@ -190,6 +191,8 @@ class VideoInversion:
     def report(self, variables, sums, config):
         """Flicker of static noisy clips and of moving ones, with reused and with all new codes."""
         del sums
+        if not self.report_clips:
+            return {}
         if not config.data.name.startswith("latent_walks"):
             return self._report_clips(variables, config)
         variables = jax.device_put(variables)
@@ -219,7 +222,10 @@ class VideoInversion:
             return self._both_modes(variables, seen, clean)
 
         return np.asarray(
-            [[one(variables, 1000 + i, *study) for i in range(CLIPS)] for study in _STUDIES]
+            [
+                [one(variables, 1000 + i, *study) for i in range(self.report_clips)]
+                for study in _STUDIES
+            ]
         )
 
     def _both_modes(self, variables, seen, clean):
@@ -240,7 +246,7 @@ class VideoInversion:
         one = jax.jit(self._both_modes)
         found, noisy = [], []
         rng = np.random.default_rng(0)
-        for i in range(min(len(clips), CLIPS)):
+        for i in range(min(len(clips), self.report_clips)):
             count = min(family.clip_length(clips[i], options), CLIP_FRAMES)
             frames = family.read_clip(clips[i], options, range(count))[0]
             check_range(frames)
