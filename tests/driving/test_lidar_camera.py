@@ -7,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxmodels
@@ -33,7 +34,7 @@ from jaxmodels.interop import catalog
 RING = range_image.waymo_like(24, 180)
 CAMERA = camera_renderer.front_camera(0.1)
 OPTIONS = lidar_camera.PipelineOptions(
-    clustering=ClusteringOptions(min_points=3, max_clusters=24),
+    clustering=ClusteringOptions(min_points=3, max_clusters=48),
     buckets=(32, 64),
     batch=4,
     max_patches=16,
@@ -365,10 +366,12 @@ def test_the_detector_finds_what_its_loss_was_zero_for():
         return frame_detector.detection_loss(heads, boxes, classes, mask, frame_detector.ANCHORS)[0]
 
     start = tuple(map(jnp.asarray, heads))
-    grad = jax.jit(jax.value_and_grad(loss_of))
-    for _ in range(60):
+    optimizer = optax.adam(0.3)
+    grad, state = jax.jit(jax.value_and_grad(loss_of)), optimizer.init(start)
+    for _ in range(120):
         loss, slope = grad(start)
-        start = tuple(h - 2.0 * g for h, g in zip(start, slope))
+        updates, state = optimizer.update(slope, state)
+        start = optax.apply_updates(start, updates)
     assert np.isfinite(loss) and float(loss) < 0.2
     found = frame_detector.candidates(start, frame_detector.ANCHORS, max_candidates=16)
     kept = np.flatnonzero(found.valid)
