@@ -366,9 +366,9 @@ def test_the_detector_finds_what_its_loss_was_zero_for():
         return frame_detector.detection_loss(heads, boxes, classes, mask, frame_detector.ANCHORS)[0]
 
     start = tuple(map(jnp.asarray, heads))
-    optimizer = optax.adam(0.3)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.3, 150))
     grad, state = jax.jit(jax.value_and_grad(loss_of)), optimizer.init(start)
-    for _ in range(120):
+    for _ in range(150):
         loss, slope = grad(start)
         updates, state = optimizer.update(slope, state)
         start = optax.apply_updates(start, updates)
