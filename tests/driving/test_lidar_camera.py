@@ -7,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxmodels
@@ -33,7 +34,7 @@ from jaxmodels.interop import catalog
 RING = range_image.waymo_like(24, 180)
 CAMERA = camera_renderer.front_camera(0.1)
 OPTIONS = lidar_camera.PipelineOptions(
-    clustering=ClusteringOptions(min_points=3, max_clusters=24),
+    clustering=ClusteringOptions(min_points=3, max_clusters=48),
     buckets=(32, 64),
     batch=4,
     max_patches=16,
@@ -359,18 +360,18 @@ def test_heading_and_recall_by_rank():
 def test_the_detector_finds_what_its_loss_was_zero_for():
     boxes = np.float32([[[10, 12, 60, 70], [100, 30, 130, 60], [0, 0, 0, 0]]])
     classes, mask = np.asarray([[1, 0, 0]]), np.asarray([[True, True, False]])
-    # Boxes start as their anchors in the middle of their cells, nothing as an object.
-    start = np.tile(np.float32([0, 0, 0, 0] + [-11] * 5), 3)
-    heads = [np.broadcast_to(start, (1, 160 // s, 160 // s, 27)) for s in (8, 16, 32)]
+    heads = [np.full((1, 160 // s, 160 // s, 27), -12.0, np.float32) for s in (8, 16, 32)]
 
     def loss_of(heads):
         return frame_detector.detection_loss(heads, boxes, classes, mask, frame_detector.ANCHORS)[0]
 
     start = tuple(map(jnp.asarray, heads))
-    grad = jax.jit(jax.value_and_grad(loss_of))
-    for _ in range(150):  # sizes have weights up to 2: a step of 1 or more would diverge
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.3, 150))
+    grad, state = jax.jit(jax.value_and_grad(loss_of)), optimizer.init(start)
+    for _ in range(150):
         loss, slope = grad(start)
-        start = tuple(h - 0.9 * g for h, g in zip(start, slope))
+        updates, state = optimizer.update(slope, state)
+        start = optax.apply_updates(start, updates)
     assert np.isfinite(loss) and float(loss) < 0.2
     found = frame_detector.candidates(start, frame_detector.ANCHORS, max_candidates=16)
     kept = np.flatnonzero(found.valid)

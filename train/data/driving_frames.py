@@ -242,6 +242,12 @@ def _simulated(split: str, settings: tuple, directory: str) -> SimulatedFrames:
     return SimulatedFrames({**arrays, "image": np.stack(images)}, settings)
 
 
+def check_source(options: Mapping[str, Any]) -> None:
+    """Raises FileNotFoundError unless the folder that `source` reads from exists."""
+    if options["source"] != "simulated":
+        _root(options)
+
+
 def _root(options: Mapping[str, Any]) -> Path:
     root = Path(options["path"] or "").expanduser()
     if not options["path"] or not root.is_dir():

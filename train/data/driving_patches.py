@@ -183,6 +183,7 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
     """Stored patches of a split."""
     element_spec(options)
+    driving_frames.check_source(options)
     # What training alone decides is no matter of the stored data.
     kept = {k: v for k, v in options.items() if k not in ("jitter", "color", "threads", "workers")}
     return _source(split, tuple(sorted(kept.items())))

@@ -54,6 +54,8 @@ def prepare(builder_class: type, path: str | None = None, **arguments) -> tfds.c
             with _quietly():
                 builder.download_and_prepare()
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:
+            raise  # as below
         reason = error.strerror or error
         raise OSError(
             f"cannot prepare {builder_class.name} in {directory}: {reason}; set data.options.path "
