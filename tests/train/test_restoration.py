@@ -204,6 +204,7 @@ def test_the_paper_video_recipe_runs_twenty_steps_with_a_resting_flow_network(ld
         "--config.batch_size=1",
         "--config.parallel.data=1",
         "--config.steps=20",
+        "--config.schedule.peak=0.003",
         "--config.log_every=10",
         "--config.eval.every=0",
         "--config.checkpoint.every=5",

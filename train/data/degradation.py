@@ -96,14 +96,14 @@ def encode_hevc(frames: Sequence[np.ndarray], qp: int = HEVC_QP, rate: int = 30)
 
     `ipratio=1`: without it libx265 would lower the QP of the I frame by about 3.
     """
-    return _encode([_video_frame(frame) for frame in frames], qp, rate)[0]
+    return _encode([_video_frame(frame) for frame in frames], qp, rate)
 
 
 def _video_frame(frame: np.ndarray):
     return _av().VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
 
-def _encode(frames, qp: int, rate: int):
+def _encode(frames, qp: int, rate: int) -> list[bytes]:
     av = _av()
     packets, context = [], av.CodecContext.create("libx265", "w")
     context.width, context.height = frames[0].width, frames[0].height
@@ -119,7 +119,7 @@ def _encode(frames, qp: int, rate: int):
         frame.pts, frame.time_base = number, context.time_base
         packets += [bytes(packet) for packet in context.encode(frame)]
     packets += [bytes(packet) for packet in context.encode(None)]
-    return packets, context.extradata
+    return packets
 
 
 def decode_hevc(packets: Sequence[bytes]) -> np.ndarray:
@@ -153,7 +153,7 @@ def degrade_video(frames: np.ndarray, scale: int = SCALE, qp: int = HEVC_QP) -> 
                 interpolation=av.video.reformatter.Interpolation.BICUBIC,
             )
         )
-    return decode_hevc(_encode(small, qp, 30)[0])
+    return decode_hevc(_encode(small, qp, 30))
 
 
 def read_video_file(path) -> np.ndarray:
