@@ -81,7 +81,7 @@ def _paper(config, preset):
         config.schedule.update(
             name="linear_segments",
             boundaries=(0, 35 * epoch, 70 * epoch, 100 * epoch),
-            values=(7.5e-5, 7.5e-4, 7.5e-5, 1e-6),
+            rates=(7.5e-5, 7.5e-4, 7.5e-5, 1e-6),
             hold_for=epoch,
         )
     config.log_every = 50

@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
                     "hold_for": 1,  # steps for which the rate stays put (timm: one epoch)
                     "boundaries": (),  # step: steps at which the rate is multiplied
                     "factor": 0.1,
-                    "values": (),  # linear_segments: the rates at `boundaries`
+                    "rates": (),  # linear_segments: the rates at `boundaries`
                     "power": 1.0,  # polynomial
                     "pct_start": 0.1,  # one_cycle: the share of it before the rate falls
                 }

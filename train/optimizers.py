@@ -32,7 +32,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
     `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up. `linear_segments` goes
-    in straight lines through `values` at the steps `boundaries`.
+    in straight lines through `rates` at the steps `boundaries`.
     """
     if config.name not in SCHEDULES:
         raise ConfigError(
@@ -60,9 +60,9 @@ def make_schedule(config, steps: int) -> optax.Schedule:
             step = t // config.hold_for
             return one_cycle(step, peak, peak, end, steps=cycles, pct_start=config.pct_start)
     elif config.name == "linear_segments":
-        if len(config.values) != len(config.boundaries) or not config.values:
-            raise ConfigError("config.schedule.values: linear_segments needs one for each boundary")
-        places, rates = jnp.asarray(config.boundaries, float), jnp.asarray(config.values, float)
+        if len(config.rates) != len(config.boundaries) or not config.rates:
+            raise ConfigError("config.schedule.rates: linear_segments needs one for each boundary")
+        places, rates = jnp.asarray(config.boundaries, float), jnp.asarray(config.rates, float)
 
         def body(t):
             return jnp.interp(jnp.asarray(t, float), places, rates)
