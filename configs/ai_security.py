@@ -84,12 +84,12 @@ def _face(config):
         "layers": (1, 1, 1, 1),
         "width": 12,
         "num_features": 64,
-        "input": (32, 32),
+        "input": (48, 48),
     }
     config.task_args = {"classes": 0, "margin": "arcface", "scale": 32.0}
     config.data.name = "identities:glyphs"
-    config.data.options = {"image_size": 32}
-    config.steps, config.batch_size = 250, 64
+    config.data.options = {"image_size": 48}
+    config.steps, config.batch_size = 300, 64
     config.optimizer.weight_decay = 5e-4
     config.optimizer.freeze = r"^features\.scale$"
     config.schedule.update(name="cosine", peak=3e-3, end=3e-5, warmup_steps=30)
@@ -119,7 +119,7 @@ def _driving(config):
     config.model = "security.vehicle_detector"
     config.model_args = {"width": 12}
     config.data.name = "drive_up"
-    config.steps, config.batch_size = 350, 32
+    config.steps, config.batch_size = 500, 32
     config.schedule.update(name="cosine", peak=3e-3, end=3e-5, warmup_steps=30)
     config.eval.batch_size = 64
     config.checkpoint.every = 250

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmodels.security.driving_simulator import (
@@ -24,7 +25,7 @@ from jaxmodels.security.driving_simulator import (
 
 METHODS = ("gradient", "cem", "random")
 # Of the first knots (acceleration, steering), before tanh: wilder steering leaves the road at once.
-_SPREAD = jnp.array([0.7, 0.3])
+_SPREAD = np.array([0.7, 0.3], np.float32)
 _ELITES = 0.15
 
 

@@ -189,7 +189,7 @@ def test_the_learning_rate_goes_through_the_recipes_corners():
     rate = make_schedule(config.schedule, config.steps)
     epoch = 50000 // 256
     got = [float(rate(k * epoch)) for k in (0, 35, 70, 100)]
-    np.testing.assert_allclose(got, (7.5e-5, 7.5e-4, 7.5e-5, 1e-6), rtol=1e-5)
+    np.testing.assert_allclose(got, (7.5e-5, 7.5e-4, 7.5e-5, 1e-6), rtol=1e-4)
     assert float(rate(epoch)) == float(rate(2 * epoch - 1))
 
 

@@ -18,6 +18,7 @@ from jaxmodels.security.perturbations import check_mask, feature_distance
 from train.competition.roster import Member, train_members
 from train.competition.submissions import check_budget, read_head, read_images, write_head
 from train.data import pipeline
+from train.naming import ConfigError
 from train.tasks.face_recognition import HEAD
 
 
@@ -77,6 +78,7 @@ def file_names(count: int) -> list[str]:
 def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
     """Attacked images [N, H, W, 3] of 0..255, within the rules' budget."""
     used = [m for m in surrogates if m.name in recipe.get("models", [m.name])]
+    check_sizes(used, attackers.shape[1:])
     embedders = [embedder(m) for m in used]
     goal, budget = rules["goal"], rules["budget"]
     # Towards the victim, or away from another photo of oneself.
@@ -136,8 +138,17 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
     return np.concatenate(results)
 
 
+def check_sizes(members: list[Member], shape: tuple[int, ...]) -> None:
+    """Refuse networks that were trained on faces of another size than the pairs'."""
+    for member in members:
+        own = pipeline.element_spec(member.config.data)["image"].shape
+        if own != shape:
+            raise ConfigError(f"{member.name} takes faces of {own}, the pairs are of {shape}")
+
+
 def judge(victims, images, references) -> tuple[np.ndarray, np.ndarray]:
     """Cosines [victims, N] and each victim's verification threshold; no gradients are taken."""
+    check_sizes(victims, images.shape[1:])
     cosines = []
     for member in victims:
         embed = jax.jit(embedder(member))
