@@ -1,6 +1,12 @@
 """Test session set-up: eight host devices, the CPU backend, shape checks on in tests only."""
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
+
+LARGE_WORKER = 3 * 2**30  # bytes
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices for the mesh tests; single-device tests simply use the first.
@@ -16,3 +22,21 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="run the golden cases found below DIR, not the committed ones",
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Drops compiled programs after a module once a worker has grown large.
+
+    JAX keeps every program: without this a worker ends above 6 GB.
+    """
+    yield
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return
+    if pages * os.sysconf("SC_PAGE_SIZE") > LARGE_WORKER:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
