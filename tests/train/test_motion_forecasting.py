@@ -36,12 +36,7 @@ def argoverse(tmp_path_factory):
     """Argoverse's layout: train/data and val/data of CSV files, lanes beside each."""
     root = tmp_path_factory.mktemp("argoverse")
     for split, count in (("train", 8), ("val", 3)):
-        folder = root / split / "data"
-        folder.mkdir(parents=True)
-        for i in range(count):
-            scene = traffic_simulator.simulate((11, count, i))
-            motion_files.write_sequence(folder / f"{i}.csv", scene.tracks, scene.valid)
-            motion_files.write_lanes(folder / f"{i}.lanes.json", scene.lanes, scene.lane_attributes)
+        assert len(traffic_files.write_scenes(root, split, count, seed=11)) == count
     return root
 
 
