@@ -11,7 +11,7 @@ import pytest
 from train import forecast_figures, predict
 from train.__main__ import main
 from train.command_line import read_flags, stop_with_one_line
-from train.data import motion_files, motion_scenes, pipeline
+from train.data import motion_files, motion_scenes, pipeline, traffic_files
 from train.loop import Plan
 from train.tasks.motion_forecasting import constant_velocity
 
