@@ -57,6 +57,40 @@ def _gathered_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> ja
     return jnp.concatenate(windows, -1) @ kernel.reshape(-1, features)
 
 
+def _windowed_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tuple) -> jax.Array:
+    """Convolution as one matrix product over copies of all windows, for maps of a few pixels.
+
+    XLA's CPU backend leaves its fast path where a map is smaller than the kernel: 2x2 pixels of 512
+    channels took 150 ms by it and 1.7 ms so (`benchmarks/results/convolution.md`).
+    """
+    kh, kw, _, features = kernel.shape
+    out = [
+        (n + sum(p) - k) // s + 1 for n, p, k, s in zip(x.shape[1:3], padding, (kh, kw), strides)
+    ]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    ends = [(n - 1) * s + 1 for n, s in zip(out, strides)]
+    windows = [
+        x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return jnp.concatenate(windows, -1) @ kernel.reshape(-1, features)
+
+
+def _dense_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tuple) -> jax.Array:
+    """XLA's convolution; on a CPU the matrix product where the result is smaller than the kernel.
+
+    That is where the convolution itself, or the one that is its gradient, falls off the fast path.
+    """
+    sides = zip(x.shape[1:3], padding, kernel.shape[:2], strides)
+    outside = [((n + sum(p) - k) // s + 1, k) for n, p, k, s in sides]
+    xla = partial(_xla_conv, strides=strides, padding=padding, groups=1)
+    if kernel.shape[:2] == (1, 1) or all(n >= k for n, k in outside):
+        return xla(x, kernel)
+    small = partial(_windowed_conv, strides=strides, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=small, default=xla)
+
+
 @unfused(2, 3)
 def _tapped_conv(x: jax.Array, kernel: jax.Array, stride: int, pad: int) -> jax.Array:
     """Convolution over few channels as one fused loop of multiply-adds over the filters.
@@ -144,7 +178,7 @@ class Conv(nn.Module):
     `padding` is symmetric and numerical as in PyTorch (never XLA's "SAME"); None means
     kernel_size // 2. A 1x1 kernel stays 4-D and is computed as `x @ kernel[0, 0]`; groups equal
     to the number of channels take the depthwise form; a stem (few channels, a stride) is a fused
-    loop or a matrix product on a CPU.
+    loop or a matrix product on a CPU; maps smaller than the kernel are a matrix product there.
     """
 
     features: int
@@ -178,6 +212,8 @@ class Conv(nn.Module):
             y = depthwise_conv(x, kernel, strides, padding)
         elif self.groups == 1 and 1 < self.strides and k > 1 and channels <= _FEW_CHANNELS:
             y = _stem_conv(x, kernel, self.strides, pad)
+        elif self.groups == 1:
+            y = _dense_conv(x, kernel, strides, padding)
         else:
             y = _xla_conv(x, kernel, strides, padding, self.groups)
         if self.use_bias:

@@ -85,3 +85,28 @@ def test_forward_mode_agrees_with_reverse_mode(case):
     forward, reverse, over_reverse, over_forward = both(params, x)
     assert float(forward) == pytest.approx(float(reverse), rel=1e-5)
     np.testing.assert_allclose(over_reverse, over_forward, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [((2, 2), 3, 1), ((1, 4), 3, 1), ((4, 3), 3, 2), ((4, 4), 7, 1)]
+)
+def test_maps_smaller_than_the_kernel_equal_xlas_convolution(size, kernel, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 6)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(kernel, kernel, 6, 5)), jnp.float32)
+    pad = (kernel // 2, kernel // 2)
+
+    def ours(x, weights):
+        return Conv(5, kernel, strides=stride).apply({"params": {"kernel": weights}}, x)
+
+    def theirs(x, weights):
+        return lax.conv_general_dilated(
+            x, weights, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    assert "stablehlo.convolution" not in jax.jit(ours).lower(x, weights).as_text()
+    y, pull = jax.vjp(jax.jit(ours), x, weights)
+    wanted, pull_wanted = jax.vjp(jax.jit(theirs), x, weights)
+    np.testing.assert_allclose(y, wanted, atol=1e-4)
+    for a, b in zip(pull(jnp.cos(wanted)), pull_wanted(jnp.cos(wanted)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
