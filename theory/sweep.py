@@ -87,6 +87,11 @@ class RunSpec:
         return rate / self.loss_scale
 
     @property
+    def rate_follows_draw(self) -> bool:
+        """Whether `step_size` is divided by the drawn problem's curvature."""
+        return self.lr is None and self.problem in ("sensing", "regression")
+
+    @property
     def loss_scale(self) -> float:
         """Curvature of the loss where it is known beforehand: 1 / |Omega| for completion."""
         if self.problem != "completion":
@@ -137,7 +142,7 @@ class RunSpec:
             self.symmetry,
             self.optimizer,
             self.data_count,
-            self.lr is None,
+            self.rate_follows_draw,
             self.target is not None,
         )
 
@@ -183,7 +188,7 @@ def _draw(spec: RunSpec, width: int, numbers: dict[str, jax.Array]) -> Lanes:
     norm = "half_sum" if spec.problem == "reconstruction" else "half_mean"
     problem = Problem(target, data, scale, spec.problem, norm)
     rate = numbers["lr"]
-    if spec.lr is None and spec.problem in ("sensing", "regression"):
+    if spec.rate_follows_draw:
         rate = rate / problem.sharpness
     factors = random_factors(
         key_init, spec.dims, spec.init, numbers["factor_scale"], target=target, dtype=dtype
@@ -218,7 +223,7 @@ def _static(spec: RunSpec) -> RunSpec:
         alpha=1.0,
         seed=0,
         eta_hat=None,
-        lr=None if spec.lr is None else 1.0,
+        lr=None if spec.rate_follows_draw else 1.0,
         cap=0,
         stop=0.0,
         noise_std=0.0,

@@ -134,6 +134,11 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             for pattern, factor in config.get("decay_factors", ())
         ]
     parts.append(inner)
+    for key in ("decay_factors", "groups"):
+        if config.weight_decay and config.decoupled and config.get(key, ()):
+            raise ConfigError(
+                f"config.optimizer.{key}: decoupled weight decay knows one rate for all parameters"
+            )
     if config.weight_decay and config.decoupled:
         # After the optimizer, scaled by the same rate: w <- w - lr * wd * w.
         mask = decay_mask(config.decay_mask)

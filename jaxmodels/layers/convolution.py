@@ -61,7 +61,7 @@ def _windowed_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tup
     """Convolution as one matrix product over copies of all windows, for maps of a few pixels.
 
     XLA's CPU backend leaves its fast path where a map is smaller than the kernel: 2x2 pixels of 512
-    channels took 150 ms by it and 1.7 ms so (`benchmarks/results/convolution.md`).
+    channels took 136 ms by it and 1.5 ms so (`benchmarks/results/convolution.md`).
     """
     kh, kw, _, features = kernel.shape
     out = [

@@ -24,6 +24,7 @@ from jax import lax
 
 from jaxmodels.layers.depthwise import depthwise_conv, depthwise_conv_grouped
 from jaxmodels.search import scalenet_space
+from jaxmodels.search.choice_blocks import ChoiceBlock, ChoiceOp
 from jaxmodels.search.scalenet_blocks import (
     Area,
     Setting,
@@ -36,7 +37,7 @@ from jaxmodels.search.scalenet_blocks import (
     window,
     within,
 )
-from jaxmodels.search.scalenet_space import ChoiceBlock, ChoiceOp, Space
+from jaxmodels.search.scalenet_space import Space
 
 SIDES = ("left", "right")
 WIDTH_ARITHMETIC = ("float64", "float32")

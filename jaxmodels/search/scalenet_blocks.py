@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxmodels.layers.squeeze_excite import hard_sigmoid
-from jaxmodels.search.scalenet_space import ChoiceBlock, ChoiceOp
+from jaxmodels.search.choice_blocks import ChoiceBlock, ChoiceOp
 
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.1

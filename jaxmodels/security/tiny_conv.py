@@ -37,6 +37,22 @@ def _choice(what: str, value: str, known: dict) -> Any:
     return known[value]
 
 
+def _trunk(module, x: jax.Array) -> jax.Array:
+    """Three convolutions of stride 2, flattened in the order (C, H, W); children of `module`."""
+    for i in range(3):
+        conv = Conv(
+            module.width * 2**i,
+            3,
+            2,
+            use_bias=True,
+            dtype=module.dtype,
+            param_dtype=module.param_dtype,
+            name=f"conv{i + 1}",
+        )
+        x = ACTIVATIONS[module.act](conv(x))
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+
 class TinyConvClassifier(nn.Module):
     """Three 3x3 convolutions of stride 2 with an activation, flattened (C, H, W), one linear map.
 
@@ -64,10 +80,7 @@ class TinyConvClassifier(nn.Module):
         del train
         check_images(x)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        for i in range(3):
-            conv = Conv(self.width * 2**i, 3, 2, use_bias=True, name=f"conv{i + 1}", **types)
-            x = ACTIVATIONS[self.act](conv(x))
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = _trunk(self, x)
         return Linear(self.classes, name="fc", **types)(x)
 
 
@@ -97,10 +110,7 @@ class TinyConvEmbedder(nn.Module):
         check_images(x)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = INPUT_SCALINGS[self.input_scaling](x)
-        for i in range(3):
-            conv = Conv(self.width * 2**i, 3, 2, use_bias=True, name=f"conv{i + 1}", **types)
-            x = ACTIVATIONS[self.act](conv(x))
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = _trunk(self, x)
         x = Linear(self.dim, name="fc", **types)(x)
         # As torch's `normalize`: norms below 1e-12 divide by that.
         return x / jnp.maximum(jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)), 1e-12)

@@ -110,3 +110,12 @@ def test_a_wrong_name_gets_the_nearest_right_one(key, value, message):
     config = tiny_config(**{key: value})
     with pytest.raises(ConfigError, match=message):
         make_optimizer(config.optimizer, make_schedule(config.schedule, 5))
+
+
+@pytest.mark.parametrize("key", ["decay_factors", "groups"])
+def test_decoupled_decay_refuses_what_it_would_leave_out(key):
+    config = get_config("small")
+    value = (("bias", 2.0),) if key == "decay_factors" else (("bias", 0.5, 0),)
+    config.optimizer.update({"weight_decay": 0.1, "decoupled": True, key: value})
+    with pytest.raises(ConfigError, match=f"config.optimizer.{key}: decoupled weight decay"):
+        make_optimizer(config.optimizer, lambda step: 0.1)

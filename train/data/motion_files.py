@@ -237,14 +237,12 @@ def find_vector_map(folder: str | Path, city: str) -> Path:
 
 
 def read_scenario(folder: str | Path, *, obs: int = 50, steps: int = 110) -> Recording:
-    """One scenario folder of Argoverse 2 (parquet); needs pyarrow.
+    """One scenario folder of Argoverse 2 (parquet).
 
     Raises ValueError with the file: the focal track is missing or absent at the last observed step.
     """
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError("reading Argoverse 2 needs pyarrow: pip install pyarrow") from None
+    from pyarrow import parquet
+
     (path,) = sorted(Path(folder).glob("scenario_*.parquet"))[:1] or [None]
     if path is None:
         raise FileNotFoundError(f"{folder}: no scenario_*.parquet")

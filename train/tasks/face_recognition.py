@@ -7,6 +7,7 @@ Recipe after deepinsight/insightface@7fadd42, `recognition/arcface_torch`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -99,18 +100,23 @@ class FaceRecognition:
         accuracy = (cosines.argmax(-1) == labels).mean()
         return loss, ({**extra, **updated}, {"accuracy": accuracy})
 
+    def _embedder(self, variables):
+        """Images [B, H, W, 3] -> unit embeddings float32 [B, D], compiled."""
+        variables = {**variables, "params": _network(variables["params"])}
+        embed = jax.jit(lambda v, x: margin_losses.unit(self.model.apply(v, x).astype(jnp.float32)))
+        return functools.partial(embed, variables)
+
     def embeddings(self, variables, config) -> tuple[np.ndarray, np.ndarray]:
         """Unit embeddings [N, D] and labels [N] of the evaluation split."""
         from train.data import pipeline
 
         size = config.eval.batch_size or config.batch_size
         split = config.eval.split or pipeline.eval_split(config.data)
-        variables = {**variables, "params": _network(variables["params"])}
-        embed = jax.jit(lambda v, x: margin_losses.unit(self.model.apply(v, x).astype(jnp.float32)))
+        embed = self._embedder(variables)
         features, labels = [], []
         for batch in pipeline.eval_batches(config.data, split, batch_size=size):
             rows = batch["mask"] > 0
-            features.append(np.asarray(embed(variables, batch["image"]))[rows])
+            features.append(np.asarray(embed(batch["image"]))[rows])
             labels.append(batch["label"][rows])
         return np.concatenate(features), np.concatenate(labels)
 
@@ -135,11 +141,10 @@ class FaceRecognition:
         from train.data.image_folder import images_below
 
         size = config.eval.batch_size or config.batch_size
-        variables = {**variables, "params": _network(variables["params"])}
-        embed = jax.jit(lambda v, x: margin_losses.unit(self.model.apply(v, x)))
+        embed = self._embedder(variables)
         rows = []
         for names, images in images_below(path, config.data, batch_size=size):
-            found = np.asarray(embed(variables, images), np.float32)[: len(names)]
+            found = np.asarray(embed(images))[: len(names)]
             rows += [(name, *map(float, e)) for name, e in zip(names, found)]
         return [("file", *(f"e{i}" for i in range(len(rows[0]) - 1))), *rows]
 
