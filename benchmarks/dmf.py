@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from theory.decompositions import singular_values
 from theory.lanes import compiler_options, matmul
 from theory.optimizers import gradients, squared_norm
 from theory.problem import Problem
@@ -126,7 +127,8 @@ def jax_tiles(d, depth, dtype, tile, lanes=False, steps=400):
             return moved, (loss, norm)
 
         product = one(w, None)[1][2]
-        s = jnp.linalg.svd(jnp.moveaxis(product, -1, 0) if lanes else product, compute_uv=False)
+        matrices = jnp.moveaxis(product, -1, 0) if lanes else product
+        s = jnp.vectorize(singular_values, signature="(m,n)->(k)")(matrices)
         w, trace = jax.lax.scan(inner, w, None, length=100)
         return w, (s, trace)
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from theory import decompositions
+
 INITS = (
     "gaussian",
     "orthogonal",
@@ -121,7 +123,7 @@ def warn_bottleneck(dims: Sequence[int], rank: int) -> int:
 
 def _semi_orthogonal(key: jax.Array, rows: int, cols: int, dtype) -> jax.Array:
     tall = jax.random.normal(key, (max(rows, cols), min(rows, cols)), dtype)
-    q, r = jnp.linalg.qr(tall)
+    q, r = decompositions.qr(tall)
     q = q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(dtype)
     return q if rows >= cols else q.T
 
@@ -161,12 +163,12 @@ def random_factors(
         return tuple(scale * jnp.eye(*shape, dtype=dtype) for shape in shapes)
     if init == "balanced":
         gaussian = jax.random.normal(keys[0], (dims[-1], dims[0]), dtype) / math.sqrt(dims[0])
-        left, values, right = jnp.linalg.svd(scale**depth * gaussian, full_matrices=False)
+        left, values, right = decompositions.svd(scale**depth * gaussian)
         # A width below the full rank can hold only the leading part of the product.
         roots = values ** (1.0 / depth)
         return _mode_factors(left, roots, right, dims, dtype)
     if init == "aligned":
-        left, _, right = jnp.linalg.svd(target, full_matrices=False)
+        left, _, right = decompositions.svd(target)
         return _mode_factors(left, jnp.full(left.shape[1], scale, dtype), right, dims, dtype)
     raise ValueError(f"init: unknown {init!r}; choose one of {', '.join(INITS)}")
 

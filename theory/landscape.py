@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from theory import decompositions
 from theory.factorization import Factors
 from theory.problem import Problem
 
@@ -84,7 +85,9 @@ def hessian(problem: Problem, factors: Factors) -> jax.Array:
     return 0.5 * (result + result.T)
 
 
-_dense_spectrum = jax.jit(lambda problem, factors: jnp.linalg.eigvalsh(hessian(problem, factors)))
+_dense_spectrum = jax.jit(
+    lambda problem, factors: decompositions.eigvalsh(hessian(problem, factors))
+)
 
 
 class Spectrum(NamedTuple):
@@ -199,7 +202,7 @@ def inertia(eigenvalues: Any, tau: float = 0.0) -> tuple[int, int, int]:
 
 def escape_overlap(problem: Problem, factors: Factors, gradients: Sequence[jax.Array]) -> jax.Array:
     """|<v_min, -g>| / ||g||: overlap of the step with the most negative curvature (pure)."""
-    _, vectors = jnp.linalg.eigh(hessian(problem, factors))
+    _, vectors = decompositions.eigh(hessian(problem, factors))
     flat = jnp.concatenate([g.ravel() for g in gradients])
     return jnp.abs(vectors[:, 0] @ flat) / jnp.linalg.norm(flat)
 

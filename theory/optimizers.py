@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from theory import decompositions
 from theory.factorization import Factors, prefix_products
 from theory.landscape import hessian
 from theory.problem import Problem
@@ -158,10 +159,10 @@ def _adaptive_gd(method, problem, lr, step, factors, grads, slots):
     """eta_t = c / (L ||W||_2^(2-2/L)) or c / lambda_max(H_t), at most lr_max (W starts near 0)."""
     depth = len(factors)
     if method["rule"] == "product":
-        top = jnp.linalg.norm(prefix_products(factors)[-1], 2)
+        top = decompositions.spectral_norm(prefix_products(factors)[-1])
         sharpness = depth * top ** (2.0 - 2.0 / depth)
     elif method["rule"] == "hessian":
-        sharpness = jnp.linalg.eigvalsh(hessian(problem, factors))[-1]
+        sharpness = decompositions.eigvalsh(hessian(problem, factors))[-1]
     else:
         raise ValueError(f"optimizer: rule {method['rule']!r} is not 'product' or 'hessian'")
     tiny = jnp.finfo(factors[0].dtype).tiny

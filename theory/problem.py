@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from theory import decompositions
+
 KINDS = ("reconstruction", "completion", "sensing", "regression")
 LOSS_NORMS = ("half_sum", "half_mean", "mean")
 
@@ -91,9 +93,9 @@ class Problem:
         """
         if self.kind == "sensing":
             A = self.data["A"]
-            return self.scale * jnp.linalg.norm(A.reshape(A.shape[0], -1), 2) ** 2
+            return self.scale * decompositions.spectral_norm(A.reshape(A.shape[0], -1)) ** 2
         if self.kind == "regression":
-            return self.scale * jnp.linalg.norm(self.data["X"], 2) ** 2
+            return self.scale * decompositions.spectral_norm(self.data["X"]) ** 2
         return self.scale
 
     def curvature(self, direction: jax.Array) -> jax.Array:
@@ -255,7 +257,7 @@ def spectrum(name: str, rank: int, explicit: Sequence[float] | None = None) -> t
 
 
 def _orthonormal(key: jax.Array, rows: int, cols: int, dtype) -> jax.Array:
-    q, r = jnp.linalg.qr(jax.random.normal(key, (rows, cols), dtype))
+    q, r = decompositions.qr(jax.random.normal(key, (rows, cols), dtype))
     signs = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(dtype)
     return q * signs
 

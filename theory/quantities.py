@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from theory import landscape
+from theory import decompositions, landscape
 from theory.factorization import Factors, balancedness
 from theory.optimizers import Optimizer, gradients, squared_norm
 from theory.problem import Problem
@@ -90,7 +90,7 @@ def _alignment(point: Point) -> dict[str, jax.Array]:
 
 
 def _mode_strengths(point: Point) -> dict[str, jax.Array]:
-    left, _, right = jnp.linalg.svd(point.problem.target, full_matrices=False)
+    left, _, right = decompositions.svd(point.problem.target)
     matrix = left.T @ point.product @ right.T
     diagonal = jnp.diagonal(matrix)
     return {
@@ -102,7 +102,7 @@ def _mode_strengths(point: Point) -> dict[str, jax.Array]:
 
 
 def _rank_distances(point: Point) -> jax.Array:
-    left, s, right = jnp.linalg.svd(point.problem.target, full_matrices=False)
+    left, s, right = decompositions.svd(point.problem.target)
     levels = jnp.arange(len(s) + 1)
 
     def distance(r):
@@ -130,7 +130,7 @@ def _adjusted_lr(point: Point) -> jax.Array:
 
 def _hessian(point: Point) -> dict[str, jax.Array]:
     matrix = landscape.hessian(point.problem, point.state.factors)
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = decompositions.eigh(matrix)
     tau = jnp.maximum(1e-10 * values[-1], point.inertia_tolerance)
     flat = jnp.concatenate([g.ravel() for g in point.grads])
     norm = jnp.linalg.norm(flat)
@@ -152,7 +152,7 @@ QUANTITIES: dict[str, Callable[[Point], Any]] = {
     "grad_rms": lambda p: jnp.sqrt(squared_norm(p.grads) / sum(g.size for g in p.grads)),
     "singular_values": lambda p: p.singular_values,
     "factor_singular_values": lambda p: {
-        f"singular_values_W{j}": jnp.linalg.svd(w, compute_uv=False)
+        f"singular_values_W{j}": decompositions.singular_values(w)
         for j, w in enumerate(p.state.factors, start=1)
     },
     "mode_strengths": _mode_strengths,
@@ -205,10 +205,10 @@ def measure(
     loss, product, grads = gradients(problem, state.factors)
     vectors = None
     if "alignment" in record:
-        vectors = jnp.linalg.svd(product, full_matrices=False)
+        vectors = decompositions.svd(product)
         s = vectors[1]
     else:
-        s = jnp.linalg.svd(product, compute_uv=False)
+        s = decompositions.singular_values(product)
     point = Point(
         problem, optimizer, lr, state, loss, product, grads, vectors, s, inertia_tolerance
     )

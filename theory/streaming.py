@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from theory import decompositions
 from theory.stages import (
     DELTA,
     H_DECADES,
@@ -135,7 +136,7 @@ def _judge(
         use = old.due[lane] < length
         row = jnp.minimum(old.due[lane], length - 1)
         rank_max = state.sigma.shape[0]
-        s = jnp.linalg.svd(pick(row, lane), compute_uv=False)[:, :rank_max].T
+        s = jax.vmap(decompositions.singular_values)(pick(row, lane))[:, :rank_max].T
         (rank, active, plateau), slack = _codes(s, state.sigma[:, lane], delta)
         origin = path[row, lane]
         due = next_due(path[:, lane], valid[:, lane], row, origin, slack)
