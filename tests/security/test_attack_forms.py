@@ -65,7 +65,7 @@ def test_every_bounded_attack_has_an_l2_form_with_targets_masks_and_a_budget_an_
 
 
 def test_a_masked_l2_step_is_as_long_as_the_budget():
-    x, y = data()
+    x, _ = data()
     for name in ("fgsm", "mi"):
         images = run(make(name, eps=0.2, norm="l2", mask=mask(), steps=1))
         np.testing.assert_allclose(lengths(images, x), 0.2, rtol=1e-4)
@@ -228,8 +228,9 @@ def test_a_patch_optimized_over_placements_works_where_it_was_never_placed():
     patch, ones = one_patch(True)
     assert float(patch.min()) >= 0 and float(patch.max()) <= 1
     gray = float(rate(jnp.full((7, 7, 3), 0.5), ones))
-    over_places = float(rate(patch, ones))
-    assert over_places > gray + 0.1
+    gain, without = (float(rate(one_patch(varied)[0], ones)) - gray for varied in (True, False))
+    # Measured: 0.41 and 0.15.
+    assert gain > 0.25 and gain > 1.5 * without
 
 
 def test_a_mistaken_patch_attack_gets_one_line():

@@ -124,9 +124,10 @@ def test_images_do_not_see_their_batch_and_sixteen_bits_detect_alike():
     smooth = rng.uniform(-1, 1, (64, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
     noisy = smooth[:32] + rng.normal(0, 0.8, (32, 16, 16, 3))
     x = np.concatenate([smooth, noisy]).astype(np.float32)
-    logits = jax.jit(MHUIResNet(**TINY).apply)(variables, x)
-    few = jax.jit(MHUIResNet(**TINY).apply)(variables, x[40:43])
-    np.testing.assert_allclose(few, logits[40:43], atol=1e-5, rtol=1e-5)
+    apply = jax.jit(MHUIResNet(**TINY).apply)
+    logits = apply(variables, x)
+    others = apply(variables, np.concatenate([x[:3], 0 * x[3:]]))
+    np.testing.assert_allclose(others[:3], logits[:3], atol=1e-5, rtol=1e-5)
     half = jax.jit(MHUIResNet(**TINY, dtype=jnp.bfloat16).apply)(variables, x)
     found = []
     for z in (logits, half):

@@ -213,13 +213,17 @@ def test_the_face_track_attacks_submits_and_scores_the_same_every_time(faces, ki
 
 def test_an_unchanged_face_scores_nothing(faces, tmp_path):
     victims = face.train_members(faces["victims"], None)
-    attackers, _ = face.read_pairs(faces, victims[0])
-    submissions.write_head(tmp_path, "face")
-    for name, image in zip(face.file_names(len(attackers)), attackers):
-        np.save(tmp_path / name, image.astype(np.float32))
-    assert face.score(faces, tmp_path, tmp_path)["score"] == 0
-    with pytest.raises(SubmissionError, match="the image is unchanged"):
-        face.score({**faces, "goal": "dodging"}, tmp_path, tmp_path)
+    for goal in ("impersonation", "dodging"):
+        rules = {**faces, "goal": goal}
+        attackers, _ = face.read_pairs(rules, victims[0])
+        submissions.write_head(tmp_path, "face")
+        for name, image in zip(face.file_names(len(attackers)), attackers):
+            np.save(tmp_path / name, image.astype(np.float32))
+        if goal == "impersonation":
+            assert face.score(rules, tmp_path, tmp_path)["score"] == 0
+        else:
+            with pytest.raises(SubmissionError, match="the image is unchanged"):
+                face.score(rules, tmp_path, tmp_path)
 
 
 def test_shuffled_clusters_are_at_chance():
