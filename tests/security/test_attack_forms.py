@@ -20,7 +20,17 @@ from jaxmodels.security import (
 from jaxmodels.security.attacks import attack, make
 from jaxmodels.security.detection import detection_metrics
 from jaxmodels.security.ensembles import average_outputs
-from tests.security.test_attacks import CLASSES, GRADIENT, KEY, SIDE, data, options_of, run, victim
+from tests.security.test_attacks import (
+    CLASSES,
+    GRADIENT,
+    KEY,
+    LANDMARKS,
+    SIDE,
+    data,
+    options_of,
+    run,
+    victim,
+)
 
 BOUNDED = (*GRADIENT, "apgd_ce", "apgd_dlr", "square", "nes")
 
@@ -162,16 +172,13 @@ def test_carlini_wagner_is_nearer_than_pgd_in_l2():
     assert lengths(near, x).mean() < lengths(pgd, x).mean()
 
 
-def test_the_worse_of_both_apgds_with_and_without_targets():
+def test_the_worse_of_both_apgds_is_the_one_that_reaches_its_target():
     x, y = data()
     targets = (y + 1) % CLASSES
-    lite = lambda y, **options: jax.jit(  # noqa: E731
-        lambda x, y: attacks.auto_attack_lite(KEY, victim(), x, y, **options)
-    )(x, y)
-    plain = lite(y, eps=0.08, steps=8)
-    assert (np.asarray(victim()(plain).argmax(-1)) != y).all()
     options = {"eps": 0.12, "steps": 12, "targeted": True}
-    aimed = lite(targets, **options)
+    aimed = jax.jit(lambda x, t: attacks.auto_attack_lite(KEY, victim(), x, t, **options))(
+        x, targets
+    )
     single = []
     for name, key in zip(("apgd_ce", "apgd_dlr"), jax.random.split(KEY)):
         cfg = make(name, **options)
@@ -202,6 +209,27 @@ def test_transforms_in_a_row_and_ensembles_make_one_transfer_attack():
     )
     with pytest.raises(ValueError, match="no transform 'lgc'; known: di, cim"):
         attacks.transfer_transform("lgc")
+
+
+@pytest.mark.parametrize("method, goal, norm", [("ti_di", "impersonation", "linf"),
+                                                ("lgc", "dodging", "l2")])  # fmt: skip
+def test_face_attacks_move_features_within_their_budget(method, goal, norm):
+    x, _ = data()
+    faces = (255 * x).astype(np.float32)
+    embed = lambda v: victim()(v / 255)  # noqa: E731
+    own = np.asarray(embed(faces))
+    target = own[::-1] if goal == "impersonation" else own + 0.05
+    options = {"landmarks": LANDMARKS} if method == "lgc" else {}
+    images = jax.jit(
+        lambda v: attacks.face_attack(
+            KEY, embed, v, target, goal=goal, method=method, norm=norm, steps=5, **options
+        )
+    )(faces)
+    delta = np.asarray(images) - faces
+    size = np.abs(delta).max() if norm == "linf" else np.sqrt(np.square(delta).mean((1, 2, 3)))
+    assert np.max(size) <= 8 + 1e-3
+    before, after = (np.square(np.asarray(embed(v)) - target).mean() for v in (faces, images))
+    assert after < 0.8 * before if goal == "impersonation" else after > 2 * before
 
 
 # Patches under EOT
