@@ -27,6 +27,7 @@ from benchmarks.measure import RESULTS, machine, markdown, versions
 RUNS = RESULTS / "security_runs.csv"
 COLUMNS = ("claim", "seed", "what", "on", "value")
 EPS, STEPS, LEAST_ACCURACY = 0.2, 10, 0.95
+PATCH_STEPS, PATCH_DRAWS = 100, 4
 _CONV = (12, "M", 24, "M", 32, "M")
 # name: (model, arguments); the last two are hidden.
 NETWORKS = {
@@ -133,13 +134,13 @@ def patches(seed: int, steps: int) -> list[tuple]:
     wanted = jnp.full(len(images), target)
     mask, gray = jnp.ones((12, 12, 1)), jnp.full((12, 12, 3), 0.5)
     base = patch_attack.PatchAttack(
-        steps=200, draws=4, step_size=4 / 255, targeted=True, shift=0.5, center=(0.0, 0.0)
+        steps=PATCH_STEPS, draws=PATCH_DRAWS, step_size=8 / 255, targeted=True, shift=0.5
     )
     rows = [("accuracy", "resnet_8", accuracy)]
     # The same number of gradients for both.
     arms = {
         "optimized over placements": base,
-        "optimized for one placement": base.replace(varied=False, steps=800),
+        "optimized for one placement": base.replace(varied=False, steps=PATCH_STEPS * PATCH_DRAWS),
     }
     found = {"gray": gray}
     for name, cfg in arms.items():
@@ -148,10 +149,10 @@ def patches(seed: int, steps: int) -> list[tuple]:
                 key, apply, x, y, gray, mask, cfg
             )
         )
-        found[name] = run(jax.random.key(seed), images[:64], wanted[:64])
+        found[name] = run(jax.random.key(seed), images[:32], wanted[:32])
     for name, patch in found.items():
         rate = patch_attack.patch_success(
-            jax.random.key(seed + 1000), apply, images[64:], wanted[64:], patch, mask, base
+            jax.random.key(seed + 1000), apply, images[32:], wanted[32:], patch, mask, base
         )
         rows.append((name, "resnet_8", float(rate)))
     return rows
