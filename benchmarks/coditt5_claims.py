@@ -1,34 +1,161 @@
 """CoditT5's claims on held-out files: plans against plain generation, and re-ranking both ways.
 
-python -m benchmarks.coditt5_claims --plans RUN --generator RUN [--path DATA] [--beams 5]
-    [--examples 256]
+    python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
+    python -m benchmarks.coditt5_claims rerank --plans RUN --generator RUN [--path DATA]
+        [--beams 5] [--examples 256]
 
-RUN are finished runs of `configs/coditt5.py` and `configs/coditt5.py:generator`.
+`train` runs every recipe with both systems and every seed, appends a row a run to
+`results/coditt5_runs.csv` (a row that is there is not repeated) and writes
+`results/coditt5_claims.md`. For `rerank`, RUN are finished runs of `configs/coditt5.py` and
+`configs/coditt5.py:generator`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import tempfile
+import time
+from pathlib import Path
 
-from benchmarks.measure import markdown
+from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.coditt5 import get_config
 from jaxmodels.language import edit_metrics
+from jaxmodels.retrieval.metrics import interval
 from train.data import edits
 from train.initialization import starting_variables
-from train.loop import Plan, compilation_cache
+from train.loop import Plan, compilation_cache, fit
 from train.rerank import rerank
 
+CSV = RESULTS / "coditt5_runs.csv"
+MEASURES = ("exact_match", "copy_rate", "bleu4", "sari", "gleu", "consistent")
+FIELDS = ("recipe", "system", "seed", "pretrain_steps", "steps", *MEASURES, "seconds")
+# Both systems take the same number of steps in all. Name -> (steps of CoditT5's own pre-training,
+# steps of fine-tuning or of the generator's training, changed keys of both).
+RECIPES: dict[str, tuple[int, int, dict]] = {
+    "from scratch": (0, 6000, {}),
+    "pre-trained": (2000, 4000, {}),
+    "short, large batches": (0, 1500, {"batch_size": 64, "schedule.peak": 3e-3}),
+}
+PRESETS = {"CoditT5": "small", "generator": "generator"}
 METRICS = ("exact_match", "copy_rate", "bleu4", "sari", "gleu")
+
+
+def one(recipe: str, system: str, seed: int, path: str | None, examples: int) -> dict:
+    """Train and test one system."""
+    pretraining, steps, changes = RECIPES[recipe]
+    if system == "generator":
+        pretraining, steps = 0, pretraining + steps
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        start = ""
+        if pretraining:
+            config = _config("pretrain", seed, pretraining, path, {}, examples)
+            start = str(Path(folder) / "pretraining")
+            fit(config, start)
+        config = _config(PRESETS[system], seed, steps, path, changes, examples)
+        config.init_from = start
+        numbers = fit(config, str(Path(folder) / "run"))
+    measured = {name: round(float(numbers[f"test_{name}"]), 3) for name in MEASURES}
+    seconds = round(time.perf_counter() - begin)
+    return {"recipe": recipe, "system": system, "seed": seed, "pretrain_steps": pretraining,
+            "steps": steps, **measured, "seconds": seconds}  # fmt: skip
+
+
+def _config(preset: str, seed: int, steps: int, path: str | None, changes: dict, examples: int):
+    config = get_config(preset)
+    config.seed, config.steps, config.log_every = seed, steps, max(steps // 5, 1)
+    config.schedule.warmup_steps = max(steps // 60, 10)
+    config.data.options.update(path=path, evaluated=examples)
+    config.eval.every = config.checkpoint.every = 0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run what is missing and write the table."""
+    compilation_cache()
+    rows = []
+    if CSV.exists():
+        with CSV.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    known = {(r["recipe"], r["system"], int(r["seed"])) for r in rows}
+    for seed in arguments.seeds:
+        for recipe in arguments.recipes:
+            for system in PRESETS:
+                if (recipe, system, seed) in known:
+                    continue
+                row = one(recipe, system, seed, arguments.path, arguments.examples)
+                rows.append(row)
+                fresh = not CSV.exists()
+                with CSV.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                    if fresh:
+                        writer.writeheader()
+                    writer.writerow(row)
+                print(row, flush=True)
+                write(rows)
+
+
+def write(rows: list[dict]) -> Path:
+    """Means with Student's 95 % intervals over seeds, and the paired difference in exact match."""
+    table, paired = [], []
+    for recipe in RECIPES:
+        scores = {}
+        for system in PRESETS:
+            cell = [r for r in rows if r["recipe"] == recipe and r["system"] == system]
+            if not cell:
+                continue
+            shown = [_interval([float(r[m]) for r in cell]) for m in MEASURES]
+            steps = f"{cell[0]['pretrain_steps']} + {cell[0]['steps']}"
+            table.append([recipe, system, steps, str(len(cell)), *shown])
+            scores[system] = {int(r["seed"]): float(r["exact_match"]) for r in cell}
+        if len(scores) == 2:
+            seeds = sorted(set(scores["CoditT5"]) & set(scores["generator"]))
+            paired.append(
+                [recipe, str(len(seeds)),
+                 _interval([scores["CoditT5"][s] - scores["generator"][s] for s in seeds])]
+            )  # fmt: skip
+    path = RESULTS / "coditt5_claims.md"
+    path.write_text(
+        "# CoditT5 against plain generation on held-out files\n\n"
+        f"`python -m benchmarks.coditt5_claims train`, {machine()}; {versions()}. Steps: CoditT5's "
+        "pre-training + training. Mean ± half of Student's 95 % interval over seeds; copying the "
+        "input has exact match 0.\n\n"
+        + markdown(["recipe", "system", "steps", "seeds", *MEASURES], table)
+        + "\nExact match, CoditT5 minus generator, paired by seed:\n\n"
+        + markdown(["recipe", "seeds", "difference"], paired)
+    )
+    return path
+
+
+def _interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plans", required=True)
-    parser.add_argument("--generator", required=True)
-    parser.add_argument("--path")
-    parser.add_argument("--beams", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=256)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "rerank"):
+        command = commands.add_parser(name)
+        command.add_argument("--path", help="where data is prepared")
+        command.add_argument("--examples", type=int, default=256)
+        if name == "train":
+            command.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+        else:
+            command.add_argument("--plans", required=True)
+            command.add_argument("--generator", required=True)
+            command.add_argument("--beams", type=int, default=5)
     arguments = parser.parse_args()
+    (train if arguments.command == "train" else rerank_both)(arguments)
+
+
+def rerank_both(arguments: argparse.Namespace) -> None:
+    """Beams of each system re-scored by the other, the table on standard output."""
     compilation_cache()
     models = {}
     for name, preset, run in (

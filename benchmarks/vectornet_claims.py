@@ -67,6 +67,8 @@ def run_cell(cell: str, seed: int) -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         numbers = fit(config, folder)
+    if not numbers:
+        raise SystemExit("stopped; the same command goes on with this run")
     found = {"cell": cell, "seed": seed, "steps": config.steps}
     found["seconds"] = round(time.perf_counter() - start, 1)
     found |= {name: round(numbers[name], 5) for name in (*MEASURES, *EXTRA) if name in numbers}
@@ -76,7 +78,7 @@ def run_cell(cell: str, seed: int) -> None:
         new.insert(0, {"cell": BASELINE, "seed": 0, "steps": 0, "seconds": 0, **baseline})
     fresh = not RUNS.exists()
     with open(RUNS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows(new)

@@ -11,6 +11,55 @@ import jax.numpy as jnp
 from jax import lax
 
 
+# Values of a channel that lie side by side while a CPU sums: rows of eight channels fill one vector
+# register and leave XLA's column reduction waiting for the last sum (2.6x slower; 1.1x at 120).
+_SIDE_BY_SIDE = 4
+
+
+def _rows(x: jax.Array) -> tuple[jax.Array, int]:
+    """x [..., C] as rows [R, k C] that hold k values of each channel, and k."""
+    rows, features = math.prod(x.shape[:-1]), x.shape[-1]
+    fits = jax.default_backend() == "cpu" and rows % _SIDE_BY_SIDE == 0
+    k = _SIDE_BY_SIDE if fits else 1
+    return x.reshape(rows // k, k * features), k
+
+
+def _fold(totals: jax.Array, k: int) -> jax.Array:
+    return totals.reshape(k, -1).sum(0)
+
+
+@jax.custom_jvp
+def _channel_mean(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the last, [..., C] to [C]."""
+    rows, k = _rows(x)
+    return _fold(rows.sum(0), k) / (rows.shape[0] * k)
+
+
+@_channel_mean.defjvp
+def _(primals, tangents):
+    # The plain form, so that the gradient is a broadcast without the rows' reshapes.
+    axes = tuple(range(primals[0].ndim - 1))
+    return _channel_mean(*primals), tangents[0].mean(axes)
+
+
+@jax.custom_jvp
+def _channel_variance(x: jax.Array, mean: jax.Array) -> jax.Array:
+    """Mean squared distance from `mean` [C] over all axes but the last, [..., C] to [C]."""
+    rows, k = _rows(x)
+    # Without the barrier the repeated mean is computed again for every value.
+    repeated = lax.optimization_barrier(jnp.tile(mean, k)) if k > 1 else mean
+    return _fold(jnp.square(rows - repeated).sum(0), k) / (rows.shape[0] * k)
+
+
+@_channel_variance.defjvp
+def _(primals, tangents):
+    # `mean` is the mean over all devices, so that the distances sum to nothing and its own tangent
+    # drops out: one pass over x less in the gradient.
+    x, mean = primals
+    axes = tuple(range(x.ndim - 1))
+    return _channel_variance(x, mean), 2 * ((x - mean) * tangents[0]).mean(axes)
+
+
 class BatchNorm(nn.Module):
     """Normalize the last axis over all others, x [..., C].
 
@@ -63,12 +112,12 @@ class BatchNorm(nn.Module):
             y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
         else:
             count = math.prod(x.shape[:-1])
-            mean = x.mean(axes)
+            mean = _channel_mean(x)
             if self.axis_name is not None:
                 count *= lax.psum(1, self.axis_name)
                 mean = lax.pmean(mean, self.axis_name)
             # Two passes: E[x^2] - E[x]^2 cancels, and its gradient is no cheaper.
-            var = jnp.square(x - mean).mean(axes)
+            var = _channel_variance(x, mean)
             if self.axis_name is not None:
                 var = lax.pmean(var, self.axis_name)
             if count < 2:
