@@ -299,27 +299,6 @@ def latency(count: int, crowd: float, size: int, variant: str, scale: float) -> 
     return rows
 
 
-def picture(patches: Path, detector: Path, path: Path, seed: int) -> None:
-    """One frame with clusters, patches and their order, as PNG."""
-    from jaxmodels.driving import camera_renderer, depth_clustering, driving_scene, lidar_camera
-    from jaxmodels.driving.frame import check_frame
-    from jaxmodels.driving.lidar_figures import draw_frame
-
-    classifier, variables, config = load_run(patches)
-    module, detector_variables, _ = load_run(detector)
-    scene = driving_scene.sample_scene(seed)
-    camera = camera_renderer.front_camera(config.data.options.get("image_scale", 0.25))
-    frame = check_frame(camera_renderer.make_frame(scene, seed=seed, camera=camera))
-    options = lidar_camera.PipelineOptions(buckets=tuple(config.task_args.pipeline.buckets))
-    detect = lidar_camera.make_detector(module, detector_variables, 320)
-    made = lidar_camera.Pipeline(classifier, variables, options=options, detector=detect)
-    result, _ = made(frame, made.warm_up(frame))
-    ground = depth_clustering.cluster(
-        frame.range, frame.inclinations, frame.azimuths, wraps=False
-    ).ground.ground
-    draw_frame(frame, result, ground).savefig(path, dpi=80)
-
-
 def table(rows: list[dict]) -> str:
     """All rows as Markdown, one table a kind."""
     lines = []
@@ -340,7 +319,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("clusters", "pipeline", "latency", "picture", "table"))
+    parser.add_argument("what", choices=("clusters", "pipeline", "latency", "table"))
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--frames", type=int, default=60)
     parser.add_argument("--crowd", type=float, default=1.0)
@@ -349,8 +328,6 @@ def main() -> None:
     parser.add_argument("--image-scale", type=float, default=0.25)
     parser.add_argument("--patches", type=Path)
     parser.add_argument("--detector", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--seed", type=int, default=2)
     given = parser.parse_args()
     rows: list[dict] = []
     if given.what == "clusters":
@@ -359,8 +336,6 @@ def main() -> None:
         rows = pipeline(given.patches, given.detector, given.frames, given.crowd, given.size)
     elif given.what == "latency":
         rows = latency(given.frames, given.crowd, given.size, given.backbone, given.image_scale)
-    elif given.what == "picture":
-        picture(given.patches, given.detector, given.output, given.seed)
     with open(ROWS, "a", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(row))

@@ -8,7 +8,7 @@ detector  python -m train --config configs/lidar_camera.py:detector --workdir ru
           YOLOv3-style detector on the same backbone, whole images of the same scenes.
 paper     python -m train --config configs/lidar_camera.py:paper --workdir DIR
               --config.data.options.path=/path/to/waymo
-          ResNet-18 on patches of Waymo Open Dataset frames (TFRecord, perception version 1).
+          ResNet-18 on patches of Waymo Open Dataset frames (perception, version 1 or 2).
 paper_detector  the same for the full-frame detector.
 
 The paper (arXiv 2111.09799) does not say what it trained; `paper` is the specification's recipe.

@@ -27,9 +27,10 @@ COLORS = {
     "future": "#228833",
     "forecast": "#cc3311",
     "others": "#4477aa",
-    "lanes": "#bbbbbb",
+    "lanes": "#999999",
 }
 _REACH = 45.0  # metres shown around the last observed place
+_SCALE = 20.0  # metres of the bar in the corner
 
 
 def draw_forecasts(
@@ -68,6 +69,9 @@ def draw_forecasts(
         if valid[obs : obs + len(forecast)].all() and len(track) >= obs + len(forecast):
             error = np.hypot(*(forecast[-1] - track[obs + len(forecast) - 1]))
             title += f": {error:.1f} m at the end"
+        left, low = here - 0.93 * _REACH
+        axis.plot([left, left + _SCALE], [low, low], color="black", lw=3)
+        axis.text(left, low + 1.5, f"{_SCALE:g} m", fontsize=8)
         axis.set(
             title=title,
             aspect="equal",

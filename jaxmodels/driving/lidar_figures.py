@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 _COLORS = ("tab:red", "gold", "tab:cyan", "white", "tab:gray")
 
 
+def _tag(color: str) -> dict:
+    """How a number or name on a ground of its own color is written."""
+    dark = color in ("black", "tab:red", "tab:gray")
+    ground = {"facecolor": color, "edgecolor": "black", "linewidth": 0.5, "pad": 1.2}
+    return {"color": "white" if dark else "black", "fontsize": 8, "bbox": ground}
+
+
 def draw_frame(frame: Frame, result: FrameResult, ground: np.ndarray | None = None) -> Figure:
     """Range image, clusters, and the camera image with detections numbered as they became known.
+
+    Clusters bear the numbers of their detections. `!` behind a number stands for a potential, `!!`
+    for an imminent collision.
 
     Args:
       result: of `Pipeline` for this frame. ground: bool [H, W], drawn in gray under the clusters.
@@ -31,7 +41,7 @@ def draw_frame(frame: Frame, result: FrameResult, ground: np.ndarray | None = No
     axes = figure.subplots(3, 1, height_ratios=(1, 1, 5))
     far = np.where(frame.range > 0, frame.range, np.nan)
     axes[0].imshow(far, aspect="auto", cmap="viridis_r", interpolation="nearest")
-    axes[0].set_title("range image (near is dark, white: no return)", fontsize=9)
+    axes[0].set_title("range image (near is bright, white: no return)", fontsize=9)
     labels = np.asarray(result.objects.labels)
     shown = np.ones((*labels.shape, 3))
     if ground is not None:
@@ -40,10 +50,15 @@ def draw_frame(frame: Frame, result: FrameResult, ground: np.ndarray | None = No
     for row in np.unique(labels[labels > 0]):
         shown[labels == row] = palette(int(row) % 20)[:3]
     axes[1].imshow(shown, aspect="auto", interpolation="nearest")
+    found = result.detections
+    for place, row in enumerate(found.row):
+        pixels = np.nonzero(labels == row + 1)
+        if row >= 0 and len(pixels[0]):
+            middle = np.median(pixels[1]), np.median(pixels[0])
+            axes[1].text(*middle, str(place + 1), ha="center", va="center", **_tag("white"))
     axes[1].set_title("clusters" + ("" if ground is None else " over the ground"), fontsize=9)
     axes[2].imshow(frame.image)
     axes[2].set_title("detections in the order in which they became known", fontsize=9)
-    found = result.detections
     for place, box in enumerate(found.boxes):
         x1, y1, x2, y2 = box
         if x2 <= x1:
@@ -52,12 +67,23 @@ def draw_frame(frame: Frame, result: FrameResult, ground: np.ndarray | None = No
         color = "black" if unknown else _COLORS[found.classes[place]]
         style = ":" if unknown else "-"
         axes[2].add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style)
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style, lw=2)
         )
         name = "?" if unknown else CLASSES[found.classes[place]]
         depth = found.depth[place]
-        text = f"{place + 1} {name}" + (f" {depth:.0f} m" if np.isfinite(depth) else "")
-        axes[2].text(x1, y1 - 2, text, color=color, fontsize=7, clip_on=True)
+        text = f"{place + 1}{'!' * max(int(found.rank[place]), 0)} {name}"
+        text += f" {depth:.0f} m" if np.isfinite(depth) else ""
+        # The tags of neighbors stand at other heights, and none outside the image.
+        axes[2].text(
+            np.clip(x1, 0.005 * width, 0.86 * width),
+            max(y1 - 0.006 * height, 0.05 * height) - 0.035 * height * (place % 3),
+            text,
+            va="bottom",
+            **_tag(color),
+        )
+        if place % 3:
+            axes[2].plot([x1, x1], [y1 - 0.035 * height * (place % 3), y1], color=color, lw=1)
+    axes[2].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -33,11 +33,10 @@ from jaxmodels.security.perturbations import feature_distance
 from jaxmodels.security.query_attacks import (
     NES,
     Evolutionary,
-    Square,
     evolutionary_attack,
     nes_attack,
-    square_attack,
 )
+from jaxmodels.security.square_attack import Square, square_attack
 from jaxmodels.spelling import did_you_mean
 
 _RUN: dict[type, Callable] = {
@@ -131,6 +130,8 @@ def attack(
     x: jax.Array,
     y: Any,
     cfg: Any,
+    *,
+    labels: Any = None,
 ) -> Any:
     """Adversarial images of one attack; a `QueryResult` for the query-based ones.
 
@@ -138,7 +139,9 @@ def attack(
       key: random key. apply_fn: images [B, H, W, C] to outputs. x: images in [cfg.low, cfg.high].
       y: what `cfg.loss` compares outputs with: labels, target labels (`targeted`), features.
       cfg: from `make`, or one of the configuration classes.
+      labels: the true ones, of a targeted attack, to be told where a target is the label already.
     """
+    perturbations.check_targets(labels, y, getattr(cfg, "targeted", False))
     return _RUN[type(cfg)](key, apply_fn, x, y, cfg)
 
 
@@ -149,7 +152,7 @@ def auto_attack_lite(
     first, second = jax.random.split(key)
     a = attack(first, apply_fn, x, y, make("apgd_ce", **options))
     b = attack(second, apply_fn, x, y, make("apgd_dlr", **options))
-    fooled = apply_fn(a).argmax(-1) != y
+    fooled = (apply_fn(a).argmax(-1) == y) == options.get("targeted", False)
     return jax.numpy.where(fooled[:, None, None, None], a, b)
 
 
@@ -174,7 +177,7 @@ def face_attack(
     Args:
       embed: faces [B, H, W, 3] in [0, high] to unit features [B, D] (or what `loss` takes).
       target: features [B, D] of one's own (dodging) or of the victim (impersonation).
-      method: one of `FACE_METHODS`; TI uses a 7x7 kernel.
+      method: one of `FACE_METHODS`; TI uses a 7x7 kernel, DI resizes at every step (nearest).
       eps: in pixel units; under `l2` the radius is eps sqrt(H W C), its root mean square.
       steps: each of 1.5 eps / steps; `fgsm` is one of eps.
 
@@ -192,6 +195,8 @@ def face_attack(
         step = 1.5 * eps / steps * unit
     if method in ("ti", "ti_di"):
         options.setdefault("kernel_size", 7)
+    if method in ("di", "ti_di"):
+        options = {"rate": 0.9, "probability": 1.0, "mode": "nearest", **options}
     if method not in ("fgsm", "bim"):
         options["momentum"] = momentum
     cfg = make(

@@ -87,7 +87,11 @@ def auto_pgd(
         value = sign * loss(out, y)
         return value.sum(), (value, (out.argmax(-1) == y) == cfg.targeted)
 
-    evaluate = jax.grad(total, has_aux=True)
+    def evaluate(point):
+        grads, found = jax.grad(total, has_aux=True)(point)
+        # Under L2 the step's length is that of the pixels that may change.
+        return (grads if cfg.mask is None else grads * cfg.mask), found
+
     looks = np.asarray(checkpoints(cfg.steps))
     is_look = np.isin(np.arange(1, cfg.steps + 1), looks[1:])
     since = np.zeros(cfg.steps)

@@ -46,7 +46,8 @@ class GradientAttack:
       kernel: [k, k], smooths the gradient before it is normalized (TI).
       transform: `(key, x) -> x` before the network, new at every step (DI, CIM, LGC); with
         `draws` > 1 the gradient is the mean over that many draws (EOT).
-      variance_samples, variance_bound: VMI, N neighbors uniform in +-beta eps.
+      variance_samples, variance_bound: VMI, N neighbors uniform in the ball of
+        radius beta eps.
     """
 
     eps: Any = 8 / 255
@@ -116,6 +117,9 @@ def gradient_attack(
         if cfg.variance_samples:
             around = _mean_around(gradient, neighbor_key, point, eps, cfg)
             g, variance = g + variance, around - g
+        if cfg.mask is not None:
+            # The step's length and the momentum's unit are those of the pixels that may change.
+            g = g * cfg.mask
         if cfg.kernel is not None:
             g = smooth(g, cfg.kernel)
         if cfg.momentum is not None:
@@ -165,12 +169,13 @@ def _gradient_of(apply_fn, y, cfg: GradientAttack) -> Callable[[jax.Array, jax.A
 
 
 def _mean_around(gradient, key, point, eps, cfg: GradientAttack) -> jax.Array:
-    """Mean gradient at `variance_samples` points uniform in +-bound eps around `point`."""
+    """Mean gradient at `variance_samples` points uniform in the ball of bound eps at `point`."""
 
     def body(acc, k):
         place, draw = jax.random.split(k)
-        noise = jax.random.uniform(place, point.shape, point.dtype, -1, 1)
-        return acc + gradient(draw, point + cfg.variance_bound * eps * noise), None
+        bound = cfg.variance_bound * eps
+        near = random_start(place, point, bound, cfg.norm, -jnp.inf, jnp.inf)
+        return acc + gradient(draw, near), None
 
     keys = jax.random.split(key, cfg.variance_samples)
     total, _ = lax.scan(body, jnp.zeros_like(point), keys)

@@ -130,6 +130,40 @@ def landmark_cutout(
     return x * ~hole[..., None]
 
 
+def physical_jitter(
+    key: jax.Array,
+    x: jax.Array,
+    *,
+    degrees: float = 6.0,
+    scale: tuple[float, float] = (0.95, 1.05),
+    shift: float = 0.04,
+    contrast: tuple[float, float] = (0.8, 1.2),
+    brightness: float = 0.1,
+    noise: float = 0.02,
+    high: float = 1.0,
+) -> jax.Array:
+    """x [B, H, W, C] in [0, high] seen again: turned, scaled, moved, in other light, with noise.
+
+    For expectations over what a camera makes of a printed patch (EOT). `shift` is in half sides;
+    `brightness` and `noise` in units of `high`.
+    """
+    from jaxmodels.security import patches
+
+    place, grain = jax.random.split(key)
+    found = patches.sample_placements(
+        place,
+        x.shape[0],
+        shift=shift,
+        scale=scale,
+        degrees=degrees,
+        contrast=contrast,
+        brightness=brightness,
+    )
+    size = x.shape[1:3]
+    moved = patches.warp(x / high, patches.affine_matrices(found, size, size), size)
+    return high * patches.with_noise(grain, patches.colored(moved, found), noise)
+
+
 def compose(*transforms: Transform) -> Transform:
     """The transforms one after the other, each with its own key."""
 

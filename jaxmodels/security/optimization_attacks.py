@@ -32,10 +32,12 @@ class CarliniWagner:
         multiplied by 10 until an image succeeds, and is then bisected.
       kappa: confidence. steps: Adam steps a round. learning_rate: Adam's.
       search_rounds: (rounds of growing, rounds of bisecting) taken together; RobFR has 6 + 10.
+      mask: [H, W, 1] or [B, H, W, 1] of 0 and 1: where pixels may change.
       targeted: `y` is the class wanted. low, high: pixel range.
     """
 
     c: Any = 1.0
+    mask: Any = None
     kappa: float = struct.field(pytree_node=False, default=0.0)
     steps: int = struct.field(pytree_node=False, default=50)
     learning_rate: float = struct.field(pytree_node=False, default=0.01)
@@ -88,7 +90,8 @@ def _minimize(apply_fn, x, y, c, best, cfg, span):
     w = jnp.arctanh(scaled)
 
     def image(w):
-        return (jnp.tanh(w) + 1) / 2 * span + cfg.low
+        inside = (jnp.tanh(w) + 1) / 2 * span + cfg.low
+        return inside if cfg.mask is None else jnp.where(jnp.asarray(cfg.mask) > 0, inside, x)
 
     def objective(w):
         adversarial = image(w)
@@ -122,8 +125,10 @@ class DeepFool:
     Attributes:
       steps: at most. overshoot: the found perturbation is enlarged by this share.
       candidates: how many of the most probable other classes are looked at (0: all).
+      mask: [H, W, 1] or [B, H, W, 1] of 0 and 1: where pixels may change.
     """
 
+    mask: Any = None
     steps: int = struct.field(pytree_node=False, default=50)
     overshoot: float = struct.field(pytree_node=False, default=0.02)
     candidates: int = struct.field(pytree_node=False, default=0)
@@ -159,7 +164,7 @@ def deepfool(
             return value.sum(), value
 
         grads, values = lax.map(lambda rival: jax.grad(gap, has_aux=True)(point, rival), rivals.T)
-        return values.T, grads
+        return values.T, (grads if cfg.mask is None else grads * cfg.mask)
 
     def advance(carry, _):
         point, total = carry

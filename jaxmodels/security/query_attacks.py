@@ -1,16 +1,16 @@
 """Attacks that only ask the model for answers, with every answer counted.
 
-M. Andriushchenko et al., "Square Attack", arXiv 1912.00049; A. Ilyas et al., "Black-box Adversarial
-Attacks with Limited Queries and Information" (NES), arXiv 1804.08598; Y. Dong et al., "Efficient
-Decision-based Black-box Adversarial Attacks on Face Recognition" (Evolutionary), arXiv 1904.04433,
-constants as in ShawnXYang/Face-Robustness-Benchmark@89f8ad7 (`RobFR/attack/Evolutionary.py`).
-No gradient of the model is ever taken.
+A. Ilyas et al., "Black-box Adversarial Attacks with Limited Queries and Information" (NES), arXiv
+1804.08598; Y. Dong et al., "Efficient Decision-based Black-box Adversarial Attacks on Face
+Recognition" (Evolutionary), arXiv 1904.04433, constants as in
+ShawnXYang/Face-Robustness-Benchmark@89f8ad7 (`RobFR/attack/Evolutionary.py`). No gradient of the
+model is ever taken. Square Attack is in `square_attack`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,110 +18,15 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.security import perturbations
-from jaxmodels.security.perturbations import (
-    ascent_step,
-    l2_norms,
-    margin,
-    per_image,
-    project,
+from jaxmodels.security.perturbations import ascent_step, l2_norms, per_image, project
+from jaxmodels.security.queries import (
+    Decision,
+    QueryResult,
+    misclassified,
+    negative_margin,
+    success_of,
+    towards,
 )
-
-Decision = Callable[[jax.Array, Any], jax.Array]
-
-
-class QueryResult(NamedTuple):
-    """`images` [B, H, W, C]; `queries` int32 [B] spent until success or to the end; `success`."""
-
-    images: jax.Array
-    queries: jax.Array
-    success: jax.Array
-
-
-def misclassified(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether argmax differs from the label [B]."""
-    return outputs.argmax(-1) != labels
-
-
-def _negative_margin(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    return -margin(outputs, labels)
-
-
-@struct.dataclass
-class Square:
-    """Random squares of +-eps, kept where they raise the loss; L-infinity.
-
-    Attributes:
-      eps: radius. queries: at most, the first one for the striped start.
-      share: of the image's pixels that the first squares cover; it falls as the paper's schedule.
-      loss: `(output, y) -> [B]`, raised (by default minus the margin). succeeded: `(output, y) ->
-        [B]`; an image that is done asks no more.
-    """
-
-    eps: Any = 8 / 255
-    mask: Any = None
-    queries: int = struct.field(pytree_node=False, default=1000)
-    share: float = struct.field(pytree_node=False, default=0.8)
-    loss: Callable = struct.field(pytree_node=False, default=_negative_margin)
-    succeeded: Decision = struct.field(pytree_node=False, default=misclassified)
-    low: float = struct.field(pytree_node=False, default=0.0)
-    high: float = struct.field(pytree_node=False, default=1.0)
-
-
-# Queries (of 10000) after which the squares' share of the image is halved once more.
-_SQUARE_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-
-
-def square_attack(
-    key: jax.Array, apply_fn: Callable, x: jax.Array, y: Any, cfg: Square
-) -> QueryResult:
-    """Images within eps of x, and how many questions each cost."""
-    perturbations.check_budget("Square", cfg.eps, cfg.queries)
-    perturbations.check_pixels(x, cfg.low, cfg.high, cfg.eps)
-    x = jnp.asarray(x)
-    batch, height, width, channels = x.shape
-    eps = per_image(cfg.eps, x)
-
-    def bounded(point):
-        point = jnp.clip(point, jnp.maximum(x - eps, cfg.low), jnp.minimum(x + eps, cfg.high))
-        return point if cfg.mask is None else jnp.where(jnp.asarray(cfg.mask) > 0, point, x)
-
-    def ask(point):
-        out = apply_fn(point)
-        return cfg.loss(out, y), cfg.succeeded(out, y)
-
-    key, first = jax.random.split(key)
-    stripes = jax.random.rademacher(first, (batch, 1, width, channels), x.dtype)
-    point = bounded(x + eps * stripes)
-    loss, done = ask(point)
-    queries = jnp.ones(batch, jnp.int32)
-
-    def advance(carry, at):
-        point, loss, done, queries = carry
-        index, step_key = at
-        rows_key, columns_key, sign_key = jax.random.split(step_key, 3)
-        progress = index * 10000 / cfg.queries
-        halvings = (progress > jnp.asarray(_SQUARE_SCHEDULE)).sum()
-        side = jnp.sqrt(cfg.share * 0.5**halvings * height * width)
-        side = jnp.clip(jnp.round(side), 1, min(height, width) - 1).astype(jnp.int32)
-        top = jax.random.randint(rows_key, (batch, 1), 0, height - side + 1)
-        left = jax.random.randint(columns_key, (batch, 1), 0, width - side + 1)
-        rows, columns = jnp.arange(height), jnp.arange(width)
-        inside = ((rows >= top) & (rows < top + side))[:, :, None] & (
-            (columns >= left) & (columns < left + side)
-        )[:, None, :]
-        signs = jax.random.rademacher(sign_key, (batch, 1, 1, channels), x.dtype)
-        tried = jnp.where(inside[..., None], bounded(x + eps * signs), point)
-        new_loss, new_done = ask(tried)
-        # An image that is done asks no more.
-        better = ~done & ((new_loss > loss) | new_done)
-        point = jnp.where(better[:, None, None, None], tried, point)
-        queries = queries + ~done
-        return (point, jnp.where(better, new_loss, loss), done | new_done, queries), None
-
-    count = cfg.queries - 1
-    at = (jnp.arange(1, count + 1), jax.random.split(key, max(count, 1))[:count])
-    (point, _, done, queries), _ = lax.scan(advance, (point, loss, done, queries), at)
-    return QueryResult(point, queries, done)
 
 
 @struct.dataclass
@@ -131,7 +36,7 @@ class NES:
     Attributes:
       eps, step_size: as in `GradientAttack`; None is eps / 4. steps: at most.
       samples: questions per gradient, even. sigma: of the search distribution, in pixel units.
-      norm: `linf` or `l2`. momentum: 0 or mu. loss, succeeded: as in `Square`.
+      norm: `linf` or `l2`. momentum: 0 or mu. targeted, loss, succeeded: as in `Square`.
     """
 
     eps: Any = 8 / 255
@@ -142,7 +47,8 @@ class NES:
     sigma: float = struct.field(pytree_node=False, default=1e-3)
     norm: str = struct.field(pytree_node=False, default="linf")
     momentum: float = struct.field(pytree_node=False, default=0.0)
-    loss: Callable = struct.field(pytree_node=False, default=_negative_margin)
+    targeted: bool = struct.field(pytree_node=False, default=False)
+    loss: Callable = struct.field(pytree_node=False, default=negative_margin)
     succeeded: Decision = struct.field(pytree_node=False, default=misclassified)
     low: float = struct.field(pytree_node=False, default=0.0)
     high: float = struct.field(pytree_node=False, default=1.0)
@@ -157,16 +63,18 @@ def nes_attack(key: jax.Array, apply_fn: Callable, x: jax.Array, y: Any, cfg: NE
     x = jnp.asarray(x)
     eps = per_image(cfg.eps, x)
     step = eps / 4 if cfg.step_size is None else per_image(cfg.step_size, x)
+    loss, succeeded = towards(cfg)
 
     def estimate(key, point):
         def pair(total, k):
             u = jax.random.normal(k, x.shape, x.dtype)
-            up = cfg.loss(apply_fn(point + cfg.sigma * u), y)
-            down = cfg.loss(apply_fn(point - cfg.sigma * u), y)
+            up = loss(apply_fn(point + cfg.sigma * u), y)
+            down = loss(apply_fn(point - cfg.sigma * u), y)
             return total + (up - down)[:, None, None, None] * u, None
 
         keys = jax.random.split(key, cfg.samples // 2)
         total, _ = lax.scan(pair, jnp.zeros_like(x), keys)
+        total = total if cfg.mask is None else total * cfg.mask
         return total / (cfg.samples * cfg.sigma)
 
     def advance(carry, step_key):
@@ -178,9 +86,9 @@ def nes_attack(key: jax.Array, apply_fn: Callable, x: jax.Array, y: Any, cfg: NE
             moved = jnp.where(jnp.asarray(cfg.mask) > 0, moved, x)
         point = jnp.where(done[:, None, None, None], point, moved)
         queries = queries + jnp.where(done, 0, cfg.samples + 1)
-        return (point, history, done | cfg.succeeded(apply_fn(point), y), queries), None
+        return (point, history, done | succeeded(apply_fn(point), y), queries), None
 
-    done = cfg.succeeded(apply_fn(x), y)
+    done = succeeded(apply_fn(x), y)
     carry = (x, jnp.zeros_like(x), done, jnp.ones(x.shape[0], jnp.int32))
     (point, _, done, queries), _ = lax.scan(advance, carry, jax.random.split(key, cfg.steps))
     return QueryResult(point, queries, done)
@@ -193,12 +101,16 @@ class Evolutionary:
     Attributes:
       queries: of the walk, at most. start: images that are adversarial already (the victim's photo
         for impersonation); None draws noise until it is, then bisects towards x.
-      succeeded: `(output, y) -> [B]`. side: of the coarse grid that perturbations live on.
+      mask: [H, W, 1] or [B, H, W, 1] of 0 and 1: where pixels may change, `start`'s too.
+      targeted, succeeded: as in `Square`; noise rarely hits a target, so give `start`.
+      side: of the coarse grid that perturbations live on.
       mu, sigma, rate, decay: the published constants (0.01, 0.03, 0.001, 0.99).
     """
 
     start: Any = None
+    mask: Any = None
     queries: int = struct.field(pytree_node=False, default=1000)
+    targeted: bool = struct.field(pytree_node=False, default=False)
     succeeded: Decision = struct.field(pytree_node=False, default=misclassified)
     side: int = struct.field(pytree_node=False, default=32)
     mu: float = struct.field(pytree_node=False, default=0.01)
@@ -222,15 +134,20 @@ def evolutionary_attack(
     batch, channels = x.shape[0], x.shape[-1]
     wide = lambda v: v[:, None, None, None]  # noqa: E731
 
+    succeeded = success_of(cfg)
+
     def adversarial(point):
-        return cfg.succeeded(apply_fn(point), y)
+        return succeeded(apply_fn(point), y)
+
+    def masked(point):
+        return point if cfg.mask is None else jnp.where(jnp.asarray(cfg.mask) > 0, point, x)
 
     key, start_key = jax.random.split(key)
     queries = jnp.zeros(batch, jnp.int32)
     if cfg.start is None:
-        point, found, queries = _noise_start(start_key, adversarial, x, cfg, queries)
+        point, found, queries = _noise_start(start_key, adversarial, masked, x, cfg, queries)
     else:
-        point = jnp.asarray(cfg.start, x.dtype)
+        point = masked(jnp.asarray(cfg.start, x.dtype))
         found, queries = adversarial(point), queries + 1
 
     grid = (batch, cfg.side, cfg.side, channels)
@@ -240,8 +157,8 @@ def evolutionary_attack(
     def advance(carry, step_key):
         point, best, smallest, path, covariance, mu, wins, count, queries = carry
         noise_key, choice_key = jax.random.split(step_key)
-        towards = x - point
-        distance = l2_norms(towards)
+        back = x - point
+        distance = l2_norms(back)
         better = found & (distance[:, 0, 0, 0] < smallest)
         best = jnp.where(wide(better), point, best)
         smallest = jnp.where(better, distance[:, 0, 0, 0], smallest)
@@ -252,11 +169,12 @@ def evolutionary_attack(
         drawn = (scores >= least).reshape(grid)
         noise = jax.random.normal(noise_key, grid, x.dtype) * drawn * jnp.sqrt(covariance)
         large = jax.image.resize(noise, x.shape, "bilinear")
-        biased = point + wide(mu) * towards
+        large = large if cfg.mask is None else large * cfg.mask
+        biased = point + wide(mu) * back
         tried = biased + cfg.sigma * distance * large / jnp.maximum(l2_norms(large), 1e-12)
         away = x - tried
         tried = x - away / jnp.maximum(l2_norms(away), 1e-12) * l2_norms(x - biased)
-        tried = jnp.clip(tried, cfg.low, cfg.high)
+        tried = masked(jnp.clip(tried, cfg.low, cfg.high))
         won = adversarial(tried) & found
         point = jnp.where(wide(won), tried, point)
         new_path = cfg.decay * path + jnp.sqrt(1 - cfg.decay**2) * noise
@@ -286,13 +204,13 @@ def evolutionary_attack(
     return QueryResult(jnp.where(wide(last), point, best), queries, found)
 
 
-def _noise_start(key, adversarial, x, cfg: Evolutionary, queries):
+def _noise_start(key, adversarial, masked, x, cfg: Evolutionary, queries):
     """Uniform noise that is adversarial, moved towards x by bisection; tries are counted."""
     wide = lambda v: v[:, None, None, None]  # noqa: E731
 
     def draw(carry, k):
         point, found, queries = carry
-        noise = jax.random.uniform(k, x.shape, x.dtype, cfg.low, cfg.high)
+        noise = masked(jax.random.uniform(k, x.shape, x.dtype, cfg.low, cfg.high))
         point = jnp.where(wide(found), point, noise)
         return (point, found | adversarial(point), queries + ~found), None
 

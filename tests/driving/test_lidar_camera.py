@@ -198,6 +198,41 @@ def test_full_frame_boxes_are_added_where_no_patch_is():
     assert (box_overlap.iou(found.boxes[frames], patches) < OPTIONS.least_overlap).all()
 
 
+def test_fusion_drops_background_and_suppresses_within_a_class_only():
+    run = pipeline()
+    found = [jax.device_get(objects_of(frame(seed))) for seed in range(5)]
+    objects = max(found, key=lambda o: int(o.patches.valid.sum()))
+    order = objects.order[objects.patches.valid[objects.order]]
+    assert len(order) >= 4
+    schedule = priority_schedule.plan(order, objects.bucket, lambda b: 1.0, batch=4)
+    sure = np.eye(5) * 0.85 + 0.03
+    same = np.asarray([10.0, 10, 50, 50])
+    answers = {
+        int(order[0]): (np.asarray([0.01, 0.01, 0.01, 0.01, 0.96]), same),
+        int(order[1]): (sure[0], same),
+        int(order[2]): (0.9 * sure[0], same + np.asarray([2, 0, 0, 0])),
+        int(order[3]): (0.9 * sure[1], same),
+    }
+    seen = [objects.patches.members[i] for i in answers]
+    candidates = frame_detector.Candidates(
+        np.asarray([same, [150, 90, 190, 127]], np.float32),
+        np.asarray([0.6, 0.5]),
+        np.asarray([0, 2]),
+        np.asarray([True, True]),
+    )
+    found = run._fuse(objects, schedule, answers, order, candidates, run.clock())
+    patch, lidar = (found.source == s for s in (lidar_camera.FROM_PATCH, lidar_camera.FROM_LIDAR))
+    # The surer of two vehicles at one place, the pedestrian there, nothing of the background.
+    assert sorted(found.classes[patch].tolist()) == [0, 1]
+    assert set(found.row[patch]) == {int(order[1]), int(order[3])}
+    np.testing.assert_allclose(found.depth[patch], objects.distance[found.row[patch]])
+    np.testing.assert_allclose(found.boxes3d[patch], objects.boxes[found.row[patch]])
+    whole = found.source == lidar_camera.FROM_FRAME
+    assert 0 not in found.classes[whole]  # the detector's vehicle is the patch's
+    unseen = np.flatnonzero(objects.valid & ~np.any(seen, axis=0))
+    assert set(found.row[lidar]) == set(unseen) and (found.classes[lidar] == -1).all()
+
+
 def test_a_hopeless_deadline_reports_all_objects_as_unknown_and_warns():
     run = pipeline()
     hurried = lidar_camera.Pipeline(

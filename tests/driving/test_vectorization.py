@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from jaxmodels.driving.vectorization import (
     to_frame,
     vectorize,
 )
+from jaxmodels.driving.vectornet import VectorNet
+from jaxmodels.interop import catalog
 from train.data import traffic_simulator
 
 OPTIONS = dict(max_polylines=16, max_vectors=19)
@@ -54,6 +57,39 @@ def test_a_rigid_motion_of_the_scene_changes_nothing_and_a_reflection_does(seed)
     np.testing.assert_allclose(got.future_offsets, want.future_offsets, atol=1e-3)
     mirrored = features(moved(np.diag([1.0, -1.0])), radius=None)
     assert np.abs(mirrored.vectors - want.vectors).max() > 1
+
+
+def test_forecasts_move_with_the_scene_and_not_with_its_reflection():
+    scene = simulated(1)
+    model = VectorNet(sub_width=8, sub_depth=2, global_width=8, dec_width=8)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), catalog.shapes(model)
+    )
+    apply = jax.jit(model.apply)
+    turn, shift = 0.8, np.array([5000.0, -5000.0])
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+
+    def forecast(matrix, shift):
+        found = features(
+            dataclasses.replace(
+                scene,
+                tracks=scene.tracks @ matrix + shift,
+                lanes=tuple(lane @ matrix + shift for lane in scene.lanes),
+            ),
+            radius=None,
+        )
+        batch = collate([found], buckets=(64,))
+        given = (batch[k] for k in ("vectors", "vector_mask", "target_index"))
+        own = np.asarray(apply(variables, *given).positions)[0]
+        return own, to_city(own, found.origin, found.heading)
+
+    own, city = forecast(np.eye(2), np.zeros(2))
+    moved, moved_city = forecast(rotation, shift)
+    np.testing.assert_allclose(moved, own, atol=1e-3)
+    np.testing.assert_allclose(moved_city, city @ rotation + shift, atol=2e-3)
+    mirrored, _ = forecast(np.diag([1.0, -1.0]), np.zeros(2))
+    assert np.abs(mirrored * [1, -1] - own).max() > 0.05
 
 
 def test_the_frame_is_undone_and_its_x_axis_is_the_direction_of_motion():

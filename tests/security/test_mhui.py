@@ -8,7 +8,8 @@ import pytest
 import jaxmodels
 from jaxmodels.interop.catalog import export, shapes
 from jaxmodels.interop.conversion import to_torch
-from jaxmodels.security import mhui
+from jaxmodels.security import mhui, uncertainty
+from jaxmodels.security.detection import detection_metrics
 from jaxmodels.security.mhui import MHUIVGG, MHUIResNet
 from jaxmodels.vision.vgg import VGG
 
@@ -109,6 +110,33 @@ def test_sixteen_bit_trunks_have_float32_logits():
     module = MHUIResNet(**TINY, dtype=jnp.bfloat16)
     out, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     assert out.dtype == jnp.float32
+
+
+def test_images_do_not_see_their_batch_and_sixteen_bits_detect_alike():
+    rng = np.random.default_rng(3)
+
+    def draw(path, spec):
+        value = rng.normal(0, 0.35, spec.shape)
+        positive = path[-1].key in ("var", "scale")
+        return np.asarray(np.abs(value) + 0.7 if positive else value, np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, shapes(MHUIResNet(**TINY)))
+    smooth = rng.uniform(-1, 1, (64, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    noisy = smooth[:32] + rng.normal(0, 0.8, (32, 16, 16, 3))
+    x = np.concatenate([smooth, noisy]).astype(np.float32)
+    apply = jax.jit(MHUIResNet(**TINY).apply)
+    logits = apply(variables, x)
+    others = apply(variables, np.concatenate([x[:3], 0 * x[3:]]))
+    np.testing.assert_allclose(others[:3], logits[:3], atol=1e-5, rtol=1e-5)
+    half = jax.jit(MHUIResNet(**TINY, dtype=jnp.bfloat16).apply)(variables, x)
+    found = []
+    for z in (logits, half):
+        fit = uncertainty.moment_match(z, "trace", from_logits=True)
+        for name in ("epkl", "mi", "max_p"):
+            score = uncertainty.scores(uncertainty.measures(fit.alpha))[name]
+            found.append(detection_metrics(score, np.arange(96) >= 64).auroc)
+    assert max(abs(v - 0.5) for v in found) > 0.05  # there is something to tell apart
+    np.testing.assert_allclose(found[:3], found[3:], atol=0.01)
 
 
 def test_attack_losses_are_of_the_heads_they_name():

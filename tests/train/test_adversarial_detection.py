@@ -170,8 +170,21 @@ def test_every_method_has_a_loss_predictions_and_scores(method):
     sums = jax.eval_shape(task.evaluate, variables, batch)
     assert {"accuracy", "count"} <= sums.keys()
     given = (variables, batch["image"], batch["label"], key)
-    attacked = jax.eval_shape(lambda *a: task.attacked(*a, 0.1, "adaptive"), *given)
-    assert attacked.shape == (4, 16, 16, 3)
+    for name in ("adaptive", "adaptive_l2", "ni", "apgd_ce_l2", "square_l2", "deepfool", "cw"):
+        attacked = jax.eval_shape(lambda *a, name=name: task.attacked(*a, 0.1, name), *given)
+        assert attacked.shape == (4, 16, 16, 3), name
+
+
+def test_labels_beyond_the_networks_classes_are_refused():
+    model = ResNet(layers=(1, 1, 1, 1), width=2, num_classes=4)
+    task = AdversarialDetection(model, "softmax", attacks=())
+    variables = jax.tree.map(
+        lambda s: np.ones(s.shape, s.dtype),
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))),
+    )
+    images = np.zeros((2, 16, 16, 3), np.float32)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), got 1 to 4"):
+        task.detection(variables, images, np.asarray([1, 4]), batch_size=2)
 
 
 def test_noise_is_of_three_kinds_within_the_pixel_range():
@@ -192,7 +205,7 @@ def test_the_learning_rate_goes_through_the_recipes_corners():
     assert float(rate(epoch)) == float(rate(2 * epoch - 1))
 
 
-@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x"])
+@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2"])
 def test_unknown_attacks_are_named(spec):
     with pytest.raises(ConfigError, match=r"config\.task_args\.attacks"):
         parse_attack(spec)

@@ -1,14 +1,20 @@
 """Submissions: what is accepted, and every kind of offense refused before any score."""
 
 import json
+from types import SimpleNamespace
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.security.attribution import open_world_metrics
+from jaxmodels.security.face_track import face_mask
 from train.command_line import stop_with_one_line
-from train.competition import submissions
+from train.competition import face, submissions
 from train.competition.__main__ import main, read_rules
 from train.competition.deepfake import align_clusters
+from train.competition.roster import Member
 from train.competition.submissions import SubmissionError
 
 SHAPE = (4, 5, 3)
@@ -127,6 +133,106 @@ def test_novel_clusters_are_aligned_and_known_ones_left():
     probs = rng.dirichlet(np.full(6, 0.1), 200)
     order = np.array([0, 1, 5, 3, 2, 4])
     np.testing.assert_allclose(align_clusters(probs, probs[:, order], 2), probs)
+
+
+class Embed(nn.Module):
+    """Faces to 12 numbers, smooth in every pixel."""
+
+    @nn.compact
+    def __call__(self, x):
+        small = nn.avg_pool(x, (4, 4), (4, 4)).reshape(len(x), -1)
+        return jnp.tanh(nn.Dense(12, use_bias=False, name="dense")(small))
+
+
+@pytest.fixture
+def faces(monkeypatch):
+    """Rules whose networks need no training: two that attack, two hidden ones."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 0.3, (6 * 6 * 3, 12))
+
+    def member(name):
+        own = shared + 0.5 * np.random.default_rng(len(name)).normal(0, 0.3, shared.shape)
+        data = {"name": "identities:glyphs", "options": {"image_size": 24, "test_examples": 104}}
+        return Member(
+            name,
+            SimpleNamespace(data=data),
+            SimpleNamespace(model=Embed()),
+            {"params": {"dense": {"kernel": jnp.asarray(own, jnp.float32)}}},
+            {"threshold": 0.5},
+        )
+
+    monkeypatch.setattr(
+        face, "train_members", lambda entries, workdir: [member(e["name"]) for e in entries]
+    )
+    return {
+        "goal": "impersonation",
+        "pairs": 6,
+        "seed": 0,
+        "batch": 4,
+        "budget": {"kind": "pixels", "norm": "linf", "eps": 24.0},
+        "distance_weight": 0.5,
+        "recipes": [{"name": "mi", "steps": 6}],
+        "surrogates": [{"name": "w"}, {"name": "ww"}],
+        "victims": [{"name": "hid"}, {"name": "hidd"}],
+    }
+
+
+FACES = {
+    "pixels": {},
+    "dodging_l2": {"goal": "dodging", "budget": {"kind": "pixels", "norm": "l2", "eps": 16.0}},
+    "patch": {
+        "budget": {"kind": "patch", "mask": "respirator", "area": 0.1},
+        "recipes": [{"name": "eot", "steps": 6, "step": 40.0, "draws": 2, "smoothness": 0.5}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_the_face_track_attacks_submits_and_scores_the_same_every_time(faces, kind, tmp_path):
+    rules = {**faces, **FACES[kind]}
+    folder = tmp_path / "submission"
+    numbers = face.attempt(rules, tmp_path, folder)
+    again = face.score(rules, tmp_path, folder)
+    assert {name: numbers[name] for name in again} == again
+    attackers, references = face.read_pairs(rules, face.train_members(rules["victims"], None)[0])
+    images = np.stack([np.load(f) for f in sorted(folder.glob("*.npy"))])
+    delta = images - attackers
+    victims = face.train_members(rules["victims"], None)
+    cosines, _ = face.judge(victims, images, references)
+    clean, _ = face.judge(victims, attackers, references)
+    sign = 1 if rules["goal"] == "impersonation" else -1
+    assert (sign * (cosines - clean)).mean() > 0.005
+    if kind == "pixels":
+        assert np.abs(delta).max() <= 24 and numbers["mean_distance"] <= 24.5
+    elif kind == "dodging_l2":
+        assert np.sqrt(np.square(delta).mean((1, 2, 3))).max() <= 16.5
+    else:
+        mask = face_mask("respirator", (24, 24))
+        assert not (delta * (1 - mask)).any() and np.abs(delta).max() > 24
+
+
+def test_an_unchanged_face_scores_nothing(faces, tmp_path):
+    victims = face.train_members(faces["victims"], None)
+    for goal in ("impersonation", "dodging"):
+        rules = {**faces, "goal": goal}
+        attackers, _ = face.read_pairs(rules, victims[0])
+        submissions.write_head(tmp_path, "face")
+        for name, image in zip(face.file_names(len(attackers)), attackers):
+            np.save(tmp_path / name, image.astype(np.float32))
+        if goal == "impersonation":
+            assert face.score(rules, tmp_path, tmp_path)["score"] == 0
+        else:
+            with pytest.raises(SubmissionError, match="the image is unchanged"):
+                face.score(rules, tmp_path, tmp_path)
+
+
+def test_shuffled_clusters_are_at_chance():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 9, 900)
+    right = open_world_metrics(labels, labels, 5)
+    shuffled = open_world_metrics(rng.permutation(labels), labels, 5)
+    assert right["all_nmi"] == pytest.approx(1) and shuffled["all_nmi"] < 0.05
+    assert shuffled["known_acc"] < 0.25 and abs(shuffled["all_ari"]) < 0.02
 
 
 def test_the_rules_of_every_track_are_there_and_mistakes_get_one_line(tmp_path, capsys):

@@ -13,13 +13,21 @@ import numpy as np
 from jaxmodels.security import attacks, margin_losses
 from jaxmodels.security.ensembles import average_losses, stack_outputs
 from jaxmodels.security.face_track import face_mask, face_score, successes
-from jaxmodels.security.input_transforms import compose, cutout, diverse_input
+from jaxmodels.security.input_transforms import (
+    compose,
+    cutout,
+    diverse_input,
+    physical_jitter,
+)
+from jaxmodels.security.patches import total_variation
 from jaxmodels.security.perturbations import check_mask, feature_distance
 from train.competition.roster import Member, train_members
 from train.competition.submissions import check_budget, read_head, read_images, write_head
 from train.data import pipeline
 from train.naming import ConfigError
 from train.tasks.face_recognition import HEAD
+
+EOT_DRAWS = 8  # views a step of a printed patch
 
 
 def embedder(member: Member):
@@ -91,6 +99,11 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
         else transforms[name]
         for name in recipe.get("transforms", [])
     ]
+    draws = recipe.get("draws", 1)
+    if budget["kind"] == "patch" and recipe.get("eot", True):
+        # A printed patch is seen from other sides and in other light.
+        chosen.insert(0, functools.partial(physical_jitter, high=255.0))
+        draws = recipe.get("draws", EOT_DRAWS)
     if chosen:
         options["transform"] = compose(*chosen)
     steps, step = recipe["steps"], None
@@ -105,6 +118,9 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
         # From the very same image there is no gradient.
         noise = np.random.default_rng(rules["seed"]).uniform(-1, 1, attackers.shape)
         start = np.clip(attackers + noise, 0, 255)
+    apply, loss = stack_outputs(embedders), average_losses(feature_distance)
+    if recipe.get("smoothness"):
+        apply, loss = smooth_patches(apply, loss, mask, recipe["smoothness"], goal)
     norm = budget.get("norm", "linf")
     unit = float(np.sqrt(np.prod(attackers.shape[1:]))) if norm == "l2" else 1.0
     cfg = attacks.make(
@@ -114,14 +130,13 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
         steps=steps,
         norm=norm,
         targeted=goal == "impersonation",
-        loss=average_losses(feature_distance),
+        draws=draws,
+        loss=loss,
         high=255.0,
         mask=mask,
         **({"kernel_size": recipe["kernel"]} if recipe.get("kernel") else {}),
-        **({"draws": recipe["draws"]} if recipe.get("draws") else {}),
         **options,
     )
-    apply = stack_outputs(embedders)
     size = rules["batch"]
 
     @jax.jit
@@ -136,6 +151,18 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
         part = tuple(t[rows] for t in targets)
         results.append(np.asarray(run(key, attackers[rows], begin[rows], part)))
     return np.concatenate(results)
+
+
+def smooth_patches(apply, loss, mask, weight: float, goal: str):
+    """The same attack with the total variation of what the mask shows as a penalty."""
+    shown = 1.0 if mask is None else mask
+    variation = jax.vmap(total_variation)
+    sign = 1.0 if goal == "impersonation" else -1.0  # the loss falls, or rises
+
+    def both(x):
+        return apply(x), variation(x / 255 * shown)
+
+    return both, lambda outputs, y: loss(outputs[0], y) + sign * weight * outputs[1]
 
 
 def check_sizes(members: list[Member], shape: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """Frames of drives: simulated ones, prepared once, and files of the usual data sets.
 
 Kinds of `frames(options, split)`, random-access sequences of `jaxmodels.driving.frame.Frame`:
-`simulated` (drives of the scene simulator), `waymo` (TFRecord files of the Waymo Open Dataset, see
-`waymo_frames`), `nuscenes`, `kitti` (the object benchmark's folders) and `npz` (files of
-`save_frame`).
+`simulated` (drives of the scene simulator), `waymo` (files of the Waymo Open Dataset, version 1 or
+2: see `waymo_frames` and `waymo_parquet`), `nuscenes`, `kitti` (the object benchmark's folders) and
+`npz` (files of `save_frame`).
 """
 
 from __future__ import annotations
@@ -209,9 +209,12 @@ def frames(options: Mapping[str, Any], split: str) -> Sequence[Frame]:
         settings = tuple(sorted(simulation_options(options).items()))
         return _simulated(split, settings, str(preparation.data_directory(options["path"])))
     if kind == "waymo":
-        from train.data import waymo_frames
+        from train.data import waymo_frames, waymo_parquet
 
-        return waymo_frames.WaymoFrames.below(_folder(options, split))
+        folder = _folder(options, split)
+        if waymo_parquet.is_version_2(folder):
+            return waymo_parquet.WaymoParquetFrames.below(folder)
+        return waymo_frames.WaymoFrames.below(folder)
     if kind == "kitti":
         from train.data import kitti_frames
 

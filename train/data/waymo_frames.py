@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -217,39 +217,104 @@ def decode_frame(data: bytes) -> Frame:
     message = messages()["Frame"].FromString(data)
     laser = _named(message.lasers, TOP, "top LiDAR")
     image = _named(message.images, FRONT, "front camera image")
-    laser_calibration = _named(message.context.laser_calibrations, TOP, "top LiDAR calibration")
-    calibration = _named(message.context.camera_calibrations, FRONT, "front camera calibration")
-    channels = decode_range_image(laser.ri_return1.range_image_compressed)
-    height, width = channels.shape[:2]
-    extrinsic = np.asarray(laser_calibration.extrinsic.transform).reshape(4, 4)
-    pixels = np.asarray(Image.open(io.BytesIO(image.image)).convert("RGB"))
-    # The camera's velocity is global; the labels' are taken as they are in the vehicle frame.
-    pose = np.asarray(message.pose.transform or np.eye(4).reshape(-1)).reshape(4, 4)
-    velocity = np.asarray([image.velocity.v_x, image.velocity.v_y, 0.0]) @ pose[:3, :3]
-    turn = pose[:2, :2]
-    camera_extrinsic = np.asarray(calibration.extrinsic.transform).reshape(4, 4)
-    intrinsic = np.asarray(calibration.intrinsic)
-    camera = camera_projection.Camera(
-        intrinsic, camera_extrinsic, calibration.width, calibration.height
-    )
-    camera_projection.check_camera(camera, pixels)
-    labels3d = _labels_3d(message.laser_labels, turn)
+    lidar = _named(message.context.laser_calibrations, TOP, "top LiDAR calibration")
+    camera = _named(message.context.camera_calibrations, FRONT, "front camera calibration")
     own = [labels for labels in message.camera_labels if labels.name == FRONT]
-    labels2d = _labels_2d(own[0].labels) if own else projected_labels(labels3d, camera)
+    three = message.laser_labels
+    names = ("center_x", "center_y", "center_z", "length", "width", "height", "heading")
+    return assemble_frame(
+        decode_range_image(laser.ri_return1.range_image_compressed),
+        image.image,
+        inclinations=lidar.beam_inclinations,
+        inclination_limits=(lidar.beam_inclination_min, lidar.beam_inclination_max),
+        lidar_extrinsic=lidar.extrinsic.transform,
+        camera=(camera.intrinsic, camera.extrinsic.transform, camera.width, camera.height),
+        pose=message.pose.transform,
+        velocity=(image.velocity.v_x, image.velocity.v_y),
+        timestamp=message.timestamp_micros * 1e-6,
+        three=Boxes(
+            [[getattr(label.box, name) for name in names] for label in three],
+            [label.type for label in three],
+            [label.id for label in three],
+            [(label.metadata.speed_x, label.metadata.speed_y) for label in three],
+            [label.num_lidar_points_in_box for label in three],
+        ),
+        two=Boxes(
+            [
+                (label.box.center_x, label.box.center_y, label.box.length, label.box.width)
+                for label in own[0].labels
+            ],
+            [label.type for label in own[0].labels],
+            [label.id for label in own[0].labels],
+        )
+        if own
+        else None,
+    )
+
+
+class Boxes(NamedTuple):
+    """Labels as files have them, N each; types that are none of `TYPES` are left out later.
+
+    `boxes` is [N, 7] center, length, width, height, heading, or [N, 4] center and size in pixels;
+    `types` numbers; `ids` strings; `speeds` [N, 2] in the global frame; `returns` LiDAR points.
+    """
+
+    boxes: Any
+    types: Any
+    ids: Sequence[str]
+    speeds: Any = ()
+    returns: Any = ()
+
+
+def assemble_frame(
+    channels: np.ndarray,
+    jpeg: bytes,
+    *,
+    inclinations: Any,
+    inclination_limits: tuple[float, float],
+    lidar_extrinsic: Any,
+    camera: tuple[Any, Any, int, int],
+    pose: Any,
+    velocity: tuple[float, float],
+    timestamp: float,
+    three: Boxes,
+    two: Boxes | None,
+) -> Frame:
+    """A checked frame of what either version of the data set stores.
+
+    Args:
+      channels: range image [H, W, C] of range, intensity, elongation.
+      inclinations: of the beams from below, or nothing: then evenly between the limits.
+      camera: intrinsic [9], extrinsic [16], width, height.
+      pose: vehicle to global [16], empty for none. velocity: the vehicle's, global.
+      two: the camera's labels; None takes boxes around the projected 3-D ones.
+    """
+    height, width = channels.shape[:2]
+    extrinsic = np.asarray(lidar_extrinsic).reshape(4, 4)
+    pixels = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    intrinsic, camera_extrinsic, image_width, image_height = camera
+    intrinsic, camera_extrinsic = np.asarray(intrinsic), np.asarray(camera_extrinsic)
+    calibrated = camera_projection.Camera(
+        intrinsic, camera_extrinsic.reshape(4, 4), image_width, image_height
+    )
+    camera_projection.check_camera(calibrated, pixels)
+    # Velocities are global, of the vehicle and of the labels; boxes are in the vehicle's frame.
+    turn = np.asarray(pose if len(pose) else np.eye(4)).reshape(4, 4)[:2, :2]
+    labels3d = _labels_3d(three, turn)
     return check_frame(
         Frame(
             range=np.maximum(channels[..., 0], 0),
-            inclinations=_inclinations(laser_calibration, height),
+            inclinations=_inclinations(inclinations, inclination_limits, height),
             azimuths=range_image.column_azimuths(width, extrinsic),
             lidar_extrinsic=extrinsic,
             image=pixels,
             camera_intrinsic=intrinsic,
-            camera_extrinsic=camera_extrinsic,
+            camera_extrinsic=calibrated.extrinsic,
             wraps=True,
             labels3d=labels3d,
-            labels2d=labels2d,
-            ego_velocity=velocity[:2].astype(np.float32),
-            timestamp=message.timestamp_micros * 1e-6,
+            labels2d=projected_labels(labels3d, calibrated) if two is None else _labels_2d(two),
+            ego_velocity=(np.asarray(velocity) @ turn).astype(np.float32),
+            timestamp=timestamp,
             elongation=np.clip(channels[..., 2], 0, 1),
         )
     )
@@ -262,55 +327,44 @@ def _named(items, name: int, what: str):
     raise ValueError(f"the frame has no {what} (name {name})")
 
 
-def _inclinations(calibration, beams: int) -> np.ndarray:
+def _inclinations(given: Any, limits: tuple[float, float], beams: int) -> np.ndarray:
     """Row 0 the top beam; files list them from below."""
-    rows = np.asarray(calibration.beam_inclinations)
+    rows = np.asarray(given)
     if not len(rows):
-        low, high = calibration.beam_inclination_min, calibration.beam_inclination_max
-        rows = range_image.uniform_inclinations(low, high, beams)
+        rows = range_image.uniform_inclinations(*limits, beams)
     return np.sort(rows)[::-1]
 
 
-def _labels_3d(labels, turn: np.ndarray) -> Labels3D:
-    kept = [label for label in labels if label.type in TYPES]
-    boxes = [
-        [
-            getattr(label.box, name)
-            for name in ("center_x", "center_y", "center_z", "length", "width", "height", "heading")
-        ]
-        for label in kept
-    ]
-    speed = [(label.metadata.speed_x, label.metadata.speed_y) for label in kept]
+def _labels_3d(found: Boxes, turn: np.ndarray) -> Labels3D:
+    kept = _kept(found)
     return Labels3D(
-        np.asarray(boxes, np.float32).reshape(-1, 7),
-        _classes(kept),
-        (np.asarray(speed, np.float32).reshape(-1, 2) @ turn).astype(np.float32),
-        np.asarray([label.num_lidar_points_in_box for label in kept], np.int32),
-        _ids(kept),
+        np.asarray(found.boxes, np.float32).reshape(-1, 7)[kept],
+        _classes(found, kept),
+        (np.asarray(found.speeds, np.float32).reshape(-1, 2)[kept] @ turn).astype(np.float32),
+        np.asarray(found.returns, np.int32).reshape(-1)[kept],
+        _ids(found, kept),
     )
 
 
-def _labels_2d(labels) -> Labels2D:
-    kept = [label for label in labels if label.type in TYPES]
-    rows = [
-        (
-            label.box.center_x - label.box.length / 2,
-            label.box.center_y - label.box.width / 2,
-            label.box.center_x + label.box.length / 2,
-            label.box.center_y + label.box.width / 2,
-        )
-        for label in kept
-    ]
-    boxes = np.asarray(rows, np.float32).reshape(-1, 4)
-    return Labels2D(boxes, _classes(kept), _ids(kept), np.zeros(len(kept), np.float32))
+def _labels_2d(found: Boxes) -> Labels2D:
+    kept = _kept(found)
+    rows = np.asarray(found.boxes, np.float64).reshape(-1, 4)[kept]
+    half = rows[:, 2:] / 2
+    boxes = np.concatenate([rows[:, :2] - half, rows[:, :2] + half], axis=1).astype(np.float32)
+    none = np.zeros(len(kept), np.float32)
+    return Labels2D(boxes, _classes(found, kept), _ids(found, kept), none)
 
 
-def _classes(labels) -> np.ndarray:
-    return np.asarray([CLASSES.index(TYPES[label.type]) for label in labels], np.int32)
+def _kept(found: Boxes) -> np.ndarray:
+    return np.asarray([i for i, kind in enumerate(found.types) if kind in TYPES], np.int64)
 
 
-def _ids(labels) -> np.ndarray:
-    return np.asarray([zlib.crc32(label.id.encode()) & 0x7FFFFFFF for label in labels], np.int32)
+def _classes(found: Boxes, kept: np.ndarray) -> np.ndarray:
+    return np.asarray([CLASSES.index(TYPES[found.types[i]]) for i in kept], np.int32)
+
+
+def _ids(found: Boxes, kept: np.ndarray) -> np.ndarray:
+    return np.asarray([zlib.crc32(found.ids[i].encode()) & 0x7FFFFFFF for i in kept], np.int32)
 
 
 def projected_labels(labels: Labels3D, camera: camera_projection.Camera) -> Labels2D:
@@ -346,7 +400,10 @@ class WaymoFrames(Sequence):
         """All `*.tfrecord` files of a folder. Raises FileNotFoundError where there are none."""
         files = sorted(folder.glob("*.tfrecord*"))
         if not files:
-            raise FileNotFoundError(f"{folder}: no *.tfrecord files of the Waymo Open Dataset")
+            raise FileNotFoundError(
+                f"{folder}: no *.tfrecord files (version 1) and no folder lidar (version 2) of the "
+                "Waymo Open Dataset"
+            )
         return cls(tuple((file, *place) for file in files for place in record_places(file)))
 
     def __len__(self) -> int:

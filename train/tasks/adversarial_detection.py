@@ -22,6 +22,8 @@ from train.building import build_model
 from train.naming import ConfigError
 
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
+BOUNDED = ("fgsm", "bim", "pgd", "mi", "ni", "apgd_ce", "apgd_dlr", "square", "adaptive")
+SMALLEST = ("cw", "deepfool")
 SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
 
 
@@ -44,9 +46,11 @@ class AdversarialDetection:
       model: for `mhui` a network with several heads, logits [B, M, K]; otherwise logits [B, K].
       method: one of METHODS. `ensemble` trains `members` networks of different seeds side by side.
       head_weights: of the heads' losses, all 1 when empty.
-      attacks: `NAME:EPS` strings evaluated at the end; NAME is fgsm, bim, pgd, pgd_l2, mi,
-        apgd_ce, apgd_dlr, adaptive (PGD that also avoids detection), or cw (no eps).
-      steps: of iterated attacks. target: what they attack, `final`, `sum` or `mean`.
+      attacks: `NAME:EPS` strings evaluated at the end; NAME is one of `BOUNDED` (`adaptive` is PGD
+        that also avoids detection), with `_l2` behind it for the other norm, or cw or deepfool
+        (no eps).
+      steps: of iterated attacks. queries: of square.
+      target: what gradient attacks look at, `final`, `sum` or `mean`.
       adaptive_weight: lambda of the adaptive attack's uncertainty.
       estimator, detector: the fit and the measure of the reported detector.
       samples: forward passes of MC dropout.
@@ -61,6 +65,7 @@ class AdversarialDetection:
     samples: int = 20
     attacks: tuple[str, ...] = ("fgsm:0.1", "pgd:0.05", "adaptive:0.05")
     steps: int = 10
+    queries: int = 200
     target: str = "final"
     adaptive_weight: float = 2.0
     estimator: str = "trace"
@@ -193,7 +198,7 @@ class AdversarialDetection:
 
     def attacked(self, variables, x, y, key, eps, name: str):
         """Adversarial images of the attack `name` within eps, for one batch."""
-        adaptive = name == "adaptive"
+        adaptive = name.startswith("adaptive")
         loss = attack_loss(self.target, self._spread if adaptive else None, self.adaptive_weight)
 
         def apply(pixels):
@@ -206,18 +211,21 @@ class AdversarialDetection:
             cfg = attacks.make("cw", steps=self.cw_steps, c=self.cw_c)
             chosen = (lambda z: apply(z)[:, -1]) if self.target == "final" else self._mean_of(apply)
             return attacks.attack(key, chosen, x, y, cfg)
-        method = {"adaptive": "pgd", "pgd_l2": "pgd"}.get(name, name)
-        options = {"eps": eps, "loss": loss}
-        if name.startswith("apgd"):
-            # APGD's own losses look at one logit vector.
-            options = {"eps": eps, "steps": self.steps}
-            last = lambda z: apply(z)[:, -1]  # noqa: E731
-            return attacks.attack(key, last, x, y, attacks.make(method, **options))
-        if name == "pgd_l2":
-            options["norm"] = "l2"
-        if name != "fgsm":
+        last = lambda z: apply(z)[:, -1]  # noqa: E731
+        if name == "deepfool":
+            return attacks.attack(key, last, x, y, attacks.make(name, steps=self.steps))
+        method = name.removesuffix("_l2")
+        options = {"eps": eps, "norm": "l2" if name.endswith("_l2") else "linf"}
+        if method == "square":
+            cfg = attacks.make(method, queries=self.queries, **options)
+            return attacks.attack(key, last, x, y, cfg).images
+        if method != "fgsm":
             options["steps"] = self.steps
-        return attacks.attack(key, apply, x, y, attacks.make(method, **options))
+        if method.startswith("apgd"):
+            # APGD's own losses look at one logit vector.
+            return attacks.attack(key, last, x, y, attacks.make(method, **options))
+        method = {"adaptive": "pgd"}.get(method, method)
+        return attacks.attack(key, apply, x, y, attacks.make(method, loss=loss, **options))
 
     def _mean_of(self, apply) -> Callable:
         return lambda z: jnp.log(jnp.maximum(jax.nn.softmax(apply(z)).mean(1), 1e-30))
@@ -235,7 +243,8 @@ class AdversarialDetection:
         Also the entry `clean` with the accuracy. Under a protocol that leaves no image (no attack
         succeeded) the scores are absent.
         """
-        check_labels(labels, int(1e9))
+        look_at = jax.eval_shape(self.outputs, variables, images[:1], jax.random.key(0))
+        check_labels(labels, look_at.shape[-1])
 
         @functools.partial(jax.jit, static_argnames="name")
         def attack_batch(variables, x, y, key, eps, name):
@@ -362,12 +371,12 @@ class AdversarialDetection:
 
 
 def parse_attack(spec: str) -> tuple[str, float]:
-    """`NAME:EPS` as (name, eps); C&W has no eps."""
-    known = ("fgsm", "bim", "pgd", "pgd_l2", "mi", "apgd_ce", "apgd_dlr", "adaptive", "cw")
+    """`NAME:EPS` as (name, eps); C&W and DeepFool have no eps."""
     name, _, eps = spec.partition(":")
-    if name not in known:
-        raise ConfigError(f"config.task_args.attacks: {spec!r}; known: {', '.join(known)}")
-    if name == "cw":
+    if name.removesuffix("_l2") not in BOUNDED and name not in SMALLEST:
+        known = f"{', '.join(BOUNDED)} (also with _l2), {', '.join(SMALLEST)}"
+        raise ConfigError(f"config.task_args.attacks: {spec!r}; known: {known}")
+    if name in SMALLEST:
         return name, 0.0
     try:
         value = float(eps)

@@ -140,7 +140,7 @@ class PatchClassification:
         """
         from jaxmodels.driving import lidar_camera
 
-        files = _frame_files(path)
+        files = frame_files(path)
         classifier_pipeline = self.build_pipeline(variables, config)
         from train.data import driving_frames
 
@@ -208,7 +208,7 @@ def _paired_iou(a, b):
     return common / jnp.maximum(size - common, 1e-9)
 
 
-def _frame_files(path) -> list[Path]:
+def frame_files(path) -> list[Path]:
     path = Path(path)
     files = sorted(path.rglob("*.npz")) if path.is_dir() else [path]
     if not files:
