@@ -21,8 +21,15 @@ W_teacher, W_student   warm-up of both models alone, on those negatives
 L            LEAD
 """
 
-from train.defaults import default_config
-from train.encoding import retrieve_keys
+from configs.distilled_encoders import (
+    SMALL,
+    mining,
+    stage,
+    student_alone,
+    student_config,
+    tower,
+    training,
+)
 
 PRESETS = ("small", "late", "cross", "paper", "paper_late", "paper_cross", "paper_large", "student")
 TEACHERS = {
@@ -36,18 +43,8 @@ def get_config(preset: str = "small"):
     """The experiment `preset`."""
     if preset not in PRESETS:
         raise ValueError(f"configs/lead.py: no preset {preset!r}; known: {', '.join(PRESETS)}")
-    config = default_config()
-    config.task = "lead"
-    config.model = "retrieval.dual_encoder"
-    config.data.name = "ranked_lists"
-    config.optimizer.name = "adam"  # the published AdamW has weight decay 0
-    config.optimizer.args.eps = 1e-8
-    config.optimizer.clip_norm = 2.0
+    config = student_config("lead", seed=888)
     config.optimizer.clip_groups = ("teacher",)
-    config.schedule.update(name="polynomial", end=0.0, power=1.0, warmup_inside=False)
-    config.seed = 888
-    config.eval.split = "validation"
-    config.retrieve = retrieve_keys()
     kind = {"late": "late", "cross": "cross", "paper_late": "late", "paper_cross": "cross"}
     kind = kind.get(preset, "late" if preset == "paper_large" else "dual")
     config.task_args = {
@@ -70,34 +67,15 @@ def get_config(preset: str = "small"):
     paper = preset.startswith("paper") or preset == "student"
     (_paper if paper else _small)(config, preset, kind)
     if preset == "student":
-        config.task, config.task_args, config.order = "ranking", {"start_from": ""}, ()
+        student_alone(config)
     return config
-
-
-def _tower(width, blocks, heads, **others):
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        **others,
-    }
 
 
 def _small(config, preset, kind):
     del preset
-    shared = {
-        "vocab_size": 4000,
-        "max_position_embeddings": 96,
-        "pooler": False,
-        # Small and from scratch: BERT's 0.02 leaves nearly nothing of a text in its vector.
-        "initializer_range": 0.125,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    tower = {**shared, "share_weight": True}
-    config.model_args = _tower(64, 2, 4, **tower)
-    teacher = _tower(64, 4, 4, **(shared if kind == "cross" else tower))
+    shared = {**SMALL, "share_weight": True}
+    config.model_args = tower(64, 2, 4, **shared)
+    teacher = tower(64, 4, 4, **(SMALL if kind == "cross" else shared))
     config.task_args.update(
         layers=2, teacher_args=teacher, student_scale=64**-0.25, teacher_scale=64**-0.25
     )
@@ -107,19 +85,19 @@ def _small(config, preset, kind):
     config.log_every = 25
     config.steps, config.batch_size = 100, 64
     config.schedule.update(peak=1e-3, warmup_steps=10)
-    _stages(config, kind, teacher, tower, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
+    _stages(config, kind, teacher, shared, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
 
 
 def _paper(config, preset, kind):
     large = preset == "paper_large"
     bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True, "scan_layers": True}
     if large:
-        config.model_args = _tower(768, 12, 12, **bert, share_weight=True)
-        teacher = _tower(1024, 24, 16, **bert, type_vocab_size=4)
+        config.model_args = tower(768, 12, 12, **bert, share_weight=True)
+        teacher = tower(1024, 24, 16, **bert, type_vocab_size=4)
     else:
-        config.model_args = _tower(768, 6, 12, **bert, architecture="distilbert", share_weight=True)
-        teacher = _tower(768, 12, 12, **bert)
-    miner = _tower(768, 12, 12, **bert, share_weight=True)
+        config.model_args = tower(768, 6, 12, **bert, architecture="distilbert", share_weight=True)
+        teacher = tower(768, 12, 12, **bert)
+    miner = tower(768, 12, 12, **bert, share_weight=True)
     if kind == "cross":
         teacher["binary_head"] = False
         config.optimizer.accumulate = 10
@@ -151,32 +129,24 @@ def _stages(config, kind, teacher, miner, steps, rate, scale):
     """Order of work of the official README: negatives, warm-ups, then LEAD."""
 
     def warm(name, count, uses, peak, rows=(), **changes):
-        config.stages[name] = {
-            "kind": "train",
-            "given": "",
-            "uses": uses,
-            "changes": {
-                "task": "ranking",
-                "task_args": {"score_scale": scale, "start_from": ""},
-                "steps": count,
-                "schedule": {"peak": peak, "warmup_steps": count // 10},
-                "optimizer": {"clip_groups": (), "accumulate": changes.pop("accumulate", 1)},
-                "data": {"options": {"rows": rows}},
-                **changes,
-            },
-        }
+        config.stages[name] = training(
+            uses,
+            count,
+            peak,
+            count // 10,
+            task="ranking",
+            task_args={"score_scale": scale, "start_from": ""},
+            optimizer={"clip_groups": (), "accumulate": changes.pop("accumulate", 1)},
+            data={"options": {"rows": rows}},
+            **changes,
+        )
 
     mined = {"data": {"options": {"lists": "M"}}}
     # Student and miner at 2e-5; cross encoders and large teachers at half of it.
     others = rate if scale != 1.0 else 2e-5
     batch = config.batch_size // config.optimizer.accumulate
     warm("W_miner", steps["miner"], {}, others, model_args=miner, batch_size=batch)
-    config.stages.M = {
-        "kind": "mine",
-        "given": "",
-        "uses": {"encoder": "W_miner"},
-        "changes": {"depth": 200, "count": 100, "queries": 0},
-    }
+    config.stages.M = mining("W_miner")
     # From scratch the dual-encoder teacher goes on from the miner, which is the same network.
     same = {"task_args": {"start_from": "W_miner"}} if scale != 1.0 and kind == "dual" else {}
     warm(
@@ -190,13 +160,6 @@ def _stages(config, kind, teacher, miner, steps, rate, scale):
         accumulate=config.optimizer.accumulate,
     )
     warm("W_student", steps["warm"], mined, others, batch_size=batch)
-    config.stages.L = {
-        "kind": "train",
-        "given": "",
-        "uses": {
-            "task_args": {"student_from": "W_student", "teacher_from": "W_teacher"},
-            **mined,
-        },
-        "changes": {},
-    }
+    finished = {"student_from": "W_student", "teacher_from": "W_teacher"}
+    config.stages.L = stage("train", {"task_args": finished, **mined})
     config.order = ("W_miner", "M", "W_teacher", "W_student", "L")

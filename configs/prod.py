@@ -24,8 +24,15 @@ D1, D2  the queries that C2's model puts right and T3's student almost right (M4
         them, hardest negatives first
 """
 
-from train.defaults import default_config
-from train.encoding import retrieve_keys
+from configs.distilled_encoders import (
+    SMALL,
+    mining,
+    stage,
+    student_alone,
+    student_config,
+    tower,
+    training,
+)
 
 PRESETS = ("small", "paper", "student")
 # What the checkpoints begin with: BERT of 12 and 24 blocks; the student is its first blocks.
@@ -52,46 +59,17 @@ def get_config(preset: str = "small"):
     """The experiment `preset` `small`, `paper` or `student`."""
     if preset not in PRESETS:
         raise ValueError(f"configs/prod.py: no preset {preset!r}; known: {', '.join(PRESETS)}")
-    config = default_config()
-    config.task = "prod"
-    config.model = "retrieval.dual_encoder"
-    config.data.name = "ranked_lists"
-    config.optimizer.name = "adam"
-    config.optimizer.args.eps = 1e-8
-    config.optimizer.clip_norm = 2.0
-    config.schedule.update(name="polynomial", end=0.0, power=1.0, warmup_inside=False)
-    config.seed = 42
-    config.eval.split = "validation"
-    config.retrieve = retrieve_keys()
+    config = student_config("prod", seed=42)
     sizes = _small(config) if preset == "small" else _paper(config)
     _stages(config, sizes)
     if preset == "student":
-        config.task, config.task_args, config.order = "ranking", {"start_from": ""}, ()
+        student_alone(config)
         config.data.options.rows = ()
     return config
 
 
-def _tower(width, blocks, heads, **others):
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        **others,
-    }
-
-
 def _small(config):
-    shared = {
-        "vocab_size": 4000,
-        "max_position_embeddings": 96,
-        "pooler": False,
-        # Small and untrained: BERT's 0.02 would leave attention without effect for long.
-        "initializer_range": 0.125,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    config.model_args = _tower(64, 2, 4, **shared)
+    config.model_args = tower(64, 2, 4, **SMALL)
     config.data.options = {
         "query_length": 24,
         "document_length": 48,
@@ -101,9 +79,9 @@ def _small(config):
     config.log_every = 25
     scale = 64**-0.25
     return {
-        "dual": _tower(64, 3, 4, **shared),
-        "cross_1": _tower(64, 3, 4, **shared),
-        "cross_2": _tower(96, 4, 4, **shared),
+        "dual": tower(64, 3, 4, **SMALL),
+        "cross_1": tower(64, 3, 4, **SMALL),
+        "cross_2": tower(96, 4, 4, **SMALL),
         "student_scale": scale,
         "teacher_scale": scale,
         "score_scale": 64**-0.5,
@@ -119,7 +97,7 @@ def _small(config):
 
 def _paper(config):
     base = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 4}
-    config.model_args = _tower(768, 6, 12, **base, remat=True, scan_layers=True)
+    config.model_args = tower(768, 6, 12, **base, remat=True, scan_layers=True)
     config.precision = "bfloat16"
     config.data.name = "ranked_lists:marco"
     config.data.options = {
@@ -134,9 +112,9 @@ def _paper(config):
     config.log_every = 100
     config.checkpoint.every = 1000
     return {
-        "dual": _tower(768, 12, 12, **base, remat=True, scan_layers=True),
-        "cross_1": _tower(768, 12, 12, **base, remat=True, scan_layers=True),
-        "cross_2": _tower(1024, 24, 16, **base, remat=True, scan_layers=True),
+        "dual": tower(768, 12, 12, **base, remat=True, scan_layers=True),
+        "cross_1": tower(768, 12, 12, **base, remat=True, scan_layers=True),
+        "cross_2": tower(1024, 24, 16, **base, remat=True, scan_layers=True),
         "student_scale": 1.0,
         "teacher_scale": 1.0,
         "score_scale": 1.0,
@@ -178,19 +156,16 @@ def _stages(config, sizes):
         data = {"number_neg": sizes["negatives"]["group"], **changes.pop("data", {})}
         optimizer = {"accumulate": changes.pop("accumulate", 1)}
         uses = changes.pop("uses", {})
-        config.stages[name] = {
-            "kind": "train",
-            "given": "",
-            "uses": uses,
-            "changes": {
-                "steps": count,
-                "batch_size": batch,
-                "schedule": {"peak": rate, "warmup_steps": warm},
-                "optimizer": optimizer,
-                "data": {"options": data},
-                **changes,
-            },
-        }
+        config.stages[name] = training(
+            uses,
+            count,
+            rate,
+            warm,
+            batch_size=batch,
+            optimizer=optimizer,
+            data={"options": data},
+            **changes,
+        )
 
     def ranking(name, count, warm, rate, args, uses):
         # Dual encoders alone: in-batch negatives, one hard negative.
@@ -230,14 +205,6 @@ def _stages(config, sizes):
         }
         train(name, count, warm, rate, sizes["batch"]["group"], uses=uses, **changes)
 
-    def mine(name, encoder):
-        config.stages[name] = {
-            "kind": "mine",
-            "given": "",
-            "uses": {"encoder": encoder},
-            "changes": {"depth": 200, "count": 100, "queries": 0},
-        }
-
     mined = {"data": {"options": {"lists": "M1"}}}
     for who, args in (("teacher", sizes["dual"]), ("student", {})):
         ranking(f"W1_{who}", steps["W1"], warmup["W1"], rates["warm"], args, {})
@@ -249,7 +216,7 @@ def _stages(config, sizes):
             args,
             {"task_args": {"start_from": f"W1_{who}"}, **mined},
         )
-    mine("M1", "W1_teacher")
+    config.stages.M1 = mining("W1_teacher")
     train(
         "T1",
         steps["T"],
@@ -267,11 +234,11 @@ def _stages(config, sizes):
         data={"number_neg": sizes["negatives"]["dual"], "rows": ()},
         uses={"task_args": {"teacher_from": "W2_teacher", "student_from": "W2_student"}, **mined},
     )
-    mine("M2", "W2_teacher")
+    config.stages.M2 = mining("W2_teacher")
     reranker("C1", warmup["C1"], rates["cross_1"], sizes["cross_1"], "M2")
     first = {**config.task_args.to_dict(), "teacher_args": sizes["cross_1"]}
     distil("T2", steps["T"], warmup["T"], rates["distil"], "C1", "T1", "M2", task_args=first)
-    mine("M3", "T2")
+    config.stages.M3 = mining("T2")
     reranker("C2", warmup["C2"], rates["cross_2"], sizes["cross_2"], "M3")
     distil("T3", steps["T"], warmup["T"], rates["distil"], "C2", "T2", "M3")
     # The framework figure has three rounds of data progression, the official commands one: `order`
@@ -279,13 +246,12 @@ def _stages(config, sizes):
     newest = "T3"
     for suffix in ("", "_2", "_3"):
         lists, selected, name = f"M4{suffix}", f"D1{suffix}", f"D2{suffix}"
-        mine(lists, newest)
-        config.stages[selected] = {
-            "kind": "select",
-            "given": "",
-            "uses": {"lists": lists, "reranker": "C2"},
-            "changes": {"rule": "marco", "window": 15, **sizes["select"]},
-        }
+        config.stages[lists] = mining(newest)
+        config.stages[selected] = stage(
+            "select",
+            {"lists": lists, "reranker": "C2"},
+            **{"rule": "marco", "window": 15, **sizes["select"]},
+        )
         distil(
             name,
             steps["D2"],

@@ -4,16 +4,22 @@ Counting rule of the RepGhost and GhostNet authors' profilers: a convolution cos
 out_elements * (in / groups * kh * kw + [has bias]), a linear layer in * out (its bias is free),
 and BatchNorm, activations, pooling, additions and gating cost nothing. One multiply-accumulate
 is one operation here, as in most papers' "FLOPs".
+
+Every layer leaves a mark with its cost in the traced program, and the marks are added up there: a
+layer inside `nn.scan` or `lax.scan` counts as often as the loop runs.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
+from jax.interpreters import batching, mlir
 
 from jaxmodels.layers.convolution import Conv, Linear
 
@@ -21,12 +27,30 @@ _CONVOLUTIONS = (Conv, nn.Conv, nn.ConvTranspose)
 _LINEARS = (Linear, nn.Dense)
 
 
+# The identity; `path` is the layer's, `macs` its cost for an output of `size` elements. It can be
+# compiled, since functions that cache what they traced may run later with the mark inside.
+_mark = Primitive("layer_cost")
+_mark.def_impl(lambda x, **_: x)
+_mark.def_abstract_eval(lambda x, **_: x)
+batching.defvectorized(_mark)
+mlir.register_lowering(_mark, lambda context, x, **_: [x])
+
+
 class Cost(NamedTuple):
-    """`macs` of one forward pass, trainable `parameters`, and the share of every layer by path."""
+    """Cost of one forward pass.
+
+    Attributes:
+      macs: multiply-accumulates, the sum of `layers`.
+      parameters: trainable ones.
+      layers: the share of every layer by path.
+      per_trip: the same for layers inside a `while_loop`, one trip each. How many trips there are
+        only the data decide, so that these are not part of `macs`.
+    """
 
     macs: int
     parameters: int
     layers: dict[str, int]
+    per_trip: dict[str, int]
 
 
 def count_cost(module: nn.Module, *inputs: jax.ShapeDtypeStruct, resolution=None) -> Cost:
@@ -37,7 +61,8 @@ def count_cost(module: nn.Module, *inputs: jax.ShapeDtypeStruct, resolution=None
     and exclude running statistics.
 
     Convolutions and linear layers of this package and of Flax are counted; arithmetic that a
-    module does by hand (attention, graph sums) is not.
+    module does by hand (attention, graph sums) is not. A scan counts its length times, `vmap` its
+    axis, and of the branches of `lax.cond` or `switch` the dearest counts.
     """
     inputs = inputs or module.example_inputs()
     if resolution is not None:
@@ -45,9 +70,8 @@ def count_cost(module: nn.Module, *inputs: jax.ShapeDtypeStruct, resolution=None
         batch, _, _, channels = inputs[0].shape
         image = jax.ShapeDtypeStruct((batch, height, width, channels), inputs[0].dtype)
         inputs = (image, *inputs[1:])
-    layers: dict[str, int] = {}
 
-    def count(next_fun, args, kwargs, context):
+    def mark(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, _CONVOLUTIONS + _LINEARS):
@@ -60,17 +84,42 @@ def count_cost(module: nn.Module, *inputs: jax.ShapeDtypeStruct, resolution=None
                 macs += y.size * ("bias" in params)
             else:
                 macs = y.size * (math.prod(kernel[:-1]) + ("bias" in params))
-            path = ".".join(layer.path)
-            layers[path] = layers.get(path, 0) + macs
+            y = _mark.bind(y, path=".".join(layer.path), macs=macs, size=y.size)
         return y
 
     def init(*arrays):
-        with nn.intercept_methods(count):
+        with nn.intercept_methods(mark):
             return module.init(jax.random.key(0), *arrays)
 
-    shapes = jax.eval_shape(init, *inputs)
+    program, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
+    layers, per_trip = Counter(), Counter()
+    _add(program.jaxpr, 1, layers, per_trip)
     parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes.get("params", {})))
-    return Cost(sum(layers.values()), parameters, layers)
+    return Cost(layers.total(), parameters, dict(layers), dict(per_trip))
+
+
+def _add(program: Jaxpr, times: int, layers: Counter, per_trip: Counter) -> None:
+    """Adds what `times` runs of `program` cost."""
+    for step in program.eqns:
+        inner = tuple(jaxprs_in_params(step.params))
+        if step.primitive is _mark:
+            path, macs, size = (step.params[k] for k in ("path", "macs", "size"))
+            # Under `vmap` the output has more elements than the layer saw.
+            layers[path] += times * macs * (step.outvars[0].aval.size // max(size, 1))
+        elif step.primitive.name == "cond":
+            branches = [(Counter(), Counter()) for _ in inner]
+            for branch, found in zip(inner, branches):
+                _add(branch, times, *found)
+            dearest = max(branches, key=lambda found: found[0].total() + found[1].total())
+            layers.update(dearest[0])
+            per_trip.update(dearest[1])
+        elif step.primitive.name == "while":
+            for part in inner:
+                _add(part, times, per_trip, per_trip)
+        else:
+            length = step.params["length"] if step.primitive.name == "scan" else 1
+            for part in inner:
+                _add(part, times * length, layers, per_trip)
 
 
 def count_parameters(variables: dict) -> int:

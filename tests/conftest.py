@@ -40,3 +40,13 @@ def bounded_memory():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run a few steps each: nearly all of their time is the compiler's."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

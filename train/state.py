@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 Pytree = Any
 
+# The collections whose averages belong beside those of the parameters: running statistics. All
+# others (raw buffers, a graph, counters, frozen networks) are used as they are.
+AVERAGED = ("batch_stats",)
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -49,7 +53,7 @@ class TrainState:
 
 def create_state(params, extra, optimizer, rng, *, ema: bool) -> TrainState:
     """A state at step 0; the averages start at the initial values."""
-    average = {"params": params, "extra": _floating(extra)} if ema else None
+    average = {"params": params, "extra": _statistics(extra)} if ema else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -63,11 +67,10 @@ def create_state(params, extra, optimizer, rng, *, ema: bool) -> TrainState:
 
 
 def update_ema(ema, params, extra, decay: float):
-    """`e <- decay * e + (1 - decay) * p` over parameters and floating-point statistics."""
-    new = {"params": params, "extra": _floating(extra)}
+    """`e <- decay * e + (1 - decay) * p` over parameters and running statistics."""
+    new = {"params": params, "extra": _statistics(extra)}
     return jax.tree.map(lambda e, p: (decay * e + (1.0 - decay) * p).astype(e.dtype), ema, new)
 
 
-def _floating(extra: dict) -> dict:
-    """The collections of `extra` that hold statistics; raw buffers and graphs are not averaged."""
-    return {k: v for k, v in extra.items() if k not in ("buffers", "graph", "stopping")}
+def _statistics(extra: dict) -> dict:
+    return {k: v for k, v in extra.items() if k in AVERAGED}

@@ -1,7 +1,9 @@
-"""ROUGE-1, -2 and -L of one text against another (Lin, 2004), F1, without stemming.
+"""ROUGE-1, -2 and -L of one text against another (Lin, 2004), F-measures.
 
-Words are runs of letters and digits in lower case, as in Google's `rouge_score`. The official
-evaluation calls the Perl ROUGE-1.5.5 with Porter stemming, whose numbers are somewhat higher.
+Two ways to cut a text into words: `words_of`, any letters and digits as they are, for summaries in
+all languages, and `rouge_tokens`, ASCII words with Porter's stems, Google's `rouge_score` with
+`use_stemmer`. The official evaluation of summaries calls the Perl ROUGE-1.5.5, which stems as well;
+its numbers are somewhat higher than those of unstemmed words.
 """
 
 from __future__ import annotations
@@ -10,49 +12,96 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
+from jaxmodels.language.porter_stemmer import porter_stem
+
 _WORD = re.compile(r"[^\W_]+")
+_NOT_ASCII_WORD = re.compile(r"[^a-z0-9]+")
+# ROUGE stems words of more letters than this.
+_STEM_ABOVE = 3
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words of a text."""
+    """Lower-case words of a text: runs of letters and digits of any alphabet."""
     return _WORD.findall(text.lower())
 
 
-def _f1(common: int, found: int, wanted: int) -> float:
-    return 2 * common / (found + wanted) if common else 0.0
+def rouge_tokens(text: str) -> list[str]:
+    """Lower-cased ASCII alphanumeric words, those of more than three letters stemmed."""
+    words = _NOT_ASCII_WORD.sub(" ", text.lower()).split()
+    return [porter_stem(w) if len(w) > _STEM_ABOVE else w for w in words]
 
 
 def rouge_n(prediction: Sequence[str], reference: Sequence[str], n: int) -> float:
-    """F1 of the n-grams that two word sequences share, counted with repetition."""
+    """F-measure of the n-grams that two word sequences share, counted with repetition."""
 
     def grams(words):
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
     found, wanted = grams(prediction), grams(reference)
-    return _f1((found & wanted).total(), found.total(), wanted.total())
+    common = (found & wanted).total()
+    return 2 * common / (found.total() + wanted.total()) if common else 0.0
 
 
-def rouge_l(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of two word sequences."""
-    row = [0] * (len(reference) + 1)
-    for word in prediction:
-        before = 0
-        for j, other in enumerate(reference, 1):
-            before, row[j] = row[j], before + 1 if word == other else max(row[j], row[j - 1])
-    return _f1(row[-1], len(prediction), len(reference))
+def rouge_l(reference: str, predictions: Sequence[str]) -> np.ndarray:
+    """ROUGE-L of the `rouge_tokens` of texts, float64 [number of predictions]."""
+    words = rouge_tokens(reference)
+    return rouge_l_of_words([words] * len(predictions), [rouge_tokens(p) for p in predictions])
+
+
+def rouge_l_of_words(
+    references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """ROUGE-L of n pairs of word sequences, float64 [n]; all pairs at once."""
+    numbers: dict[str, int] = {}
+
+    def padded(sequences, fill):
+        width = max(map(len, sequences), default=0)
+        rows = [
+            [numbers.setdefault(w, len(numbers) + 1) for w in words] + [fill] * (width - len(words))
+            for words in sequences
+        ]
+        return np.array(rows, np.int64).reshape(len(rows), width)
+
+    return f_measure(padded(references, 0), padded(predictions, -1))
+
+
+def f_measure(references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """ROUGE-L F of rows of word numbers, float64 [n].
+
+    Args:
+      references: int [n, R], words above 0, padding 0. predictions: int [n, P], padding -1.
+    """
+    count = len(references)
+    size_r, size_p = (references > 0).sum(1), (predictions > 0).sum(1)
+    # One row of the table of common lengths at a time, for all pairs together.
+    lengths = np.zeros((predictions.shape[1] + 1, count), np.int16)
+    for i in range(references.shape[1]):
+        equal = (predictions == references[:, i : i + 1]).T
+        before, diagonal = lengths.copy(), np.zeros(count, np.int16)
+        for j in range(predictions.shape[1]):
+            lengths[j + 1] = np.where(equal[j], diagonal + 1, np.maximum(before[j + 1], lengths[j]))
+            diagonal = before[j + 1]
+    common = lengths[-1].astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = common / size_p, common / size_r
+        f = 2 * precision * recall / (precision + recall)
+    return np.where(common > 0, f, 0.0)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean `rouge1`, `rouge2`, `rougeL` over pairs of texts, 0 to 1.
+    """Mean `rouge1`, `rouge2`, `rougeL` of unstemmed words over pairs of texts, 0 to 1.
 
     Raises ValueError for lists of unequal length.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    pairs = [(words_of(p), words_of(r)) for p, r in zip(predictions, references)]
-    count = max(len(pairs), 1)
-    return {
-        "rouge1": sum(rouge_n(p, r, 1) for p, r in pairs) / count,
-        "rouge2": sum(rouge_n(p, r, 2) for p, r in pairs) / count,
-        "rougeL": sum(rouge_l(p, r) for p, r in pairs) / count,
+    found, wanted = ([words_of(t) for t in texts] for texts in (predictions, references))
+    count = max(len(found), 1)
+    sums = {
+        "rouge1": sum(rouge_n(p, r, 1) for p, r in zip(found, wanted)),
+        "rouge2": sum(rouge_n(p, r, 2) for p, r in zip(found, wanted)),
+        "rougeL": float(rouge_l_of_words(wanted, found).sum()),
     }
+    return {name: total / count for name, total in sums.items()}

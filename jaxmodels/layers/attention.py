@@ -50,10 +50,15 @@ def attention_weights(
     scale: float | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) over the allowed keys, `[B, N, T, S]`; arguments of `attend`."""
+    return _weights("btnh,bsnh->bnts", query, key, bias, mask, scale)
+
+
+def _weights(products, query, key, bias, mask, scale) -> jax.Array:
+    """`attention_weights` of keys laid out as the einsum `products` says."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = jnp.promote_types(query.dtype, jnp.float32)
     # The queries are scaled, not the scores: S / H times fewer products.
-    scores = jnp.einsum("btnh,bsnh->bnts", query * scale if scale != 1 else query, key)
+    scores = jnp.einsum(products, query * scale if scale != 1 else query, key)
     scores = scores.astype(wide)
     if bias is not None:
         scores = scores + bias.astype(wide)
@@ -152,16 +157,8 @@ def attend_cached(
 
     Args and returns as in `attend`, without dropout.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("btnh,bnhs->bnts", query * scale if scale != 1 else query, key)
-    scores = scores.astype(wide)
-    if bias is not None:
-        scores = scores + bias.astype(wide)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bnsh->btnh", weights, value)
+    weights = _weights("btnh,bnhs->bnts", query, key, bias, mask, scale)
+    return jnp.einsum("bnts,bnsh->btnh", weights.astype(value.dtype), value)
 
 
 def head_major(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.language.rouge import rouge_l
 from jaxmodels.retrieval.index import ExactIndex
-from jaxmodels.retrieval.rouge import rouge_l
 from jaxmodels.spelling import did_you_mean
 
 MOST_PSEUDO_QUERIES = 80

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels
-from jaxmodels.retrieval import capstone, rouge
+from jaxmodels.language import porter_stemmer, rouge
+from jaxmodels.retrieval import capstone
 from tests.golden_case import adapter_of
 from train.data.expansion import hard_negatives
 from train.data.wordpiece import WordPiece, cross_row, padded
@@ -70,7 +71,7 @@ def _relevance(case):
 def _porter(case):
     pairs = zip(case.inputs["reference"], case.inputs["prediction"])
     return {
-        "stems": np.array([rouge.porter_stem(str(w)) for w in case.inputs["words"]]),
+        "stems": np.array([porter_stemmer.porter_stem(str(w)) for w in case.inputs["words"]]),
         "rouge_l": np.concatenate([rouge.rouge_l(str(r), [str(p)]) for r, p in pairs]),
     }
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxmodels.retrieval import capstone, rouge
+from jaxmodels.language import rouge
+from jaxmodels.retrieval import capstone
 from jaxmodels.retrieval.capstone import Selection
 from train.data.expansion import RankTable
 
@@ -139,20 +140,3 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_rouge_by_an_independent_recursion():
-    def lcs(a, b):
-        if not a or not b:
-            return 0
-        if a[-1] == b[-1]:
-            return 1 + lcs(a[:-1], b[:-1])
-        return max(lcs(a[:-1], b), lcs(a, b[:-1]))
-
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        a, b = (rng.integers(0, 3, rng.integers(1, 7)).tolist() for _ in range(2))
-        f = rouge.rouge_l(" ".join(map(str, a)), [" ".join(map(str, b))])[0]
-        common = lcs(a, b)
-        wanted = 2 * common / (len(a) + len(b))
-        assert f == pytest.approx(wanted, abs=1e-12)

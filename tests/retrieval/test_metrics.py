@@ -134,6 +134,10 @@ def test_published_layouts_are_read(tmp_path):
     ]
 
 
+def read_all(path):
+    return list(files.read_training_json(path))
+
+
 @pytest.mark.parametrize(
     ("text", "reader", "message"),
     [
@@ -144,6 +148,9 @@ def test_published_layouts_are_read(tmp_path):
         ("7\ta\n7\tb\n", files.read_queries, "line 2: query '7' stands there twice"),
         ("a\tt\tx\na\tt\tx\n", files.Corpus, "id 'a' stands there twice"),
         ("a\n", files.Corpus, "line 1: wanted rocketqa fields"),
+        ('[{"query_id": 1, "query_string": "q", "pos_id": []}]', read_all, "entry 0: no 'neg_id'"),
+        ('[{"title": "q"}]', read_all, "entry 0: neither query_string nor question"),
+        ("q\tnot a list\n", files.read_questions_csv, "line 1: 'not a list' is no list"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, reader, message):

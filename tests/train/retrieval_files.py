@@ -108,7 +108,8 @@ def reduce(config, folder: Path, *, batch: int = 4, negatives: int = 2):
 
 
 def _reduced(arguments):
-    kept = {k: v for k, v in arguments.items() if k in ("architecture", "share_weight")}
+    kept = ("architecture", "share_weight", "scan_layers")  # a scanned tower compiles one block
+    kept = {k: v for k, v in arguments.items() if k in kept}
     if arguments.get("binary_head") is False:
         kept["binary_head"] = False
     deeper = arguments["num_hidden_layers"] > 6

@@ -99,6 +99,22 @@ def test_average_of_constant_parameters_has_the_closed_form_and_covers_statistic
     np.testing.assert_allclose(ema["extra"]["batch_stats"]["m"], -1.0 * (1 - left), rtol=1e-4)
 
 
+def test_frozen_networks_and_counters_are_not_averaged():
+    extra = {
+        "batch_stats": {"m": jnp.ones(2)},
+        "teacher": {"w": jnp.full(3, 0.1)},
+        "progress": {"micro_batches": jnp.asarray(7)},
+    }
+    params = {"w": jnp.ones(2)}
+    state = create_state(params, extra, optax.sgd(0.1), jax.random.key(0), ema=True)
+    assert set(state.ema["extra"]) == {"batch_stats"}
+    moved = {**extra, "progress": {"micro_batches": jnp.asarray(8)}}
+    ema = update_ema(state.ema, params, moved, 0.9)
+    used = state.replace(extra=moved, ema=ema).eval_variables
+    assert used["teacher"] is extra["teacher"]
+    assert used["progress"]["micro_batches"] == 8
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

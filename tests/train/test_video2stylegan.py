@@ -22,6 +22,7 @@ CONFIG = str(ROOT / "configs" / "video2stylegan.py")
 GAN = str(ROOT / "configs" / "stylegan2.py")
 POSE = str(ROOT / "configs" / "pose_control.py")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Runs that share a compiled step stay on one worker.
 on_one_worker = pytest.mark.xdist_group("video2stylegan")
 
@@ -60,14 +61,6 @@ RUN = [
     "--config.schedule.warmup_steps=2",
 ]
 ALONE = ["--config.parallel.data=1"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run a few steps each: nearly all of their time is the compiler's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def rows_of(workdir, kind="train"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.retrieval import rouge
+from jaxmodels.language import rouge
 from train.data import docstring_corpus, expansion, preparation, pseudo_queries
 from train.data.bm25 import Bm25
 from train.data.expansion import Layout, Ranked, RankTable, RetrievalExamples

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxmodels.retrieval import capstone, rouge
+from jaxmodels.language import rouge
+from jaxmodels.retrieval import capstone
 from train.data.wordpiece import WordPiece, padded
 
 # What the retrieval families understand besides their own options.

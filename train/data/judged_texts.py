@@ -15,11 +15,8 @@ Ids are strings throughout: 1 and "1" are the same document, "D1" is allowed.
 
 from __future__ import annotations
 
-import ast
-import csv
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +25,15 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.spelling import did_you_mean
-from train.data.retrieval_files import Corpus, read_judgments, read_queries
+from train.data.retrieval_files import (
+    Corpus,
+    TrainingQuery,
+    read_judgments,
+    read_queries,
+    read_questions_csv,
+    read_training_json,
+    write_training_json,
+)
 
 _LONGEST_DOCUMENT = 10_000
 
@@ -125,15 +130,9 @@ def psgs(path: str | None) -> JudgedTexts:
     judgments: dict[str, dict[str, dict[str, int]]] = {"train": {}, "validation": {}}
     tests = folder / "test.csv"
     if tests.is_file():
-        with open(tests, encoding="utf-8", newline="") as opened:
-            for number, row in enumerate(csv.reader(opened, delimiter="\t"), 1):
-                try:
-                    answers = ast.literal_eval(row[1])
-                except (ValueError, SyntaxError, IndexError):
-                    raise ValueError(f"{tests} line {number}: wanted question, [ids]") from None
-                query = row[2] if len(row) > 2 else str(number - 1)
-                queries["validation"][query] = row[0]
-                judgments["validation"][query] = {str(a): 1 for a in answers}
+        for question, documents, query in read_questions_csv(tests):
+            queries["validation"][query] = question
+            judgments["validation"][query] = dict.fromkeys(documents, 1)
     return JudgedTexts(corpus.ids, _Field(corpus, 0), _Field(corpus, 1), queries, judgments)
 
 
@@ -185,71 +184,39 @@ def read_lists(file: str | os.PathLike, texts: JudgedTexts) -> list[RankedList]:
     Raises ValueError for unknown documents, positives among the negatives (naming the query), ids
     that coincide once 1 and "1" are the same.
     """
-    with open(file, encoding="utf-8") as opened:
-        entries = json.load(opened)
     found, seen = [], {}
-    for number, entry in enumerate(entries):
-        query_id, query, positives, negatives = _entry(entry, number, file)
-        if query_id in seen:
+    for number, entry in enumerate(read_training_json(file)):
+        if entry.id in seen:
             raise ValueError(
-                f"{file}: query id {query_id!r} in entries {seen[query_id]} and {number} (ids are "
+                f"{file}: query id {entry.id!r} in entries {seen[entry.id]} and {number} (ids are "
                 "compared as text: 1 and '1' are the same)"
             )
-        seen[query_id] = number
-        where = f"{file}, query {query_id!r}"
-        both = set(positives) & set(negatives)
+        seen[entry.id] = number
+        where = f"{file}, query {entry.id!r}"
+        both = set(entry.positives) & set(entry.negatives)
         if both:
             raise ValueError(f"{where}: document {min(both)!r} is positive and negative")
-        if positives and negatives:
-            found.append(
-                RankedList(
-                    query_id,
-                    query,
-                    tuple(texts.row(d, where) for d in positives),
-                    tuple(texts.row(d, where) for d in negatives),
-                )
-            )
+        if entry.positives and entry.negatives:
+            rows = [
+                tuple(texts.row(d, where) for d in ids)
+                for ids in (entry.positives, entry.negatives)
+            ]
+            found.append(RankedList(entry.id, entry.text, *rows))
     if not found:
-        raise ValueError(f"{file}: none of {len(entries)} entries has a positive and a negative")
+        raise ValueError(f"{file}: none of {len(seen)} entries has a positive and a negative")
     return found
-
-
-def _entry(entry: Mapping[str, Any], number: int, file) -> tuple[str, str, list[str], list[str]]:
-    try:
-        if "query_string" in entry:
-            fields = (entry["query_id"], entry["query_string"], entry["pos_id"], entry["neg_id"])
-        else:
-            fields = (
-                entry.get("query_id", number),
-                entry["question"],
-                entry["positive_ctxs"],
-                entry["hard_negative_ctxs"],
-            )
-    except KeyError as error:
-        raise ValueError(f"{file}: entry {number} has no {error}") from None
-    query_id, query, positives, negatives = fields
-    return str(query_id), query, [_id(d) for d in positives], [_id(d) for d in negatives]
-
-
-def _id(document: Any) -> str:
-    return str(document["passage_id"] if isinstance(document, Mapping) else document)
 
 
 def write_lists(file: str | os.PathLike, lists: Iterable[RankedList], texts: JudgedTexts) -> None:
     """PROD's JSON of training lists, written whole or not at all."""
     ids = texts.document_ids
-    entries = [
-        {
-            "query_id": e.query_id,
-            "query_string": e.query,
-            "pos_id": [ids[d] for d in e.positives],
-            "neg_id": [ids[d] for d in e.negatives],
-        }
+    queries = (
+        TrainingQuery(
+            e.query_id, e.query, [ids[d] for d in e.positives], [ids[d] for d in e.negatives]
+        )
         for e in lists
-    ]
-    part = Path(f"{file}.part")
-    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    )
+    write_training_json(file, queries)
 
 
 def positives_of(

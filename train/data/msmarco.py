@@ -183,7 +183,11 @@ class Collection:
 
     def _given(self) -> Iterator[TrainingQuery]:
         if self._options["training_json"]:
-            yield from read_training_json(self.file("training_json"))
+            path = self.file("training_json")
+            for query in read_training_json(path):
+                if not query.positives:
+                    raise ValueError(f"{path}: query {query.id!r} has no positive")
+                yield query
             return
         queries = read_queries(self.file("train_queries"))
         positives = read_judgments(self.file("train_judgments"))
@@ -195,7 +199,7 @@ class Collection:
 
     def write_training(self, path: str | os.PathLike) -> None:
         """Training queries as one `training_json`: the triples' 400 million lines are read once."""
-        write_training_json(path, list(self._given()))
+        write_training_json(path, self._given())
 
     def rows(self, ids: Sequence[str], query: str) -> list[int]:
         """Document rows of ids. Raises ValueError naming the query and the unknown id."""

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -296,25 +297,30 @@ def read_training_json(path: str | os.PathLike) -> Iterator[TrainingQuery]:
     """Examples of CAPSTONE's, LEAD's and PROD's training files; ids become strings.
 
     Contexts are dictionaries with `passage_id`, bare ids, or (after mining) integers.
-    Raises ValueError naming the entry that has no query or no positive.
+    Raises ValueError naming the entry and the field that it lacks.
     """
     with open(path, encoding="utf-8") as file:
         entries = json.load(file)
     for number, entry in enumerate(entries):
-        if "query_string" in entry:
-            name, text = str(entry["query_id"]), entry["query_string"]
-            positives, negatives = entry["pos_id"], entry["neg_id"]
-        elif "question" in entry:
-            name, text = str(entry.get("query_id", number)), entry["question"]
-            positives = entry["positive_ctxs"]
-            negatives = entry.get("hard_negative_ctxs", [])
-        else:
-            raise ValueError(f"{path}, entry {number}: neither query_string nor question")
+        try:
+            if "query_string" in entry:
+                name, text = entry["query_id"], entry["query_string"]
+                positives, negatives = entry["pos_id"], entry["neg_id"]
+            elif "question" in entry:
+                name, text = entry.get("query_id", number), entry["question"]
+                positives = entry["positive_ctxs"]
+                negatives = entry.get("hard_negative_ctxs", [])
+            else:
+                raise ValueError(f"{path}, entry {number}: neither query_string nor question")
+        except KeyError as error:
+            raise ValueError(f"{path}, entry {number}: no {error}") from None
         positives = positives if isinstance(positives, list) else [positives]
-        kept = [_context_id(c, path, number) for c in positives]
-        if not kept:
-            raise ValueError(f"{path}, entry {number}: query {name!r} has no positive")
-        yield TrainingQuery(name, text, kept, [_context_id(c, path, number) for c in negatives])
+        yield TrainingQuery(
+            str(name),
+            text,
+            [_context_id(c, path, number) for c in positives],
+            [_context_id(c, path, number) for c in negatives],
+        )
 
 
 def _context_id(context, path, number: int) -> str:
@@ -326,8 +332,8 @@ def _context_id(context, path, number: int) -> str:
     return str(context)
 
 
-def write_training_json(path: str | os.PathLike, queries: Sequence[TrainingQuery]) -> None:
-    """Examples as PROD's MS MARCO files have them."""
+def write_training_json(path: str | os.PathLike, queries: Iterable[TrainingQuery]) -> None:
+    """Examples as PROD's MS MARCO files have them, written whole or not at all."""
     entries = [
         {
             "query_id": q.id,
@@ -342,8 +348,6 @@ def write_training_json(path: str | os.PathLike, queries: Sequence[TrainingQuery
 
 def read_questions_csv(path: str | os.PathLike) -> list[tuple[str, list[str], str]]:
     """(question, answers or ids, qid) of a tab-separated file with a literal list in column two."""
-    import ast
-
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
         for number, fields in enumerate(csv.reader(file, delimiter="\t"), 1):

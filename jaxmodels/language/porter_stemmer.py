@@ -1,16 +1,14 @@
-"""ROUGE-L between short texts, with the Porter stemmer in NLTK's variant, as rouge_score has it.
+"""The Porter stemmer in NLTK's variant, which Google's `rouge_score` uses.
 
 Porter, "An algorithm for suffix stripping", Program 14 (1980), with NLTK's extensions: irregular
-forms, short words left alone, and the changed rules marked below. ROUGE-L: Lin, 2004.
+forms, short words left alone, and the changed rules marked below.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterable
 
 _IRREGULAR = {
     "sky": "sky",
@@ -30,9 +28,6 @@ _IRREGULAR = {
     "exceed": "exceed",
     "succeed": "succeed",
 }
-_NOT_WORD = re.compile(r"[^a-z0-9]+")
-# ROUGE stems words of more letters than this.
-_STEM_ABOVE = 3
 
 Rule = tuple[str, str, Callable[[str], bool] | None]
 
@@ -194,60 +189,3 @@ def porter_stem(word: str) -> str:
     for step in (_step_1a, _step_1b, _step_1c, _step_2):
         word = step(word)
     return _step_5(_apply(_apply(word, _STEP_3), _STEP_4))
-
-
-def rouge_tokens(text: str) -> list[str]:
-    """Lower-cased alphanumeric words, those of more than three letters stemmed."""
-    words = _NOT_WORD.sub(" ", text.lower()).split()
-    return [porter_stem(w) if len(w) > _STEM_ABOVE else w for w in words]
-
-
-def rouge_l(reference: str, predictions: Sequence[str]) -> np.ndarray:
-    """F-measure of the longest common subsequence of words, float64 [number of predictions].
-
-    With l its length, P = l / |prediction|, R = l / |reference|, F = 2 P R / (P + R), 0 when l is.
-    """
-    return rouge_l_of_tokens([rouge_tokens(reference)] * len(predictions), predictions)
-
-
-def rouge_l_of_tokens(references: Sequence[Sequence[str]], predictions: Sequence[str]):
-    """`rouge_l` of pairs: tokens of n references and n texts, float64 [n]; all pairs at once."""
-    if len(references) != len(predictions):
-        raise ValueError(f"{len(references)} references for {len(predictions)} predictions")
-    numbers: dict[str, int] = {}
-
-    def row(tokens):
-        return [numbers.setdefault(t, len(numbers) + 1) for t in tokens]
-
-    left = _padded([row(r) for r in references], 0)
-    right = _padded([row(rouge_tokens(p)) for p in predictions], -1)
-    return f_measure(left, right)
-
-
-def f_measure(references: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """ROUGE-L F of rows of word numbers, float64 [n].
-
-    Args:
-      references: int [n, R], words above 0, padding 0. predictions: int [n, P], padding -1.
-    """
-    count = len(references)
-    size_r, size_p = (references > 0).sum(1), (predictions > 0).sum(1)
-    # One row of the table of common lengths at a time, for all pairs together.
-    lengths = np.zeros((predictions.shape[1] + 1, count), np.int16)
-    for i in range(references.shape[1]):
-        equal = (predictions == references[:, i : i + 1]).T
-        before, diagonal = lengths.copy(), np.zeros(count, np.int16)
-        for j in range(predictions.shape[1]):
-            lengths[j + 1] = np.where(equal[j], diagonal + 1, np.maximum(before[j + 1], lengths[j]))
-            diagonal = before[j + 1]
-    common = lengths[-1].astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = common / size_p, common / size_r
-        f = 2 * precision * recall / (precision + recall)
-    return np.where(common > 0, f, 0.0)
-
-
-def _padded(rows: list[list[int]], fill: int) -> np.ndarray:
-    width = max(map(len, rows), default=0)
-    table = np.array([r + [fill] * (width - len(r)) for r in rows], np.int64)
-    return table.reshape(len(rows), width)
