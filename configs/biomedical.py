@@ -85,7 +85,8 @@ def _brain(config):
     config.model_args["num_classes"] = 3
     config.data.name = "brain_slices"
     config.data.options = {"patch_size": 64}
-    config.eval.batch_size = 6
+    config.eval.batch_size = 8
+    config.task_args["inference_batch"] = 8
 
 
 def _paper(config):

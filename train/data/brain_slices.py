@@ -1,8 +1,11 @@
 """Axial slices of the MNI152 template: gray and white matter from T1, lower half to upper half.
 
 Unlike the slabs of `brain_template.write_challenge`, the whole scan is one case with one z-score.
-Training patches are flat cuts of slices of the lower half of the head, test pictures the slices of
-the upper half. Slices without tissue are left out. Volumes come with the package nilearn: install
+Training patches are flat cuts of slices of the lower half of the head, a third of them around a
+pixel of a class drawn evenly (nnU-Net's oversampling); evaluation cuts the slices of the upper half
+into tiles of the same size, and the report slides over that half as a whole. Networks with instance
+norms must see tiles: whole slices have other statistics than the patches they were trained on.
+Slices without tissue are left out. Volumes come with the package nilearn: install
 it, or name its wheel in `data.options.wheel`.
 """
 
@@ -18,7 +21,9 @@ import numpy as np
 
 from jaxmodels.biomedical import preprocessing
 from jaxmodels.biomedical.metrics import dice
-from jaxmodels.biomedical.patches import cut
+from jaxmodels.biomedical.patches import OVERSAMPLE, class_locations, cut, patch_start
+from jaxmodels.biomedical.preprocessing import Geometry
+from jaxmodels.biomedical.sliding_window import window_starts
 from train.data import brain_template
 from train.naming import ConfigError
 
@@ -26,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "wheel": "",  # nilearn's, where it is not installed
     "step": 2,  # mm
     "patch_size": 64,
-    "test_size": (128, 112),  # whole slices of the template at 2 mm, with a margin
+    "oversample": OVERSAMPLE,
 }
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = ("train", "test")
@@ -66,36 +71,54 @@ def _size(options: Mapping[str, Any]) -> int:
     return size
 
 
-def _spec(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`image` float32 [S, S, 1] and `label` int32 [S, S]."""
+    size = _size(options)
     return {
-        "image": jax.ShapeDtypeStruct((*shape, 1), np.float32),
-        "label": jax.ShapeDtypeStruct(shape, np.int32),
+        "image": jax.ShapeDtypeStruct((size, size, 1), np.float32),
+        "label": jax.ShapeDtypeStruct((size, size), np.int32),
     }
 
 
-def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`image` float32 [S, S, 1] and `label` int32 [S, S]."""
-    return _spec((_size(options),) * 2)
+@functools.lru_cache(maxsize=4)
+def _tiles(wheel: str, step: int, size: int) -> tuple[tuple[int, int, int], ...]:
+    """(slice, y, x) of tiles that cover every test slice."""
+    shape = halves(wheel, step)["test"].label.shape
+    starts = window_starts(shape[1:], (size, size), 1.0)
+    return tuple((z, y, x) for z in range(shape[0]) for y in starts[0] for x in starts[1])
 
 
-def eval_element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Whole slices, padded to `test_size`."""
-    return _spec(tuple(int(n) for n in options["test_size"]))
+@functools.lru_cache(maxsize=4)
+def _places(wheel: str, step: int) -> dict[int, np.ndarray]:
+    """Pixels [N, 3] of every class of the training half."""
+    label = halves(wheel, step)["train"].label
+    return class_locations(label, (1, 2), np.random.default_rng(0), limit=label.size)
 
 
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
-    """Draws that count as a pass, and the number of test slices."""
-    return {"train": EXAMPLES, "test": len(_half("test", options).label)}
+    """Draws that count as a pass, and the number of test tiles."""
+    found = _tiles(str(options["wheel"]), int(options["step"]), _size(options))
+    return {"train": EXAMPLES, "test": len(found)}
+
+
+def _example(half: Scan, place, size: int) -> dict[str, np.ndarray]:
+    z, start = place[0], place[1:]
+    image, shape = half.image[z], (size, size)
+    # Beyond the edge is air, the least value of the slice.
+    part = cut(image, start, shape, image.min())
+    label = cut(half.label[z], start, shape)
+    return {"image": part[..., None].astype(np.float32), "label": label.astype(np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """Test slices, or the numbers of training draws."""
+    """Test tiles, or the numbers of training draws."""
 
     split: str
     count: int
     wheel: str
     step: int
+    size: int
 
     def __len__(self) -> int:
         return self.count
@@ -103,23 +126,17 @@ class _Slices:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if self.split == "train":
             return {"index": np.int64(index)}
-        half = halves(self.wheel, self.step)["test"]
-        return {"image": half.image[index][..., None], "label": half.label[index].astype(np.int32)}
+        place = _tiles(self.wheel, self.step, self.size)[index]
+        return _example(halves(self.wheel, self.step)["test"], place, self.size)
 
 
 def source(split: str, options: Mapping[str, Any]) -> _Slices:
-    """Training draws, or the slices of the upper half.
+    """Training draws, or the tiles of the upper half.
 
     Raises DataError where the template is not there.
     """
-    count = EXAMPLES if split == "train" else len(_half(split, options).label)
-    _half(split, options)
-    return _Slices(split, count, str(options["wheel"]), int(options["step"]))
-
-
-def _cut(image: np.ndarray, start, shape) -> np.ndarray:
-    """A cut whose outside is air, the least value of the slice."""
-    return cut(image, start, shape, image.min())
+    count = split_sizes(options)[split]
+    return _Slices(split, count, str(options["wheel"]), int(options["step"]), _size(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,45 +144,46 @@ class _Draw:
     wheel: str
     step: int
     size: int
+    oversample: float
 
     def __call__(self, example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         del example
         half = halves(self.wheel, self.step)["train"]
+        shape, places = (self.size, self.size), None
         z = int(rng.integers(len(half.label)))
-        label = half.label[z]
-        start = [int(rng.integers(0, max(n - self.size, 0) + 1)) for n in label.shape]
-        shape = (self.size, self.size)
-        return {
-            "image": _cut(half.image[z], start, shape)[..., None],
-            "label": cut(label, start, shape).astype(np.int32),
-        }
+        if rng.random() < self.oversample:
+            found = _places(self.wheel, self.step)[1 + int(rng.integers(2))]
+            z, *pixel = found[int(rng.integers(len(found)))]
+            places = {1: np.asarray([pixel])}
+        start = patch_start(half.label.shape[1:], shape, rng, places)
+        return _example(half, (z, *start), self.size)
 
 
 def train_transform(options: Mapping[str, Any]) -> _Draw:
     """A patch of a random slice of the lower half."""
-    return _Draw(str(options["wheel"]), int(options["step"]), _size(options))
+    where = str(options["wheel"]), int(options["step"])
+    return _Draw(*where, _size(options), float(options["oversample"]))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Whole:
-    shape: tuple[int, ...]
-
-    def __call__(self, example) -> dict[str, np.ndarray]:
-        image, label = example["image"][..., 0], example["label"]
-        if any(n > m for n, m in zip(label.shape, self.shape)):
-            raise ConfigError(
-                f"data.options.test_size: {self.shape} does not hold slices of {label.shape}"
-            )
-        start = [-((m - n) // 2) for n, m in zip(label.shape, self.shape)]
-        return {
-            "image": _cut(image, start, self.shape)[..., None],
-            "label": cut(label, start, self.shape).astype(np.int32),
-        }
+def eval_transform(options: Mapping[str, Any]):
+    """Tiles as they are."""
+    del options
+    return dict
 
 
-def eval_transform(options: Mapping[str, Any]) -> _Whole:
-    """A whole slice in the middle of `test_size`."""
-    return _Whole(tuple(int(n) for n in options["test_size"]))
+def dataset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Label values of the classes that are scored."""
+    del options
+    return {"targets": {"gray matter": [1], "white matter": [2]}}
+
+
+def held_out(options: Mapping[str, Any]):
+    """The upper half as one case: (name, image [z, y, x, 1], label [z, y, x], geometry)."""
+    half = _half("test", options)
+    shape, spacing = half.label.shape, (float(options["step"]),) * 3
+    box = tuple((0, n) for n in shape)
+    geometry = Geometry((0, 1, 2), shape, spacing, box, spacing, shape)
+    yield "upper half", half.image[..., None], half.label, geometry
 
 
 def baselines(data: Mapping[str, Any]) -> dict[str, float]:
