@@ -242,6 +242,11 @@ class Checkpoints:
         """
         return sorted(manifest["step"] for _, manifest in self._sound_looking())
 
+    def metrics(self, step: int) -> dict[str, float | None]:
+        """The numbers saved with checkpoint `step`, {} without one."""
+        found = [m for _, m in self._sound_looking() if m["step"] == step]
+        return dict(found[-1]["metrics"]) if found else {}
+
     def best_step(self) -> int | None:
         """The step with the best finite `best_metric`, the later of equals; None without any."""
         best = self._best(list(self._sound_looking()))

@@ -74,7 +74,13 @@ def default_config() -> ConfigDict:
                 }
             ),
             "checkpoint": ConfigDict(
-                {"every": 0, "keep": 3, "best_metric": "", "best_mode": "max"}
+                {
+                    "every": 0,
+                    "keep": 3,
+                    "best_metric": "",
+                    "best_mode": "max",
+                    "best_smoothing": 0.0,  # share of the past in the metric's moving average
+                }
             ),
             "eval": ConfigDict({"every": 0, "batch_size": 0, "split": ""}),
             "log_every": 50,

@@ -163,7 +163,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.checkpoint.keep,
-        best_metric=config.checkpoint.best_metric or None,
+        best_metric=MovingAverage.key_of(config.checkpoint) or None,
         best_mode=config.checkpoint.best_mode,
         config=config.to_dict(),
         report=reporter.say,
@@ -213,6 +213,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
     config, run = plan.config, plan.run
     probe = RankProbe(config.probe.rank, reporter) if config.probe.rank else None
     numbers, evaluated, pending, keys = None, -1, [], ()
+    average = MovingAverage(config.checkpoint, checkpoints.metrics(start))
     state = run.place(state)
     reporter.start(start)
     with StopSignal() as stop:
@@ -241,7 +242,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 stop.asked if jax.process_count() == 1 else looked and any_process(stop.asked)
             )
             if (config.eval.every and done % config.eval.every == 0) or last:
-                numbers = evaluate(run.whole(state).eval_variables)
+                numbers = average.add(evaluate(run.whole(state).eval_variables))
                 reporter.log(done, "eval", numbers)
                 reporter.resume_clock(done)
                 evaluated = done
@@ -251,7 +252,7 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 or stopping
             ):
                 _check_finite(state, checkpoints, keys, config)
-                known = numbers if evaluated == done else None
+                known = average.carried(numbers if evaluated == done else {})
                 checkpoints.save(done, run.whole(state), known, wait=stopping)
                 reporter.resume_clock(done)
             if stopping and not last:
@@ -281,6 +282,43 @@ def _check_finite(state, checkpoints, keys, config) -> None:
         f"loss or gradient not finite at step {bad} (batch keys {', '.join(keys)}; "
         f"seed {config.seed}); last good checkpoint: {good}"
     )
+
+
+class MovingAverage:
+    """What decides which checkpoint is the best where single evaluations are noisy.
+
+    m <- a m + (1 - a) x over the evaluations x of `best_metric`, from the first one on, with
+    a = `best_smoothing`: nnU-Net's `ema_fg_dice` for a = 0.9. It travels in the checkpoints'
+    manifests, so that a resumed run goes on with it. A smoothing of 0 takes x itself.
+    """
+
+    def __init__(self, config, saved):
+        if not 0 <= config.best_smoothing < 1:
+            raise ConfigError(
+                f"config.checkpoint.best_smoothing: {config.best_smoothing} is not in [0, 1)"
+            )
+        self.share, self.metric = config.best_smoothing, config.best_metric
+        self.key = self.key_of(config)
+        self.value = saved.get(f"last_{self.key}") if self.share else None
+
+    @staticmethod
+    def key_of(config) -> str:
+        """Name of the number that is compared."""
+        name = config.best_metric
+        return f"ema_{name}" if name and config.best_smoothing else name
+
+    def add(self, numbers):
+        """The numbers of an evaluation with the average beside them."""
+        new = numbers.get(self.metric)
+        if not self.share or new is None or not np.isfinite(new):
+            return numbers
+        before = new if self.value is None else self.value
+        self.value = self.share * before + (1 - self.share) * float(new)
+        return {**numbers, self.key: self.value}
+
+    def carried(self, numbers):
+        """What a checkpoint keeps: its own numbers, if it has any, and the average so far."""
+        return numbers if self.value is None else {**numbers, f"last_{self.key}": self.value}
 
 
 class StopSignal:

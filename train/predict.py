@@ -15,7 +15,7 @@ from train.naming import ConfigError  # noqa: E402
 
 FLAGS = {
     "checkpoint": "a run directory of ours or a PyTorch checkpoint file",
-    "input": "what to predict on",
+    "input": "what to predict on; `test`, where a task knows it, is its own test split",
     "output": "the file or folder to write",
 }
 
@@ -30,13 +30,16 @@ def load_run(argv: list[str]) -> tuple:
     from train.loop import Plan, compilation_cache
 
     compilation_cache()
-    if not Path(paths["input"]).exists():
+    missing = not Path(paths["input"]).exists()
+    if missing and paths["input"] != "test":
         raise ConfigError(f"--input {paths['input']}: no such file or directory")
     with config.unlocked():
         config.init_from = paths["checkpoint"]
     plan = Plan(config)
     if not hasattr(plan.task, "predict") and not hasattr(plan.task, "predict_files"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
+    if missing and not getattr(plan.task, "predicts_test", False):
+        raise ConfigError(f"--input test: no such file, and {config.task} predicts files alone")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     return config, paths, plan.task, {"params": params, **extra}
 

@@ -18,12 +18,34 @@ from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.video import face_mesh
 from jaxmodels.video.face_mesh import FaceModel, MeshCode
+from jaxmodels.video.video_encoder import Heads
 from jaxmodels.video.vit import Mlp, SelfAttention
 
 
 def control_vector(code: MeshCode) -> jax.Array:
     """(pose 6, expression E, camera 3) [B, 9 + E] of a mesh code."""
     return jnp.concatenate([code.pose, code.expression, code.camera], -1)
+
+
+class Modulated(nn.Module):
+    """Layer norm scaled and shifted by a condition, at first not at all.
+
+    x [B, T, D], condition [B, C] -> [B, T, D].
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        zeros = nn.initializers.zeros
+        both = Linear(
+            2 * x.shape[-1], kernel_init=zeros, bias_init=zeros, name="modulation", **types
+        )(condition)
+        gamma, beta = jnp.split(both[:, None], 2, -1)
+        return LayerNorm(self.epsilon, name="norm", **types)(x) * (1 + gamma) + beta
 
 
 class ModulatedBlock(nn.Module):
@@ -34,26 +56,21 @@ class ModulatedBlock(nn.Module):
 
     heads: int
     mlp_ratio: int = 4
-    epsilon: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        width = x.shape[-1]
+        y = Modulated(name="norm1", **types)(x, condition)
+        x = x + SelfAttention(self.heads, name="attention", **types)(y)
+        y = Modulated(name="norm2", **types)(x, condition)
+        return x + Mlp(self.mlp_ratio * x.shape[-1], name="mlp", **types)(y)
 
-        def normalized(x, n):
-            y = LayerNorm(self.epsilon, name=f"norm{n}", **types)(x)
-            zeros = nn.initializers.zeros
-            both = Linear(
-                2 * width, kernel_init=zeros, bias_init=zeros, name=f"modulation{n}", **types
-            )(condition)
-            gamma, beta = jnp.split(both[:, None], 2, -1)
-            return y * (1 + gamma) + beta
 
-        x = x + SelfAttention(self.heads, name="attention", **types)(normalized(x, 1))
-        return x + Mlp(self.mlp_ratio * width, name="mlp", **types)(normalized(x, 2))
+# Where the gate begins: a turn of six degrees opens it by nine tenths. With weights of either sign
+# it would pass through zero wherever parts of a change cancel, and no movement could make up.
+_GATE = 15.0
 
 
 class PoseControl(nn.Module):
@@ -62,6 +79,9 @@ class PoseControl(nn.Module):
     Args of the call: w_low [B, n_low, w_dim]; source, target [B, P] (`control_vector`);
     points_source, points_target [B, K, 3], projected landmarks. The order of the K points does not
     matter. Returns [B, n_low, w_dim], exactly w_low where source and target are equal.
+
+    The last norm is modulated as well and every layer has an output map of its own, so that the
+    condition reaches each layer's code by a short way.
     """
 
     n_low: int = 8
@@ -112,10 +132,12 @@ class PoseControl(nn.Module):
         x = w_low.astype(self.dtype) + place.astype(self.dtype)
         for i in range(self.num_layers):
             x = ModulatedBlock(self.num_heads, name=f"blocks.{i}", **types)(x, condition)
-        x = LayerNorm(1e-6, name="norm", **types)(x)
-        zeros = nn.initializers.zeros
-        move = Linear(self.w_dim, kernel_init=zeros, bias_init=zeros, name="output", **types)(x)
-        gate = Linear(self.w_dim, use_bias=False, name="gate", **types)(jnp.abs(change))
+        x = Modulated(name="norm", **types)(x, condition)
+        move = Heads(self.n_low, self.w_dim, equalized=False, name="output", **types)(x)
+        open_gate = nn.initializers.constant(_GATE)
+        gate = Linear(self.w_dim, use_bias=False, kernel_init=open_gate, name="gate", **types)(
+            jnp.abs(change)
+        )
         return w_low + (move * jnp.tanh(gate)[:, None]).astype(w_low.dtype)
 
 

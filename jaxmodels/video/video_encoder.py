@@ -163,13 +163,14 @@ class VideoEncoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """A linear map of its own for every layer's query, equalized, starting at zero.
+    """A linear map of its own for every layer's query, starting at zero, equalized unless told not.
 
     x [B, count, D], the first of `layers` queries -> [B, count, w_dim].
     """
 
     layers: int
     w_dim: int
+    equalized: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -179,8 +180,8 @@ class Heads(nn.Module):
         shape = (self.layers, width, self.w_dim)
         kernel = self.param("kernel", zeros, shape, self.param_dtype)[:count]
         bias = self.param("bias", zeros, (self.layers, self.w_dim), self.param_dtype)[:count]
-        kernel = (kernel / np.sqrt(width)).astype(self.dtype)
-        y = jnp.einsum("bnd,ndo->bno", jnp.asarray(x, self.dtype), kernel)
+        kernel = kernel / np.sqrt(width) if self.equalized else kernel
+        y = jnp.einsum("bnd,ndo->bno", jnp.asarray(x, self.dtype), kernel.astype(self.dtype))
         return y + bias.astype(self.dtype)
 
 

@@ -1,12 +1,23 @@
 """Challenge folders: every format, every mistake on one line, preparation that resumes."""
 
+import importlib.util
 import json
+import socket
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import coins, medical_files, medical_patches, medical_preparation, pipeline
+from train.data import (
+    brain_slices,
+    brain_template,
+    coins,
+    medical_files,
+    medical_patches,
+    medical_preparation,
+    pipeline,
+)
 from train.data.medical_files import DataError, RawDataset, read_volume, write_labels
 from train.naming import ConfigError
 
@@ -47,9 +58,9 @@ def mistake_channels(root):
     )
 
 
-def nan_image():
+def image_with(value):
     image = np.ones((12, 14, 10), np.float32)
-    image[0, 0, 0] = np.nan
+    image[0, 0, 0] = value
     return image
 
 
@@ -67,7 +78,10 @@ MISTAKES = {
     r"spacing \(nan, 1\.0, 1\.0\) must be positive": lambda r: replace(
         r, "case01", side=[float("nan"), 1, 1]
     ),
-    r"case case01: the image has NaN": lambda r: replace(r, "case01", image=nan_image()),
+    r"case case01: the image has NaN": lambda r: replace(r, "case01", image=image_with(np.nan)),
+    r"case case01: the image has .*infinite": lambda r: replace(
+        r, "case01", image=image_with(np.inf)
+    ),
     r"case case01: label values \[7\] are not in dataset\.json": lambda r: replace(
         r, "case01", label=np.full((12, 14, 10), 7, np.uint8)
     ),
@@ -236,6 +250,81 @@ def test_folds_hold_out_every_case_once_and_options_are_checked(prepared):
             _, options = pipeline.resolve(data)
             medical_patches.element_spec(options)
             medical_patches.train_transform(options)
+
+
+def test_planning_needs_neither_accelerator_nor_network(prepared, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("planning reached for a device or the network")
+
+    monkeypatch.setattr("jax._src.xla_bridge.backends", refuse)
+    monkeypatch.setattr(socket, "socket", refuse)
+    raw = RawDataset.open(prepared[0])
+    medical_preparation.fingerprint(raw, tmp_path)
+    found = medical_preparation.plan(tmp_path)["configurations"]
+    assert {"2d", "3d_fullres"} <= set(found)
+
+
+def test_pooled_statistics_keep_what_distinguishes_cases_of_one_scale(prepared, tmp_path):
+    raw = RawDataset.open(prepared[0])
+    medical_preparation.fingerprint(raw, tmp_path)
+    image, _, spacing = raw.training_case("case00")
+    found = {}
+    for schemes in ((), ("CT", "CT")):
+        plans = medical_preparation.plan(tmp_path, schemes=schemes)
+        found[schemes] = [
+            medical_preparation.prepared_case(plans, "3d_fullres", image + shift, spacing)[0].mean()
+            for shift in (0, 0.5)
+        ]
+    np.testing.assert_allclose(found[()], 0, atol=1e-5)
+    low, high = found["CT", "CT"]
+    assert high - low > 0.1
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel with the template's file names: a bright core in a dimmer shell, in air."""
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path_factory.mktemp("wheel")
+    grid = np.stack(np.meshgrid(*(np.arange(n) - n / 2 for n in (40, 44, 36)), indexing="ij"), -1)
+    radius = np.sqrt((grid**2).sum(-1))
+    core, shell = radius < 8, (radius >= 8) & (radius < 14)
+    volumes = {"t1": 200.0 * core + 120.0 * shell, "gm": 255.0 * shell, "wm": 255.0 * core}
+    path = folder / "nilearn-0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, volume in volumes.items():
+            name = brain_template.FILES[key]
+            image = nibabel.Nifti1Image(volume.astype(np.float32), np.eye(4))
+            nibabel.save(image, folder / name)
+            archive.write(folder / name, f"nilearn/datasets/data/{name}")
+    return path
+
+
+def test_brain_slices_are_of_one_standardized_scan_cut_in_halves(wheel, tmp_path):
+    options = {"wheel": str(wheel), "patch_size": 16}
+    data = {"name": "brain_slices", "options": options}
+    batches = pipeline.train_batches(data, batch_size=8, seed=0)
+    batch = next(batches)
+    batches.close()
+    assert batch["image"].shape == (8, 16, 16, 1) and set(np.unique(batch["label"])) == {0, 1, 2}
+    halves = brain_slices.halves(str(wheel), 2)
+    assert abs(np.concatenate([h.image for h in halves.values()]).mean()) < 1
+    tiles = list(pipeline.eval_batches(data, "test", batch_size=4))
+    found = {k: np.concatenate([t[k] for t in tiles]) for k in tiles[0]}
+    ((_, image, label, _),) = brain_slices.held_out(pipeline.resolve(data)[1])
+    assert image.shape == (*label.shape, 1) and label.shape == halves["test"].label.shape
+    assert (found["label"] > 0).sum() >= (label > 0).sum() > 0
+    # The same tissue has one value in all slices, as no slice is standardized by itself.
+    values = found["image"][..., 0][found["label"] == 2]
+    assert np.ptp(values[values > np.median(values) - 0.1]) < 0.2
+    assert brain_slices.baselines(data)["multi_otsu_dice"] > 0.8
+    brain_template.write_challenge(tmp_path, wheel, thickness=4)
+    assert len(RawDataset.open(tmp_path).cases("Tr")) >= 2
+
+
+def test_a_missing_template_names_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install nilearn"):
+        brain_slices.source("train", {**brain_slices.OPTIONS})
 
 
 def test_coins_are_split_by_halves_and_light_makes_thresholds_fail():

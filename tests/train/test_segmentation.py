@@ -11,7 +11,7 @@ import pytest
 from jaxmodels.biomedical.unet import PlainConvUNet
 from train import challenge, predict, survey
 from train.__main__ import main
-from train.checkpoints import load_params
+from train.checkpoints import Checkpoints, load_params
 from train.command_line import stop_with_one_line
 from train.tasks.segmentation import Segmentation
 
@@ -70,7 +70,7 @@ def flags_of(raw, **more):
         "schedule.hold_for": 5,
         "steps": 20,
         "log_every": 5,
-        "eval.every": 0,
+        "eval.every": 5,
         "checkpoint.every": 10,
         "parallel.data": 1,
         **more,
@@ -93,6 +93,20 @@ def test_paper_recipe_runs_twenty_steps_on_nifti_files(paper_run):
     assert any("pseudo_dice" in r for r in rows)
 
 
+def test_the_best_checkpoint_is_chosen_by_the_moving_average_of_pseudo_dice(paper_run):
+    rows = [json.loads(line) for line in (paper_run / "metrics.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["kind"] == "eval"]
+    expected = rows[0]["pseudo_dice"]
+    for row in rows:
+        expected = 0.9 * expected + 0.1 * row["pseudo_dice"]
+        assert row["ema_pseudo_dice"] == pytest.approx(expected)
+    assert len(rows) == 4 and rows[-1]["ema_pseudo_dice"] != rows[-1]["pseudo_dice"]
+    saved = Checkpoints(paper_run / "checkpoints", best_metric="ema_pseudo_dice")
+    assert saved.metrics(20)["last_ema_pseudo_dice"] == pytest.approx(expected)
+    averages = {r["step"]: r["ema_pseudo_dice"] for r in rows if r["step"] % 10 == 0}
+    assert saved.best_step() == max(averages, key=averages.get)
+
+
 def test_a_stopped_run_resumes_bit_for_bit(paper_run, raw, tmp_path):
     # A shorter schedule would be another run: stop by restoring the checkpoint of step 10.
     import shutil
@@ -103,6 +117,12 @@ def test_a_stopped_run_resumes_bit_for_bit(paper_run, raw, tmp_path):
     whole, resumed = load_params(paper_run), load_params(tmp_path / "run")
     assert jax.tree.structure(whole) == jax.tree.structure(resumed)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    # The moving average goes on from what the checkpoint remembers.
+    a, b = (
+        Checkpoints(d / "checkpoints").metrics(20)["last_ema_pseudo_dice"]
+        for d in (paper_run, tmp_path / "run")
+    )
+    assert a == b
 
 
 def test_eight_devices_train_as_one(raw, tmp_path):
@@ -147,6 +167,7 @@ MISTAKES = {
     "data.options.batch_size=4": "data.options.batch_size 4 differs from config.batch_size 2",
     "data.options.path=/nowhere": "neither raw (dataset.json) nor prepared",
     "data.options.fold=5": "data.options.fold: 5 is not in -1 .. 4",
+    "checkpoint.best_smoothing=1.0": "config.checkpoint.best_smoothing: 1.0 is not in [0, 1)",
 }
 
 
@@ -208,6 +229,8 @@ def test_one_command_leads_from_a_folder_to_a_submission_and_resumes(raw, tmp_pa
     report = (workdir / "report" / "report.md").read_text()
     for text in ("69 % of respondents with samples too large", "k-fold", "Kendall", "3d_cascade"):
         assert text in report
+    practices = [line for line in report.splitlines() if "% of " in line and line[0] == "|"]
+    assert all("| on |" in line or "| off |" in line for line in practices) and len(practices) > 4
     assert (workdir / "report" / "ranking.png").stat().st_size > 5000
     for case in ("ball_Ts0", "ball_Ts1"):
         image = nibabel.load(raw / "imagesTs" / f"{case}_0000.nii.gz")
@@ -239,6 +262,8 @@ CHALLENGE_MISTAKES = {
     "challenge.configurations=('3d_cascade',)": "3d_cascade needs 3d_lowres as well",
     "challenge.folds=9": "9 folds need at least as many cases, got 5",
     "challenge.weights=best": "config.challenge.weights: 'best'; known: uniform, least_squares",
+    "challenge.plan.schemes=('ct',)": "plan.schemes: no normalization 'ct'; known: CT",
+    "challenge.plan.schemes=('CT','CT')": "plan.schemes: 2 normalizations for 1 channels",
     "challenge.ranking=mean": "known: aggregate_then_rank",
     "data.options.path=/nowhere": "no folder '/nowhere'",
 }

@@ -189,7 +189,7 @@ def editor():
     variables = module.init(
         jax.random.key(0), *(jnp.zeros(x.shape) for x in module.example_inputs())
     )
-    output = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+    output = {"kernel": jnp.ones((5, 8, 8)), "bias": jnp.ones((5, 8))}
     return PoseEditor(module, {"params": {**variables["params"], "output": output}}, FACE)
 
 

@@ -52,6 +52,15 @@ def _every(array: np.ndarray, step: int) -> np.ndarray:
     return blocks.reshape(shape).mean((1, 3, 5))
 
 
+def tissue(wheel: str | Path | None = None, step: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """T1 float32 and labels uint8 (0 rest, 1 gray, 2 white matter), both [z, y, x] at `step` mm."""
+    found = {k: _every(v, step) for k, v in volumes(wheel).items()}
+    gray, white = found["gm"], found["wm"]
+    scale = max(float(gray.max()), float(white.max()))
+    rest = np.maximum(0, scale - gray - white)
+    return found["t1"], np.stack([rest, gray, white]).argmax(0).astype(np.uint8)
+
+
 def write_challenge(
     root: str | Path, wheel: str | Path | None = None, *, step: int = 2, thickness: int = 8
 ) -> None:
@@ -59,11 +68,7 @@ def write_challenge(
 
     Slabs without tissue are left out.
     """
-    found = {k: _every(v, step) for k, v in volumes(wheel).items()}
-    t1, gray, white = found["t1"], found["gm"], found["wm"]
-    scale = max(float(gray.max()), float(white.max()))
-    rest = np.maximum(0, scale - gray - white)
-    label = np.stack([rest, gray, white]).argmax(0).astype(np.uint8)
+    t1, label = tissue(wheel, step)
     middle = t1.shape[0] // 2
     for split, first, after in (("Ts", middle, t1.shape[0]), ("Tr", 0, middle)):
         cases = []

@@ -98,10 +98,15 @@ def plan(
     cap_batch: bool = True,
     batch_size: int = 0,
     lowres_share: float = planning.LOWRES_SHARE,
+    schemes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`plans.json` from the fingerprint: every configuration that the data allow.
 
-    Arguments as in `planning.plan_network`; `batch_size` other than 0 replaces the planned one.
+    Arguments as in `planning.plan_network`; `batch_size` other than 0 replaces the planned one,
+    `schemes` (of `preprocessing.NORMALIZATIONS`, one a channel) those that the channels' names ask
+    for: "CT" standardizes by statistics pooled over all cases, for intensities on one scale.
+
+    Raises ValueError for schemes that are unknown or of another number.
     """
     seen, raw = read_json(folder / "fingerprint.json"), read_json(folder / "dataset.json")
     rows = list(seen["cases"].values())
@@ -167,7 +172,7 @@ def plan(
             add("3d_cascade", full, spacing, shape, "fullres", batch_dice=True)
     content = {
         "transpose": transpose,
-        "schemes": [preprocessing.normalization_of(name) for name in raw["channels"]],
+        "schemes": _schemes(raw["channels"], schemes),
         # Cropping that takes more than a quarter away leaves an outside that is no image.
         "use_mask": share < preprocessing.MASK_BELOW,
         "statistics": seen["statistics"],
@@ -175,6 +180,18 @@ def plan(
     }
     write_json(folder / "plans.json", content)
     return content
+
+
+def _schemes(channels: Sequence[str], given: Sequence[str]) -> list[str]:
+    if not given:
+        return [preprocessing.normalization_of(name) for name in channels]
+    if len(given) != len(channels):
+        raise ValueError(f"plan.schemes: {len(given)} normalizations for {len(channels)} channels")
+    for scheme in given:
+        if scheme not in preprocessing.NORMALIZATIONS:
+            known = ", ".join(preprocessing.NORMALIZATIONS)
+            raise ValueError(f"plan.schemes: no normalization {scheme!r}; known: {known}")
+    return list(given)
 
 
 _CLASSES = {"plain": "PlainConvUNet", "resenc": "ResidualEncoderUNet"}

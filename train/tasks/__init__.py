@@ -24,5 +24,5 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
 - optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes;
 - optional `predict_files(variables, path, output, config) -> str` in place of `predict`, where
   predictions are pictures, videos or label maps: writes them to `output` and returns the line to
-  print.
+  print; with `predicts_test = True` it also takes the word `test` for the data's own test split.
 """

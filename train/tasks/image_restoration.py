@@ -154,44 +154,62 @@ class ImageRestoration:
             whole = np.asarray(apply(jnp.asarray(padded)[None])[0], np.float32)
         return whole[: height * self.scale, : width * self.scale]
 
+    predicts_test = True
+
     def predict_files(self, variables, path, output, config) -> str:
         """Every picture below `path` restored, as `OUTPUT/NAME.png`.
 
-        With `task_args.reference` (a folder of the originals, by stem) also `OUTPUT/strips/`, input
-        enlarged | output | reference at the most textured place, and `OUTPUT/psnr.csv`.
+        With `task_args.reference` (a folder of the originals, by stem), or with `test` for `path`
+        (the data's own test pictures), also `OUTPUT/strips/`: input enlarged | output | reference
+        as a whole and at the most textured place; and `OUTPUT/psnr.csv`.
         """
-        from train.data import image_pairs
-
-        family, options = pipeline.resolve(config.data)
         path, folder = Path(path), Path(output)
-        files = (
-            list(image_pairs.files_by_stem(path, "--input").values()) if path.is_dir() else [path]
-        )
-        references = {}
-        if self.reference:
-            references = image_pairs.files_by_stem(Path(self.reference), "task_args.reference")
         restore = self._two_stage(variables)
-        (folder / "strips" if references else folder).mkdir(parents=True, exist_ok=True)
-        rows: list[tuple] = [("file", "psnr", "bicubic_psnr")]
-        for file in files:
-            lr = family.read_image(file, options)
+        strips = folder / "strips"
+        count, rows = 0, [("file", "psnr", "bicubic_psnr")]
+        family, _ = pipeline.resolve(config.data)
+        for stem, lr, hr in self._inputs(path, config):
+            folder.mkdir(parents=True, exist_ok=True)
             sr = metrics.to_uint8(restore(lr / np.float32(255)))
-            write_picture(folder / f"{file.stem}.png", sr)
-            if file.stem not in references:
+            write_picture(folder / f"{stem}.png", sr)
+            count += 1
+            if hr is None:
                 continue
-            hr = image_pairs.read_rgb(references[file.stem], bool(options["gray"]))
             hr = hr[: sr.shape[0], : sr.shape[1]]
-            image_pairs.check_pair(lr, hr, self.scale, file.stem)
             base = family.upsample(lr, self.scale)
-            save_strip(folder / "strips" / f"{file.stem}.png", base, sr, hr)
-            rows.append((file.stem, metrics.psnr(sr, hr), metrics.psnr(base, hr)))
-        said = f"{len(files)} pictures in {folder}"
+            strips.mkdir(exist_ok=True)
+            ours, theirs = metrics.psnr(sr, hr), metrics.psnr(base, hr)
+            save_strip(strips / f"{stem}.png", base, sr, hr, (theirs, ours))
+            rows.append((stem, ours, theirs))
+        said = f"{count} pictures in {folder}"
         if len(rows) == 1:
             return said
         with open(folder / "psnr.csv", "w", newline="") as table:
             csv.writer(table).writerows(rows)
         means = [metrics.mean_psnr(row[k] for row in rows[1:]) for k in (1, 2)]
         return f"{said}: PSNR {means[0]:.3f} dB, bicubic {means[1]:.3f} dB"
+
+    def _inputs(self, path: Path, config):
+        """(stem, low resolution, original or None) of what is to be restored."""
+        from train.data import image_pairs
+
+        family, options = pipeline.resolve(config.data)
+        if str(path) == "test" and not path.exists():
+            yield from family.eval_images(options)
+            return
+        files = (
+            list(image_pairs.files_by_stem(path, "--input").values()) if path.is_dir() else [path]
+        )
+        references = {}
+        if self.reference:
+            references = image_pairs.files_by_stem(Path(self.reference), "task_args.reference")
+        for file in files:
+            lr, hr = family.read_image(file, options), None
+            if file.stem in references:
+                hr = image_pairs.read_rgb(references[file.stem], bool(options["gray"]))
+                cropped = hr[: lr.shape[0] * self.scale, : lr.shape[1] * self.scale]
+                image_pairs.check_pair(lr, cropped, self.scale, file.stem)
+            yield file.stem, lr, hr
 
     def _two_stage(self, variables):
         if self.first is None:

@@ -136,46 +136,64 @@ class VideoRestoration:
             whole[start + first : start + length] = part[first:]
         return whole
 
+    predicts_test = True
+
     def predict_files(self, variables, path, output, config) -> str:
         """A video file or a folder of frames restored, as `OUTPUT/001.png`, ...; folders of videos
         as `OUTPUT/VIDEO/001.png`.
 
-        With `task_args.reference` (the originals in the same layout) also strips of middle frames
-        and `OUTPUT/psnr.csv`.
+        With `task_args.reference` (the originals in the same layout), or with `test` for `path`
+        (the data's own test videos), also strips of middle frames, input enlarged | output |
+        reference, and `OUTPUT/psnr.csv`.
         """
-        family, _ = pipeline.resolve(config.data)
-        path, folder = Path(path), Path(output)
-        nested = path.is_dir() and any(f.is_dir() for f in path.iterdir())
-        videos = sorted(f for f in path.iterdir() if f.is_dir()) if nested else [path]
+        folder, count = Path(output), 0
         rows: list[tuple] = [("video", "psnr", "bicubic_psnr")]
-        for video in videos:
-            place = folder / video.name if nested else folder
+        for name, nested, lr, hr in self._inputs(Path(path), config):
+            place = folder / name if nested else folder
             place.mkdir(parents=True, exist_ok=True)
-            lr = family.read_video(video)
             sr = metrics.to_uint8(self.restore(variables, lr))
+            count += 1
             for number, frame in enumerate(sr, start=1):
                 write_picture(place / f"{number:03d}.png", frame)
-            if not self.reference:
+            if hr is None:
                 continue
-            original = Path(self.reference) / video.name if nested else Path(self.reference)
-            hr = family.read_video(original)[: len(sr), : sr.shape[1], : sr.shape[2]]
+            hr = hr[: len(sr), : sr.shape[1], : sr.shape[2]]
             if hr.shape != sr.shape:
-                raise ConfigError(f"task_args.reference {original}: {hr.shape}, output {sr.shape}")
+                raise ConfigError(
+                    f"task_args.reference: {name} is {hr.shape}, the output {sr.shape}"
+                )
             middle = len(sr) // 2
             base = [self.enlarged(frame) for frame in lr]
-            save_strip(folder / f"strip_{video.stem}.png", base[middle], sr[middle], hr[middle])
+            scores = [metrics.psnr(x[middle], hr[middle]) for x in (base, sr)]
+            strip = folder / f"strip_{Path(name).stem}.png"
+            save_strip(strip, base[middle], sr[middle], hr[middle], scores)
             ours, theirs = (
                 metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(clip, hr))
                 for clip in (sr, base)
             )
-            rows.append((video.name, ours, theirs))
-        said = f"{len(videos)} videos in {folder}"
+            rows.append((name, ours, theirs))
+        said = f"{count} videos in {folder}"
         if len(rows) == 1:
             return said
         with open(folder / "psnr.csv", "w", newline="") as table:
             csv.writer(table).writerows(rows)
         means = [metrics.mean_psnr(row[k] for row in rows[1:]) for k in (1, 2)]
         return f"{said}: PSNR {means[0]:.3f} dB, bicubic {means[1]:.3f} dB"
+
+    def _inputs(self, path: Path, config):
+        """(name, whether it has a folder of its own, low resolution, original or None)."""
+        family, options = pipeline.resolve(config.data)
+        if str(path) == "test" and not path.exists():
+            for name, lr, hr in family.eval_videos(options):
+                yield name, True, lr, hr
+            return
+        nested = path.is_dir() and any(f.is_dir() for f in path.iterdir())
+        for video in sorted(f for f in path.iterdir() if f.is_dir()) if nested else [path]:
+            hr = None
+            if self.reference:
+                original = Path(self.reference)
+                hr = family.read_video(original / video.name if nested else original)
+            yield video.name, nested, family.read_video(video), hr
 
 
 @functools.lru_cache(maxsize=8)
