@@ -18,7 +18,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Primitive, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import batching, mlir
 
 from jaxmodels.layers.convolution import Conv, Linear
@@ -98,10 +98,20 @@ def count_cost(module: nn.Module, *inputs: jax.ShapeDtypeStruct, resolution=None
     return Cost(layers.total(), parameters, dict(layers), dict(per_trip))
 
 
+def _programs(params: dict) -> list[Jaxpr]:
+    """The programs that an equation runs: values of its parameters, alone or in tuples."""
+    values = jax.tree.leaves(list(params.values()), is_leaf=lambda v: isinstance(v, ClosedJaxpr))
+    return [
+        value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        for value in values
+        if isinstance(value, (ClosedJaxpr, Jaxpr))
+    ]
+
+
 def _add(program: Jaxpr, times: int, layers: Counter, per_trip: Counter) -> None:
     """Adds what `times` runs of `program` cost."""
     for step in program.eqns:
-        inner = tuple(jaxprs_in_params(step.params))
+        inner = _programs(step.params)
         if step.primitive is _mark:
             path, macs, size = (step.params[k] for k in ("path", "macs", "size"))
             # Under `vmap` the output has more elements than the layer saw.
