@@ -23,7 +23,7 @@ def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any]) -> Callable[[jax
     def decompose(matrix: jax.Array) -> Any:
         if matrix.ndim != 2:
             raise ValueError(f"matrix: expected two axes, got {matrix.shape}; use jax.vmap")
-        return sequential(matrix) if jax.default_backend() == "cpu" else function(matrix)
+        return jax.lax.platform_dependent(matrix, cpu=sequential, default=function)
 
     return decompose
 

@@ -15,39 +15,38 @@ from jax import lax
 _SIDE_BY_SIDE = 4
 
 
-def _rows(x: jax.Array) -> tuple[jax.Array, int]:
-    """x [..., C] as rows [R, k C] that hold k values of each channel, and k."""
+def _side_by_side(x: jax.Array, mean: jax.Array | None = None) -> jax.Array:
+    """Means per channel of x [..., C], or of its squared distances from `mean` [C]."""
     rows, features = math.prod(x.shape[:-1]), x.shape[-1]
-    fits = jax.default_backend() == "cpu" and rows % _SIDE_BY_SIDE == 0
-    k = _SIDE_BY_SIDE if fits else 1
-    return x.reshape(rows // k, k * features), k
+    k = _SIDE_BY_SIDE if rows % _SIDE_BY_SIDE == 0 else 1
+    values = x.reshape(rows // k, k * features)
+    if mean is not None:
+        # Without the barrier the repeated mean is computed again for every value.
+        values = jnp.square(values - lax.optimization_barrier(jnp.tile(mean, k)))
+    return values.sum(0).reshape(k, features).sum(0) / rows
 
 
-def _fold(totals: jax.Array, k: int) -> jax.Array:
-    return totals.reshape(k, -1).sum(0)
+def _plain(x: jax.Array, mean: jax.Array | None = None) -> jax.Array:
+    values = x if mean is None else jnp.square(x - mean)
+    return values.mean(tuple(range(x.ndim - 1)))
 
 
 @jax.custom_jvp
 def _channel_mean(x: jax.Array) -> jax.Array:
     """Mean over all axes but the last, [..., C] to [C]."""
-    rows, k = _rows(x)
-    return _fold(rows.sum(0), k) / (rows.shape[0] * k)
+    return lax.platform_dependent(x, cpu=_side_by_side, default=_plain)
 
 
 @_channel_mean.defjvp
 def _(primals, tangents):
     # The plain form, so that the gradient is a broadcast without the rows' reshapes.
-    axes = tuple(range(primals[0].ndim - 1))
-    return _channel_mean(*primals), tangents[0].mean(axes)
+    return _channel_mean(*primals), _plain(tangents[0])
 
 
 @jax.custom_jvp
 def _channel_variance(x: jax.Array, mean: jax.Array) -> jax.Array:
     """Mean squared distance from `mean` [C] over all axes but the last, [..., C] to [C]."""
-    rows, k = _rows(x)
-    # Without the barrier the repeated mean is computed again for every value.
-    repeated = lax.optimization_barrier(jnp.tile(mean, k)) if k > 1 else mean
-    return _fold(jnp.square(rows - repeated).sum(0), k) / (rows.shape[0] * k)
+    return lax.platform_dependent(x, mean, cpu=_side_by_side, default=_plain)
 
 
 @_channel_variance.defjvp
@@ -55,8 +54,7 @@ def _(primals, tangents):
     # `mean` is the mean over all devices, so that the distances sum to nothing and its own tangent
     # drops out: one pass over x less in the gradient.
     x, mean = primals
-    axes = tuple(range(x.ndim - 1))
-    return _channel_variance(x, mean), 2 * ((x - mean) * tangents[0]).mean(axes)
+    return _channel_variance(x, mean), 2 * _plain((x - mean) * tangents[0])
 
 
 class BatchNorm(nn.Module):

@@ -33,9 +33,11 @@ def _each(function, *stacked):
     One after another on a CPU: convolutions with kernels of their own become one grouped
     convolution under `vmap`, which takes several times the members' own time there.
     """
-    if jax.default_backend() == "cpu":
+
+    def one_by_one(*stacked):
         return jax.lax.map(lambda arguments: function(*arguments), stacked)
-    return jax.vmap(function)(*stacked)
+
+    return jax.lax.platform_dependent(*stacked, cpu=one_by_one, default=jax.vmap(function))
 
 
 @dataclasses.dataclass(frozen=True)
