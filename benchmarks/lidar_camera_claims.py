@@ -18,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import markdown
+from jaxmodels.retrieval.metrics import interval
+
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "lidar_camera_claims.jsonl"
 NEAR_METERS, LEAST_RETURNS = 10.0, 30
@@ -152,7 +155,9 @@ def pipeline(patches: Path, detector: Path, count: int, crowd: float, size: int)
     from train.data import driving_frames
 
     classifier, variables, config = load_run(patches)
-    module, detector_variables, _ = load_run(detector)
+    module, detector_variables, other = load_run(detector)
+    if config.seed != other.seed:
+        raise SystemExit(f"runs of different seeds: {config.seed} and {other.seed}")
     detect = lidar_camera.make_detector(module, detector_variables, size)
     settings = {**driving_frames.OPTIONS, **dict(config.data.options), "path": None}
     settings |= {"test_frames": count, "crowd": crowd, "frames_a_drive": 5, "frame_stride": 1}
@@ -228,6 +233,8 @@ def pipeline(patches: Path, detector: Path, count: int, crowd: float, size: int)
             {
                 "kind": "pipeline",
                 "arm": name,
+                "backbone": config.model.rpartition("_")[2],
+                "seed": config.seed,
                 "frames": count,
                 "crowd": crowd,
                 "detector_size": size,
@@ -299,11 +306,55 @@ def latency(count: int, crowd: float, size: int, variant: str, scale: float) -> 
     return rows
 
 
+OVER_SEEDS = (
+    *("mean_ms", "p50_ms", "p99_ms", "riskiest_ms", "mAP", "ap_vehicle", "ap_pedestrian"),
+    *("ap_cyclist", "ap_sign", "ap_vehicle_0.7", "recall_rank_0", "recall_rank_1"),
+)
+
+
+def over_seeds(rows: list[dict]) -> str:
+    """Trained pipelines: means with Student's 95 % intervals over seeds, and paired differences."""
+    cells, paired = [], []
+    kinds = sorted({(r["backbone"], r["detector_size"]) for r in rows})
+    for backbone, size in kinds:
+        own = [r for r in rows if (r["backbone"], r["detector_size"]) == (backbone, size)]
+        arms = list(dict.fromkeys(r["arm"] for r in own))
+        for arm in arms:
+            mine = [r for r in own if r["arm"] == arm]
+            shown = [_interval([r[name] for r in mine]) for name in OVER_SEEDS]
+            cells.append([backbone, size, arm, len(mine), *shown])
+        full = {r["seed"]: r for r in own if r["arm"] == "full frame"}
+        for arm in arms:
+            mine = [r for r in own if r["arm"] == arm and r["seed"] in full]
+            if arm != "full frame" and mine:
+                lower = [100 * (1 - r["mean_ms"] / full[r["seed"]]["mean_ms"]) for r in mine]
+                better = [r["mAP"] - full[r["seed"]]["mAP"] for r in mine]
+                paired.append([backbone, size, arm, _interval(lower), _interval(better)])
+    head = ["backbone", "detector pixels", "arm"]
+    return (
+        markdown([*head, "seeds", *OVER_SEEDS], cells)
+        + "\nAgainst the full-frame detector of the same seed:\n\n"
+        + markdown([*head, "mean latency lower by %", "mAP higher by"], paired)
+    )
+
+
+def _interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3g}"
+    mean, half = interval(values)
+    return f"{mean:.3g} ± {half:.2g}"
+
+
 def table(rows: list[dict]) -> str:
-    """All rows as Markdown, one table a kind."""
+    """All rows as Markdown, one table a kind; of trained pipelines means over seeds."""
     lines = []
     for kind in ("clusters", "pipeline", "latency"):
         own = [row for row in rows if row["kind"] == kind]
+        if kind == "pipeline":
+            own = [row for row in own if "seed" in row]
+            if own:
+                lines += ["## Pipeline", "", over_seeds(own)]
+            continue
         if not own:
             continue
         keys = [key for key in own[-1] if key != "kind"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxmodels.layers.conv2d import conv2d
 from jaxmodels.layers.depthwise import depthwise_conv, unfused
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
@@ -84,11 +85,14 @@ def _dense_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tuple)
     """
     sides = zip(x.shape[1:3], padding, kernel.shape[:2], strides)
     outside = [((n + sum(p) - k) // s + 1, k) for n, p, k, s in sides]
-    xla = partial(_xla_conv, strides=strides, padding=padding, groups=1)
     if kernel.shape[:2] == (1, 1) or all(n >= k for n, k in outside):
-        return xla(x, kernel)
-    small = partial(_windowed_conv, strides=strides, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=small, default=xla)
+        return conv2d(x, kernel, strides, padding)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_windowed_conv, strides=strides, padding=padding),
+        default=partial(conv2d, strides=strides, padding=padding),
+    )
 
 
 @unfused(2, 3)

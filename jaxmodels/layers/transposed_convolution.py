@@ -7,8 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxmodels.layers.conv2d import conv2d
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
 
@@ -47,15 +47,7 @@ class TransposedConv(nn.Module):
             row = []
             for b in range(s):
                 (first_a, pad_a), (first_b, pad_b) = self._phase(a), self._phase(b)
-                row.append(
-                    lax.conv_general_dilated(
-                        x,
-                        kernel[first_a::s, first_b::s],
-                        (1, 1),
-                        (pad_a, pad_b),
-                        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    )
-                )
+                row.append(conv2d(x, kernel[first_a::s, first_b::s], (1, 1), (pad_a, pad_b)))
             rows.append(jnp.stack(row, 3))
         y = jnp.stack(rows, 2)  # [B, H, s, W, s, O]
         y = y.reshape(x.shape[0], x.shape[1] * s, x.shape[2] * s, self.features)

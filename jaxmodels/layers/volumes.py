@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmodels.layers.conv2d import conv2d
 from jaxmodels.layers.initializers import Initializer
 
 _LETTERS = "DHWXYZ"
@@ -33,6 +34,8 @@ def transposed_kaiming_normal(negative_slope: float = 0.01) -> Initializer:
 
 def _xla_convolve(x, kernel, strides, padding):
     n = len(strides)
+    if n == 2:
+        return conv2d(x, kernel, tuple(strides), tuple((p, p) for p in padding))
     letters = _LETTERS[:n]
     layout = f"N{letters}C"
     return lax.conv_general_dilated(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmodels.layers.conv2d import conv2d
 from jaxmodels.layers.depthwise import depthwise_conv, depthwise_conv_grouped
 from jaxmodels.search import scalenet_space
 from jaxmodels.search.choice_blocks import ChoiceBlock, ChoiceOp
@@ -356,10 +357,7 @@ class SuperSupernet(nn.Module):
         if op.kernel == 1 and stride == 1:
             y = x @ kernel[0, 0]
         else:
-            y = lax.conv_general_dilated(
-                *(x, kernel, (stride, stride), ((pad, pad), (pad, pad))),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = conv2d(x, kernel, (stride, stride), ((pad, pad), (pad, pad)))
         area = area.strided(stride)
         y, (mean, var) = batch_norm(within(y, area), layers["bn"], out, area, setting)
         return within(hard_swish(y), area), {"bn": {"mean": mean, "var": var}}

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxmodels.layers.conv2d import conv2d
 from jaxmodels.security.detection import detection_metrics
 
 PROBABILITY_FLOOR = 1e-7
@@ -80,8 +80,6 @@ def with_frequency_residuals(x: jax.Array) -> jax.Array:
     """Images [B, H, W, 3] -> [B, H, W, 6]: three SRM residuals of the mean channel appended."""
     gray = x.mean(-1, keepdims=True)
     kernel = jnp.asarray(np.stack([k / q for k, q in _SRM], -1)[:, :, None], x.dtype)
-    residuals = lax.conv_general_dilated(
-        gray, kernel, (1, 1), ((2, 2), (2, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    residuals = conv2d(gray, kernel, (1, 1), ((2, 2), (2, 2)))
     # Truncated as the rich model does, at some levels of a byte image.
     return jnp.concatenate([x, jnp.clip(8 * residuals, -1, 1)], -1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmodels.layers.conv2d import conv2d as plain_conv2d
 from jaxmodels.video.upfirdn import BINOMIAL, setup_filter, upfirdn2d
 
 SLOPE = 0.2
@@ -78,13 +79,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, padding: int = 0, stride: int = 1) -
     """Plain correlation, x [B, H, W, I], kernel [k, k, I, O], symmetric numeric padding."""
     if kernel.shape[0] == 1 and stride == 1 and padding == 0:
         return x @ kernel[0, 0]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return plain_conv2d(x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
 
 
 def transposed_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -120,10 +115,8 @@ def _by_parity(x, kernel):
     for row in taps:
         for column in taps:
             k = kernel[jnp.asarray(row)][:, jnp.asarray(column)]
-            pads = [(len(t) - 1, len(t) - 1) for t in (row, column)]
-            y = lax.conv_general_dilated(
-                x, k, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            pads = tuple((len(t) - 1, len(t) - 1) for t in (row, column))
+            y = plain_conv2d(x, k, (1, 1), pads)
             missing = ((0, 0), (0, height + 1 - y.shape[1]), (0, width + 1 - y.shape[2]), (0, 0))
             parts.append(jnp.pad(y, missing))
     y = jnp.stack(parts, 3).reshape(batch, height + 1, width + 1, 2, 2, out)
