@@ -85,7 +85,8 @@ def _small(config, preset, kind):
     config.log_every = 25
     config.steps, config.batch_size = 100, 64
     config.schedule.update(peak=1e-3, warmup_steps=10)
-    _stages(config, kind, teacher, shared, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
+    miner = tower(64, 4, 4, **shared)
+    _stages(config, kind, teacher, miner, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
 
 
 def _paper(config, preset, kind):

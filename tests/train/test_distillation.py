@@ -17,7 +17,7 @@ from tests.train.stoppable_runs import assert_bit_identical, state_of
 from train.data import pipeline
 from train.loop import Plan, fit
 from train.naming import ConfigError
-from train.progression import run_progression
+from train.progression import run_progression, stage_config
 from train.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -254,6 +254,26 @@ def test_teacher_and_student_move_and_redraws_compile_nothing(psgs, preset):
             lambda a, b: bool((a != b).any()), start.params[part], state.params[part]
         )
         assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2, part
+
+
+@pytest.mark.parametrize(
+    ("configs", "preset"),
+    [
+        (lead_configs, "small"),
+        (lead_configs, "late"),
+        (lead_configs, "cross"),
+        (prod_configs, "small"),
+    ],
+)
+def test_every_network_of_a_small_preset_is_small(configs, preset):
+    """A stage that forgets its sizes trains BERT's, 110 million parameters, without a word."""
+    config = configs.get_config(preset)
+    for name, one in config.stages.items():
+        if one.kind == "train":
+            own = stage_config(config, name)
+            for arguments in (own.model_args, own.task_args.get("teacher_args")):
+                if arguments is not None:
+                    assert arguments.hidden_size <= 96 and arguments.num_hidden_layers <= 4, name
 
 
 def test_each_model_is_clipped_on_its_own():
