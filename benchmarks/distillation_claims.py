@@ -24,7 +24,7 @@ from train.loop import compilation_cache
 from train.progression import run_progression
 
 SIZES = {"query_length": 16, "document_length": 32}
-LEAD_STEPS = {"W_miner": 250, "W_teacher": 60, "W_student": 200, "arm": 60}
+LEAD_STEPS = {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300}
 PROD_STEPS = {
     "W1_teacher": 200,
     "W1_student": 200,
@@ -55,11 +55,6 @@ def lead(workdir: Path, seed: int, path, rate: float, layers: int, weight: float
     """test MRR@10 of every arm for one seed."""
     config = lead_configs.get_config("small")
     _lengths(config, path)
-    config.batch_size = 32
-    for stage in _train_stages(config):
-        if "batch_size" in stage.changes:
-            stage.changes.batch_size = 32
-    config.stages.W_teacher.changes.batch_size = 32
     for name in ("W_miner", "W_teacher", "W_student"):
         count = LEAD_STEPS[name]
         config.stages[name].changes.steps = count
@@ -78,9 +73,7 @@ def lead(workdir: Path, seed: int, path, rate: float, layers: int, weight: float
         config.stages[name].given = str(shared / name)
     plain = config.stages.W_student.to_dict()
     plain["uses"] = {**plain["uses"], "task_args": {"start_from": "W_student"}}
-    plain["changes"].update(
-        steps=config.steps, schedule={"peak": rate, "warmup_steps": 10}, batch_size=32
-    )
+    plain["changes"].update(steps=config.steps, schedule={"peak": rate, "warmup_steps": 10})
     config.stages.plain = plain
     arms = {
         "response": {"reweight": False, "layer_weight": 0.0},

@@ -63,7 +63,7 @@ class HeadLayout(NamedTuple):
         kernel = jnp.take(layer["kernel"], index, axis=-2) * self.valid[:, None]
         return x @ kernel.astype(x.dtype) + layer["bias"].astype(x.dtype)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, allowed: Any = None) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attention of queries that are scaled already, [B, T, P]; one branch a head count."""
         widest = _widest(self.counts, self.most)
         length = self.source.shape[0]
@@ -74,7 +74,7 @@ class HeadLayout(NamedTuple):
 
             def run(q, k, v):
                 parts = (split_heads(a[..., :size], heads) for a in (q, k, v))
-                out = merge_heads(attend(*parts, mask=allowed, scale=1.0))
+                out = merge_heads(attend(*parts, scale=1.0))
                 return jnp.pad(out, ((0, 0), (0, 0), (0, length - size)))
 
             return run

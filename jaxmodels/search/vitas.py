@@ -204,17 +204,23 @@ class Superformer(nn.Module):
             )
         behind = (jnp.arange(self.dim) - choice.offset) % self.dim
         mask = (behind < choice.dim).astype(jnp.float32)
-        x, keep = self._embedded(jnp.asarray(x, self.dtype), choice, mask.astype(self.dtype))
-        maps = {"embed": x}
+        embeddings = self._embeddings(choice, mask.astype(self.dtype))
         ops, weights = jnp.asarray(choice.ops), self._blocks()
         genes = (ops, choice.qk, choice.v, choice.mlp)
+        norm = self._layer("net.backbone_Norm_Norm_0.0", _norm_shapes(self.dim))
+        head = self._layer(
+            "net.backbone_FC_FC_0.0.module.0", _linear_shapes(self.dim, self.classes)
+        )
 
         def body(x, per_block):
             layers, (op, qk, v, mlp) = per_block
             rows = _Rows(qk, v, mlp, choice.right)
 
+            # Kept, the intermediate values of every head count's branch would be written (zeros
+            # where it did not run) for every block: most of a training step on a CPU.
+            @functools.partial(jax.checkpoint, prevent_cse=False)
             def run(x):
-                return self._block(x, layers, op, rows, mask, choice.dim, keep)
+                return self._block(x, layers, op, rows, mask, choice.dim)
 
             if self.identity:
                 x = lax.cond(op == space.identity_index, lambda x: x, run, x)
@@ -222,22 +228,41 @@ class Superformer(nn.Module):
                 x = run(x)
             return x, x[:, 0]
 
-        x, maps["blocks"] = lax.scan(body, x, (weights, genes))
-        norm = self._layer("net.backbone_Norm_Norm_0.0", _norm_shapes(self.dim))
-        x = masked_norm(x, norm, mask, choice.dim, NORM_EPSILON)[:, 0]
-        maps["norm"] = x
-        head = self._layer(
-            "net.backbone_FC_FC_0.0.module.0", _linear_shapes(self.dim, self.classes)
-        )
-        maps["logits"] = x @ head["kernel"].astype(x.dtype) + head["bias"].astype(x.dtype)
-        return maps
+        def after(embed):
+            """The network behind one patch size, on as many tokens as it has."""
+
+            def run(x):
+                maps = {"embed": embed(x)}
+                x, maps["blocks"] = lax.scan(body, maps["embed"], (weights, genes))
+                x = masked_norm(x, norm, mask, choice.dim, NORM_EPSILON)[:, 0]
+                maps["norm"] = x
+                logits = x @ head["kernel"].astype(x.dtype) + head["bias"].astype(x.dtype)
+                return {**maps, "logits": logits}
+
+            return run
+
+        x = jnp.asarray(x, self.dtype)
+        networks = [after(embed) for embed in embeddings]
+        if isinstance(choice.patch, int):
+            return networks[choice.patch](x)
+        most = max((self.image_size // p) ** 2 + 1 for p in self.patches)
+
+        def padded(network):
+            def run(x):
+                maps = network(x)
+                behind = most - maps["embed"].shape[1]
+                return {**maps, "embed": jnp.pad(maps["embed"], ((0, 0), (0, behind), (0, 0)))}
+
+            return run
+
+        return lax.switch(choice.patch, [padded(network) for network in networks], x)
 
     def _layer(self, name, shapes, lead=()):
         shapes = tuple((leaf, (*lead, *shape), init) for leaf, shape, init in shapes)
         return Layer(shapes, self.param_dtype, name=name)()
 
-    def _embedded(self, x, choice, mask):
-        """`(tokens [B, N, D], which are tokens [N] or None)`, padded to the finest patch size."""
+    def _embeddings(self, choice, mask):
+        """A function `images -> tokens [B, N, D]` for every patch size."""
         parts = []
         for i, p in enumerate(self.patches):
             prefix = f"net.backbone_init_stem_Patch_init_0.{i}"
@@ -268,20 +293,7 @@ class Superformer(nn.Module):
 
             return run
 
-        if isinstance(choice.patch, int):
-            return embed(choice.patch)(x), None
-        counts = [(self.image_size // p) ** 2 + 1 for p in self.patches]
-        most = max(counts)
-
-        def padded(number):
-            def run(x):
-                return jnp.pad(embed(number)(x), ((0, 0), (0, most - counts[number]), (0, 0)))
-
-            return run
-
-        tokens = jnp.asarray(counts)[choice.patch]
-        x = lax.switch(choice.patch, [padded(i) for i in range(len(self.patches))], x)
-        return x, jnp.arange(most) < tokens
+        return [embed(i) for i in range(len(self.patches))]
 
     def _blocks(self) -> dict[str, Any]:
         """Weights of all blocks, one stack."""
@@ -303,17 +315,17 @@ class Superformer(nn.Module):
         prefix = f"net.backbone_Block_{'id' if self.identity else 'Block'}.*.0"
         return {k: self._layer(f"{prefix}.{k}", v, (self.depth,)) for k, v in shapes.items()}
 
-    def _block(self, x, layers, op, rows, mask, dim, keep):
+    def _block(self, x, layers, op, rows, mask, dim):
         mask = mask.astype(x.dtype)
         y = masked_norm(x, layers["norm1"], mask, dim, BLOCK_EPSILON)
-        x = x + self._attention(y, layers, op, rows, dim, keep) * mask
+        x = x + self._attention(y, layers, op, rows, dim) * mask
         y = masked_norm(x, layers["norm2"], mask, dim, BLOCK_EPSILON)
         hidden = affine(y, layers["mlp.fc1"])
         active = active_rows(self.mlp, rows.mlp, rows.right)
         y = affine(gelu(hidden) * active.astype(x.dtype), layers["mlp.fc2"])
         return x + y * mask
 
-    def _attention(self, y, layers, op, rows, dim, keep):
+    def _attention(self, y, layers, op, rows, dim):
         """Attention of `heads[op]` heads over the block's active rows."""
         third = self.attention // 3
         layout = head_layout(tuple(self.heads), third, op, rows.v)
@@ -339,8 +351,7 @@ class Superformer(nn.Module):
         else:
             wide = jnp.maximum(dim // layout.heads, 1).astype(jnp.float32)
             q = q * lax.rsqrt(wide).astype(q.dtype)
-        allowed = None if keep is None else keep[None, None, None, :]
-        return layout.back(layers["attn.proj"], tail, layout.attend(q, k, v, allowed))
+        return layout.back(layers["attn.proj"], tail, layout.attend(q, k, v))
 
     def _qk_rows(self, rows):
         """First row of q and of k in their fused weight."""
