@@ -128,7 +128,7 @@ def test_no_module_is_in_two_splits_and_no_document_holds_its_query(options):
 @pytest.mark.xdist_group("docstrings")
 def test_queries_without_hard_negatives_are_refused(options, tmp_path):
     (tmp_path / "negatives.json").write_text("{}")
-    with pytest.raises(ValueError, match="^no query has hard negatives$"):
+    with pytest.raises(ValueError, match="no query has hard negatives"):
         docstrings.source("train", {**options, "negatives_file": tmp_path / "negatives.json"})
 
 
