@@ -202,7 +202,8 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     rows = rows_of(tmp_path)
     assert rows[-1]["generator_loss"] < rows[0]["generator_loss"]
     report = (tmp_path / "report.md").read_text()
-    assert "rougeL" in report and "greedy_exact_match" in report
+    for name in ("bleu", "rougeL", "greedy_bleu", "greedy_exact_match"):
+        assert f"| {name} |" in report
     (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
     (tmp_path / "lines.txt").write_text("ba di\nku mo\n", "utf-8")
     words = [w for w in words if "init_from" not in w]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.language import ganlm_generation, rouge
+from jaxmodels.language.bleu import bleu
 from jaxmodels.language.ganlm import GanLM
 from jaxmodels.language.ganlm_objective import (
     BITS_PER_NAT,
@@ -88,7 +89,7 @@ class GanlmGeneration:
         }
 
     def report(self, variables, sums, config):
-        """ROUGE and exact matches of beam search and of greedy decoding on held-out pairs."""
+        """BLEU, ROUGE and exact matches of beam search and of greedy decoding on held-out pairs."""
         from train.data import pipeline
 
         family, options = pipeline.resolve(config.data)
@@ -108,6 +109,7 @@ class GanlmGeneration:
         numbers = {}
         for name, texts in found.items():
             scores = rouge.rouge(texts, wanted)
+            scores["bleu"] = bleu(texts, wanted)
             scores["exact_match"] = float(np.mean([t == w for t, w in zip(texts, wanted)]))
             numbers |= {name + key: value for key, value in scores.items()}
         return numbers
