@@ -73,7 +73,7 @@ def run_network(case):
         maps = forward[number](variables, _images(case), right=right)
         out[f"call_{t}_logits"] = maps["logits"]
         out[f"call_{t}_pool"] = maps["pool"]
-        for block in range(len(subnet.outputs)):
+        for block in (int(name[6:]) for name in maps if name.startswith("block_")):
             name = f"block{block}" if block else "stem"
             width = subnet.outputs[block]
             out[f"call_{t}_{name}"] = maps[f"block_{block}"][..., :width].transpose(0, 3, 1, 2)

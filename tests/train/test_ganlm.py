@@ -242,7 +242,7 @@ def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
 
 
 MISTAKES = {
-    "--config.task_args.mask_id=999": "mask_id 999 lies outside the dictionary",
+    "--config.task_args.mask_id=999": "mask_id 999 and its 100 sentinels lie outside",
     "--config.model_args.initialization_strategy=generator": "pre-training needs a generator and",
     "--config.model_args.initialization_strategy=both2": "'both2'; known: pretraining",
     "--config.task_args.discriminator_sampling_temperature=0": "must be positive, not 0",
