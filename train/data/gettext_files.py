@@ -94,7 +94,7 @@ def messages(language: str, folders: Sequence[str] = ()) -> list[tuple[str, str,
     if not found:
         raise ValueError(
             f"data.options.language = {language!r}: no catalogue {language}/LC_MESSAGES/*.mo with "
-            f"messages below {', '.join(searched)}; set data.options.catalogues"
+            f"messages below {', '.join(map(str, searched))}; set data.options.catalogues"
         )
     return sorted(found.values())
 
@@ -125,6 +125,10 @@ class GettextMessages(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         found = messages(*self._found)
+        for split in SPLIT_NAMES:
+            if all(is_test_catalogue(name) != (split == "test") for name, *_ in found):
+                language = self._found[0]
+                raise ValueError(f"data.options.language = {language!r}: no {split} catalogue")
         return {split: self._generate_examples(found, split) for split in SPLIT_NAMES}
 
     def _generate_examples(self, found, split):
@@ -161,9 +165,6 @@ def corpus(
             GettextMessages, directory, language=language, folders=tuple(folders)
         )
         found = {split: _examples(builder, split) for split in SPLIT_NAMES}
-        for split, examples in found.items():
-            if not examples:
-                raise ValueError(f"data.options.language = {language!r}: no {split} catalogue")
         sides = (ENGLISH, language)
         some = (text for _, *pair in found["train"] for text in pair)
         train_tokenizer([s for s, _ in zip(some, range(_TOKENIZER_SENTENCES))], pieces, folder)
