@@ -59,6 +59,7 @@ def test_contexts_plurals_and_encodings(tmp_path, order, charset):
         compiled({"a": "ä"}, charset="latin-1").replace(b"latin-1", b"utf-8  "),
         compiled({"a": "b"}).replace(b"utf-8", b"utf-x"),
     ],
+    ids=["empty", "text", "cut off", "wrong encoding", "unknown encoding"],
 )
 def test_a_damaged_catalogue_is_named_and_left_out(tmp_path, content):
     path = write(tmp_path, "bad", {})
