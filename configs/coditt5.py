@@ -108,3 +108,5 @@ def _paper(config, preset):
     config.log_every = 100
     config.eval.every = epoch // 2 if pretraining else epoch
     config.checkpoint.update(every=config.eval.every, best_metric="bleu4")
+    if not pretraining:
+        config.checkpoint.patience = 5

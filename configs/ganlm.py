@@ -7,6 +7,10 @@ summaries   python -m train --config configs/ganlm.py:summaries --workdir runs/s
             the first sentence of a docstring from the rest (strategy "generator"); `both` trains
             the three passes with label smoothing instead; `reversal` is a toy task with exact
             answers, short docstring sentences written backwards.
+messages    python -m train --config configs/ganlm.py:messages --workdir runs/messages
+            the three losses on English and German messages of installed programs; `translation`
+            with --config.init_from=runs/messages translates them. To French:
+            --config.data.options.language=fr, then --config.data.options.target_lang=fr.
 pairs       python -m train --config configs/ganlm.py:pairs --workdir runs/pairs
                 --config.init_from=runs/ganlm --config.init_skip=classification_heads
             do two sentences follow each other in one docstring? (strategy "discriminator")
@@ -27,6 +31,8 @@ PRESETS = (
     "summaries",
     "both",
     "reversal",
+    "messages",
+    "translation",
     "pairs",
     "paper",
     "paper_base",
@@ -80,10 +86,10 @@ def _small(config, preset):
     config.data.options = {"pieces": PIECES, "vocab_size": size}
     config.batch_size, config.eval.batch_size = 32, 64
     config.log_every = 50
-    if preset == "small":
+    if preset in ("small", "messages"):
         config.task = "ganlm_pretraining"
         config.task_args = {"mask_id": mask_id(PIECES)}
-        config.data.name = "documents:docstrings"
+        config.data.name = "documents:messages" if preset == "messages" else "documents:docstrings"
         config.steps = 1000
         config.optimizer.clip_norm = 1.0
         config.schedule.update(
@@ -110,6 +116,9 @@ def _small(config, preset):
     if preset == "reversal":
         config.data.name = "fairseq_pairs:reversed_docstrings"
         config.task_args.search.update(no_repeat_ngram_size=0, max_len_b=12)
+    if preset == "translation":
+        config.data.name = "fairseq_pairs:messages"
+        config.task_args.search.update(no_repeat_ngram_size=0, max_len_b=60)
 
 
 def _paper(config, preset):

@@ -172,6 +172,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
     try:
         restored = checkpoints.restore(plan.like)
         start = 0 if restored is None else restored[0]
+        patience = Patience(config.checkpoint, checkpoints.metrics(start))
         # Data that is not there is said before anything slow begins.
         batches = None if config.eval_only else _batches(config, start)
         state = plan.fresh() if restored is None else restored[1]
@@ -179,11 +180,13 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             _write_config(workdir, config)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
-        if config.eval_only or start >= config.steps or _finished(plan, state):
+        ended = start >= config.steps or patience.over or _finished(plan, state)
+        if config.eval_only or ended:
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
         else:
-            state, numbers = _train(plan, state, start, batches, reporter, checkpoints, evaluate)
+            parts = (batches, reporter, checkpoints, evaluate, patience)
+            state, numbers = _train(plan, state, start, *parts)
         if numbers is None:  # asked to stop
             return {}
         if hasattr(plan.task, "report"):
@@ -209,7 +212,7 @@ def _batches(config, start: int):
     )
 
 
-def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
+def _train(plan, state, start, batches, reporter, checkpoints, evaluate, patience):
     config, run = plan.config, plan.run
     probe = RankProbe(config.probe.rank, reporter) if config.probe.rank else None
     numbers, evaluated, pending, keys = None, -1, [], ()
@@ -246,13 +249,16 @@ def _train(plan, state, start, batches, reporter, checkpoints, evaluate):
                 reporter.log(done, "eval", numbers)
                 reporter.resume_clock(done)
                 evaluated = done
+                if patience.runs_out(numbers) and not last:
+                    last = True
+                    reporter.say(f"finished at step {done} of {config.steps}: {patience}")
             if (
                 (config.checkpoint.every and done % config.checkpoint.every == 0)
                 or last
                 or stopping
             ):
                 _check_finite(state, checkpoints, keys, config)
-                known = average.carried(numbers if evaluated == done else {})
+                known = average.carried(numbers if evaluated == done else {}) | patience.carried()
                 checkpoints.save(done, run.whole(state), known, wait=stopping)
                 reporter.resume_clock(done)
             if stopping and not last:
@@ -319,6 +325,47 @@ class MovingAverage:
     def carried(self, numbers):
         """What a checkpoint keeps: its own numbers, if it has any, and the average so far."""
         return numbers if self.value is None else {**numbers, f"last_{self.key}": self.value}
+
+
+class Patience:
+    """Early stopping: a run ends after `patience` evaluations without a better `best_metric`.
+
+    Its best value and the evaluations since travel in the checkpoints' manifests, so that a resumed
+    run ends where the unbroken one does.
+    """
+
+    def __init__(self, config, saved):
+        if config.patience < 0 or (config.patience and not config.best_metric):
+            raise ConfigError(
+                f"config.checkpoint.patience: {config.patience}; wanted a number of evaluations "
+                "and config.checkpoint.best_metric to judge by, or 0"
+            )
+        self.limit, self.key = config.patience, MovingAverage.key_of(config)
+        self.sign = -1 if config.best_mode == "min" else 1
+        self.best, self.since = saved.get("patience_best"), int(saved.get("patience_since", 0))
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended."""
+        return bool(self.limit) and self.since >= self.limit
+
+    def runs_out(self, numbers) -> bool:
+        """Take the numbers of an evaluation into account; whether it is the last one."""
+        value = numbers.get(self.key) if self.limit else None
+        if value is not None and np.isfinite(value):
+            better = self.best is None or self.sign * value > self.sign * self.best
+            self.best, self.since = (float(value), 0) if better else (self.best, self.since + 1)
+        return self.over
+
+    def carried(self):
+        """What a checkpoint keeps of it."""
+        if self.best is None:
+            return {}
+        return {"patience_best": self.best, "patience_since": self.since}
+
+    def __str__(self) -> str:
+        better = "fallen below" if self.sign < 0 else "risen above"
+        return f"{self.key} has not {better} {self.best:g} for {self.since} evaluations"
 
 
 class StopSignal:

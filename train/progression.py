@@ -229,6 +229,10 @@ def _function_stage(kind, name, spec, uses) -> Stage:
 def _train_stage(config, name, spec, uses) -> Stage:
     own = stage_config(config, name)
     settings = {"kind": "train", "config": _important(_plain(own)), "uses": uses}
+    if own.checkpoint.get("patience"):  # unlike the rest of `checkpoint`, it moves the end
+        settings["ends by"] = {
+            key: own.checkpoint[key] for key in ("patience", "best_metric", "best_mode")
+        }
 
     def run(folder, results):
         from train.loop import fit

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.language.ganlm import GanLM
+from jaxmodels.language.span_corruption import SENTINELS
 
 # Of log2: losses are logged in bits.
 BITS_PER_NAT = 1.4426950408889634
@@ -63,10 +64,10 @@ class Objective:
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError when the sentinels do not lie within the dictionary."""
-        if not 0 < self.mask_id < vocab_size:
+        if not 0 < self.mask_id < vocab_size - SENTINELS:
             raise ValueError(
-                f"mask_id {self.mask_id} lies outside the dictionary of {vocab_size} entries; "
-                "it needs <mask> and <mask_0> .. <mask_99>"
+                f"mask_id {self.mask_id} and its {SENTINELS} sentinels lie outside the dictionary "
+                f"of {vocab_size} entries; it needs <mask> and <mask_0> .. <mask_99>"
             )
 
 
@@ -200,8 +201,8 @@ def three_passes(
       rng: key of the draws and, with `train`, of dropout; needed unless `draws` are given.
       draws: use these in place of random ones.
 
-    Returns: (loss, outputs). The loss is a sum in nats over the batch; divide it by
-      `outputs["tokens"]`, the number of targets, for the gradient's scale. `outputs` has every
+    Returns: (loss, outputs). The loss is a sum in nats over the batch; `loss_per_token` gives
+      it the gradient's scale. `outputs` has every
       logit, token and loss by name; `logged_*` are the configured weights times the extra losses,
       as the official log prints them, whatever the schedule says. Counts are float32.
     """
@@ -263,6 +264,11 @@ def three_passes(
     }
     outputs["misjudged_count"] = outputs["accepted"] + outputs["rejected"]
     return loss, outputs
+
+
+def loss_per_token(loss: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
+    """A sum of losses over the number of targets: the scale of gradients; 0 without targets."""
+    return loss / jnp.maximum(outputs["tokens"], 1)
 
 
 def _run_passes(

@@ -64,7 +64,8 @@ class ExactIndex:
     def add(self, vectors: np.ndarray, ids: Sequence[int] | None = None) -> None:
         """Append document vectors [n, H]; `ids` int64 [n] default to running row numbers.
 
-        Raises ValueError for another width than before or as many ids as not.
+        Raises ValueError for another width than before, another number of ids, and an id that the
+        index has already.
         """
         if np.ndim(vectors) != 2:
             raise ValueError(f"document vectors {np.shape(vectors)}: wanted [n, H]")
@@ -77,8 +78,11 @@ class ExactIndex:
             raise ValueError(f"more than {_LARGEST_ROW} documents in one index")
         if ids is not None and len(ids) != len(vectors):
             raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors")
+        if ids is not None:
+            ids = np.asarray(ids, np.int64)
+            _check_new(ids, [known for _, known in self._parts if known is not None])
         if len(vectors):
-            self._parts.append((vectors, None if ids is None else np.asarray(ids, np.int64)))
+            self._parts.append((vectors, ids))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores float32, ids int64) [Q, k]; -inf and -1 where k exceeds the documents.
@@ -134,6 +138,16 @@ class ExactIndex:
             table.append(np.arange(start, start + len(vectors)) if ids is None else ids)
             start += len(vectors)
         return np.where(rows < 0, -1, np.concatenate(table)[rows])
+
+
+def _check_new(ids: np.ndarray, before: Sequence[np.ndarray]) -> None:
+    """Refuse an id [n] that comes twice, in `ids` or in the parts `before`."""
+    values, counts = np.unique(ids, return_counts=True)
+    twice = values[counts > 1]
+    for known in before:
+        twice = twice if twice.size else values[np.isin(values, known)]
+    if twice.size:
+        raise ValueError(f"document id {int(twice[0])} is in the index twice")
 
 
 @functools.lru_cache(maxsize=32)

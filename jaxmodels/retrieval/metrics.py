@@ -137,14 +137,17 @@ def evaluate(
     parsed = {measure: _parse(measure) for measure in measures}
     absent = [q for q in judgments if not run.get(q)]
     queries = [q for q in judgments if run.get(q)] if missing == "skip" else list(judgments)
-    if not queries:
-        raise ValueError("the run has none of the judged queries")
+    if not queries or not any(q in judgments for q in run):
+        raise ValueError(
+            f"the run has none of the judged queries: 0 of its {len(run)} queries judged"
+        )
     per_query = {}
     for query in queries:
         grades = judgments[query]
         scores = run.get(query, {})
-        if any(np.isnan(s) for s in scores.values()):
-            raise ValueError(f"query {query}: a score is not a number")
+        wrong = [doc for doc, score in scores.items() if np.isnan(score)]
+        if wrong:
+            raise ValueError(f"query {query}: the score of document {wrong[0]!r} is not a number")
         order = ranking(scores)
         ranked = np.array([grades.get(doc, np.nan) for doc in order], np.float64)
         judged = np.array(list(grades.values()), np.float64)

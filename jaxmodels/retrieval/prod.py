@@ -10,6 +10,7 @@ Axis names: B queries, N documents a query (the positive first), D = B * N docum
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -254,7 +255,7 @@ BUCKETS: dict[str, tuple[int, int]] = {
     "6t20": (6, 20),
     "21t50": (21, 50),
     "51t100": (51, 100),
-    "101tall": (101, 1000),
+    "101tall": (101, sys.maxsize),
 }
 RULES = ("marco", "nq")
 

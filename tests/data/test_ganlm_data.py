@@ -223,6 +223,7 @@ def test_sentence_pairs_have_xnlis_form(pairs):
         ("fairseq_pairs", {"vocab_size": 9}, "entries with sentinels and filler, .* is 9"),
         ("fairseq_pairs", {"max_target": 1}, "max_target 1, wanted >= 2"),
         ("sentence_pairs", {"languages": ("en",)}, "wanted a folder with en/input0/dict.txt"),
+        ("sentence_pairs", {"corpus": "news"}, "corpus: 'news'; known: '', 'docstrings'"),
     ],
 )
 def test_mistakes_in_pairs_are_named(pairs, name, options, message):

@@ -126,6 +126,13 @@ def test_no_module_is_in_two_splits_and_no_document_holds_its_query(options):
 
 
 @pytest.mark.xdist_group("docstrings")
+def test_queries_without_hard_negatives_are_refused(options, tmp_path):
+    (tmp_path / "negatives.json").write_text("{}")
+    with pytest.raises(ValueError, match="no query has hard negatives"):
+        docstrings.source("train", {**options, "negatives_file": tmp_path / "negatives.json"})
+
+
+@pytest.mark.xdist_group("docstrings")
 def test_bm25_finds_documents_by_their_synopses(options):
     found = docstrings.retrieval_set({**options, "expansion": ""}, "test")
     numbers = found.baseline()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels
+from jaxmodels.interop import checkpoint
 from jaxmodels.language import porter_stemmer, rouge
 from jaxmodels.retrieval import capstone
 from tests.golden_case import adapter_of
@@ -35,7 +36,9 @@ def _schedule(case):
     outputs = {}
     for j, arguments in enumerate(case.config["cases"]):
         gold = arguments["mode"] == "gradual-gold"
-        selection = capstone.Selection.parse(arguments["mode"], arguments["total_part"])
+        selection = capstone.Selection.parse(
+            arguments["mode"], arguments["total_part"], arguments.get("gold_query_prob", 0.0)
+        )
         parts = capstone.curriculum_part(
             case.inputs[f"{j}.step"], arguments["max_steps"], arguments["total_part"], gold
         )
@@ -130,10 +133,11 @@ def _retrieval(case):
 def _views(case):
     shared = adapter_of("dense_retrieval_common")
     config, inputs = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
+    tensors = checkpoint.read(case.weights).tensors
     module, variables = jaxmodels.load(
-        "retrieval.dual_encoder", case.weights, **shared.encoder_arguments(config, case.weights)
+        "retrieval.dual_encoder", case.weights, **shared.encoder_arguments(config, tensors)
     )
-    outputs = shared.dual_encoder(module, variables, inputs, config)
+    outputs = shared.dual_encoder(module, variables, inputs, config, case.wanted)
     views = module.apply(variables, inputs["view_ids"], method="encode_documents")
     views = views.reshape(-1, config["K"], views.shape[-1])
     return {**outputs, "view_emb": views, "view_mean": capstone.mean_of_views(views)}

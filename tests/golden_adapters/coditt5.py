@@ -158,10 +158,11 @@ def _corruption(case) -> dict[str, Any]:
         get = functools.partial(lambda n, name: case.inputs[f"{n:03d}.{name}"], n)
         try:
             edit_corruption.noise_counts(int(get("length")), settings[str(get("modality"))])
+            starts = get("noise_segment_starts"), get("nonnoise_segment_starts")
+            mask = edit_corruption.mask_of(*starts)
         except edit_corruption.NotCorruptible:
             results[f"{n:03d}.error"] = np.asarray(1)
             continue
-        mask = edit_corruption.mask_of(get("noise_segment_starts"), get("nonnoise_segment_starts"))
         ids, labels = edit_corruption.corrupt_ids(
             get("tokens").astype(str),  # one id is one word
             mask,

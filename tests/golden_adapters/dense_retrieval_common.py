@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,11 +29,14 @@ MEASURES = {
 }
 
 
-def encoder_arguments(config: dict[str, Any], weights=None) -> dict[str, Any]:
-    """The constructor arguments among a case's `config`; the file tells which parts there are."""
+def encoder_arguments(config: dict[str, Any], keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The constructor arguments among a case's `config`; the file's keys tell which parts it has.
+
+    (A case's `config` names neither DistilBERT nor a missing pooler.)
+    """
     names = {*EncoderFields.__dataclass_fields__, "share_weight"}
     arguments = {k: v for k, v in config.items() if k in names}
-    keys = set(checkpoint.read(weights).tensors) if weights else set()
+    keys = set(keys)
     if any(".transformer.layer." in f".{k}" for k in keys):
         arguments |= arguments_of_config({**config, "model_type": "distilbert"})
     elif keys and not any(k.endswith("pooler.dense.weight") for k in keys):
@@ -45,9 +49,9 @@ def run(case) -> dict[str, Any]:
     if case.model == "trec_eval measures":
         return _metrics(case)
     name = next(ours for official, ours in MODELS.items() if case.model.startswith(official))
-    arguments = encoder_arguments(case.config, case.weights)
+    tensors = checkpoint.read(case.weights).tensors
+    arguments = encoder_arguments(case.config, tensors)
     if name == "retrieval.cross_encoder":
-        tensors = checkpoint.read(case.weights).tensors
         arguments["binary_head"] = any(k.startswith("binary.") for k in tensors)
     module, variables = jaxmodels.load(name, case.weights, **arguments)
     inputs = {k: jnp.asarray(v) for k, v in case.inputs.items()}
@@ -136,17 +140,18 @@ def _metrics(case) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for name in case.wanted:
         prefix, _, measure = name.partition(".")
-        if prefix not in ("trec_l1", "trec_l2"):
+        level = re.fullmatch(r"trec_l(\d+)", prefix)
+        if level is None:
             continue
         ours = _measure(measure)
         found = metrics.evaluate(
-            run_, judgments, [ours], relevance_level=int(prefix[-1]), missing="skip"
+            run_, judgments, [ours], relevance_level=int(level[1]), missing="skip"
         )
         outputs[name] = np.array(
             [found.per_query.get(q, {ours: np.nan})[ours] for q in queries], np.float64
         )
     for name in case.wanted:
-        found = re.fullmatch(r"mrr_at_(\d+)_l(\d)", name)
+        found = re.fullmatch(r"mrr_at_(\d+)_l(\d+)", name)
         if found:
             ours, level = f"mrr@{found[1]}", int(found[2])
             every = metrics.evaluate(run_, judgments, [ours], relevance_level=level)

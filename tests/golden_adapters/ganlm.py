@@ -14,7 +14,13 @@ from jaxmodels.interop.conversion import to_torch
 from jaxmodels.language import ganlm_generation as generation
 from jaxmodels.language import span_corruption
 from jaxmodels.language.ganlm import GanLM
-from jaxmodels.language.ganlm_objective import Draws, LossWeight, Objective, three_passes
+from jaxmodels.language.ganlm_objective import (
+    Draws,
+    LossWeight,
+    Objective,
+    loss_per_token,
+    three_passes,
+)
 from jaxmodels.layers.relative_position import relative_buckets
 
 SAME_NAMES = (
@@ -129,7 +135,7 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
             update=case.config["update_num"],
             draws=draws,
         )
-        return total / outputs["tokens"], outputs
+        return loss_per_token(total, outputs), outputs
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     named = {theirs: outputs[ours] for theirs, ours in PASSES.items() if ours in outputs}

@@ -140,13 +140,12 @@ def _end_to_end(case) -> dict[str, Any]:
     scores = {}
     for who, name in (("student", "stu"), ("teacher", "tea")):
         prefix = f"{who}."
-        distilled = any(k.startswith(f"{prefix}question_model.transformer.") for k in tensors)
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         module, variables = jaxmodels.load(
             "retrieval.dual_encoder",
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+            own,
             share_weight=config["share_weight"],
-            architecture="distilbert" if distilled else "bert",
-            **encoder_arguments(config[who]),
+            **encoder_arguments(config[who], own),
         )
         query = _states(module, variables, x["query_ids"], x["query_mask"], "query")
         document = _states(module, variables, x["doc_ids"], x["doc_mask"], "document")

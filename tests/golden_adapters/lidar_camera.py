@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -105,6 +106,7 @@ def run_projection(case):
     cubes = cluster_boxes.cubes(clusters, mask)
     polygons = cluster_boxes.polygons(clusters, mask)
     options = dict(max_truncation=config["threshold_truncation"], distortion=distortion)
+    options |= {key: config[key] for key in ("partial", "drop_translation") if key in config}
     flat = functools.partial(camera_projection.flat_boxes, camera=camera, **options)
     corners = cluster_boxes.cube_corners(*cubes)
     cube = flat(corners, np.ones(corners.shape[:2], bool))
@@ -185,8 +187,11 @@ def run_metrics(case):
 
 def run_crops(case):
     inputs, config = case.inputs, case.config
+    boxes = inputs["boxes"]
+    if config.get("letterbox"):
+        boxes = image_patches.letterboxed(boxes)
     crops = {
-        f"crops_{size}": image_patches.crop_and_resize(inputs["image"], inputs["boxes"], size)
+        f"crops_{size}": image_patches.crop_and_resize(inputs["image"], boxes, size)
         for size in config["sizes"]
     }
     return {**crops, "bucket": image_patches.bucket_of(inputs["boxes"], tuple(config["buckets"]))}
@@ -203,8 +208,13 @@ def run_schedule(case):
         fixed_ms=config["fixed_ms"],
         per_crop_ms=costs,
     )
+    deadline = config["deadline_ms"]
     planned = priority_schedule.plan(
-        order, buckets, cost, batch=config["batch"], deadline_ms=config["deadline_ms"]
+        order,
+        buckets,
+        cost,
+        batch=config["batch"],
+        deadline_ms=math.inf if deadline is None else deadline,
     )
     return {
         "order": order,

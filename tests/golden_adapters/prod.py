@@ -77,7 +77,7 @@ def _loss(case) -> dict[str, Any]:
             parts = objective.in_batch(q, d, x["teacher_q"], x["teacher_d"])
         else:
             frozen = None
-            if "frozen_student_q" in x:
+            if case.config.get("use_lwf", True) and "frozen_student_q" in x:
                 frozen = (x["frozen_student_q"], x["frozen_student_d"])
             parts = objective.own_group(q, d, x["teacher_logits"], frozen)
         return parts.loss, parts
@@ -105,7 +105,9 @@ def _weights(case, part: str) -> dict[str, np.ndarray]:
 
 def _end_to_end(case) -> dict[str, Any]:
     config, x = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
-    arguments = {who: encoder_arguments(config[who]) for who in ("student", "teacher")}
+    arguments = {
+        who: encoder_arguments(config[who], _weights(case, who)) for who in ("student", "teacher")
+    }
     shared = config.get("share_weight", False)
     vectors = {}
     for who in ("student", "frozen_student"):

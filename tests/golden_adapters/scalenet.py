@@ -73,7 +73,8 @@ def run_network(case):
         maps = forward[number](variables, _images(case), right=right)
         out[f"call_{t}_logits"] = maps["logits"]
         out[f"call_{t}_pool"] = maps["pool"]
-        for name, block in (("stem", 0), ("block1", 1)):
+        for block in (int(name[6:]) for name in maps if name.startswith("block_")):
+            name = f"block{block}" if block else "stem"
             width = subnet.outputs[block]
             out[f"call_{t}_{name}"] = maps[f"block_{block}"][..., :width].transpose(0, 3, 1, 2)
     return {name: out[name] for name in case.wanted}
@@ -164,11 +165,12 @@ def run_loss(case):
 
 def run_schedule(case):
     config = case.config
+    peak = config.get("base_lr", 0.12)
     options = ConfigDict(
         {
             **default_config().schedule,
-            "peak": 0.12,
-            "end": 0.12 * config["alpha"],
+            "peak": peak,
+            "end": peak * config["alpha"],
             "warmup_steps": config["warmup_steps"],
             "warmup_inside": False,
             "name": config["decay_stg"],

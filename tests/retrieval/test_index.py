@@ -67,6 +67,10 @@ def test_wrong_calls_are_refused():
         (lambda: index.add(DOCUMENTS[:2, :3]), "vectors of width 3 in an index of width 64"),
         (lambda: index.add(DOCUMENTS[:2], [1]), "1 ids for 2 vectors"),
         (lambda: ExactIndex(chunk=0), "chunk 0"),
+        (lambda: index.add(DOCUMENTS[:2], [7, 7]), "document id 7 is in the index twice"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    index.add(DOCUMENTS[:2], [8, 9])
+    with pytest.raises(ValueError, match="document id 9 is in the index twice"):
+        index.add(DOCUMENTS[:2], [10, 9])

@@ -38,8 +38,12 @@ def test_wrong_requests_are_refused():
         metrics.evaluate(run, judged, ["recall"])
     with pytest.raises(ValueError, match="missing 'drop'; known"):
         metrics.evaluate(run, judged, missing="drop")
-    with pytest.raises(ValueError, match="none of the judged queries"):
-        metrics.evaluate({}, judged, missing="skip")
+    for other in ({}, {"b": {"x": 1.0}}):
+        for missing in metrics.MISSING:
+            with pytest.raises(ValueError, match=f"0 of its {len(other)} queries judged"):
+                metrics.evaluate(other, judged, missing=missing)
+    with pytest.raises(ValueError, match="query a: the score of document 'x' is not a number"):
+        metrics.evaluate({"a": {"x": float("nan")}}, judged)
 
 
 GRADES = st.dictionaries(st.sampled_from([f"d{i}" for i in range(12)]), st.integers(0, 3))

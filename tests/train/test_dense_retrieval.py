@@ -41,6 +41,7 @@ def marco(tmp_path_factory):
         "qidpidtriples.train.full.2.tsv": "\n".join(
             f"{100 + i}\t{i}\t{(i + n) % 8 + 8}" for i in range(8) for n in (1, 3)
         ),
+        "other_queries.tsv": "999\t0\t1",
         "dev.query.txt": "\n".join(
             f"{200 + i}\twhat {('is', 'about')[i // 8]} the {TOPICS[i % 8]}" for i in range(16)
         ),
@@ -241,8 +242,10 @@ def test_prediction_lists_the_best_documents(paper_run, tmp_path):
     [
         ("--config.data.options.expansion=3part", "data.options.expansion: .*'3part'"),
         ("--config.data.options.corpus=nothing.tsv", "data.options.corpus: no file"),
+        ("--config.data.options.triples=other_queries.tsv", "no training query has hard negatives"),
         ("--config.task_args.gather_gradient=mean", "gather_gradient: 'mean'; known: true"),
         ("--config.task_args.scale=0", "scale: must be positive, not 0"),
+        ("--config.model_args.vocab_size=16", "vocab_size: 16 rows for .* of 17 words"),
         ("--config.model_args.num_attention_heads=3", "hidden_size 16 is not divisible"),
     ],
 )

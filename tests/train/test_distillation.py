@@ -320,6 +320,7 @@ def test_a_mesh_of_eight_computes_what_one_device_does(psgs):
 
 # -- mistakes --------------------------------------------------------------------------------------
 
+WORDS = len(retrieval_files.WORDS)
 PROD_MISTAKES = {
     "distillation needs a teacher": {"task_args": {"kd_weight": 0.9}},
     "lwf is on but lwf_weight is not set": {"task_args.lwf_weight": None},
@@ -331,6 +332,7 @@ PROD_MISTAKES = {
     "cross-encoder stages need at least one negative": {"data.options.number_neg": 0},
     "use jit": {"parallel.mode": "pmap"},
     "is no dual encoder": {"model": "retrieval.cross_encoder"},
+    f"model_args.vocab_size: 8 rows for .* of {WORDS} words": {"model_args.vocab_size": 8},
 }
 LEAD_MISTAKES = {
     "3 layers cannot be selected: the student has 2, the teacher 3": {"task_args.layers": 3},
@@ -339,6 +341,9 @@ LEAD_MISTAKES = {
     "LEAD needs a teacher": {"task_args": {}},
     "needs at least one negative": {"data.options.number_neg": 0},
     "attention maps are compared between towers": {"task_args.attention_weight": 1.0},
+    f"teacher_args.vocab_size: 8 rows for .* of {WORDS} words": {
+        "task_args.teacher_args.vocab_size": 8
+    },
 }
 
 

@@ -9,9 +9,11 @@ import pytest
 from tests.data.test_ganlm_data import PIECES, SIZE, corpus, pairs  # noqa: F401
 from train import predict
 from train.__main__ import main
+from train.building import build_task
 from train.command_line import read_flags, stop_with_one_line
 from train.data.fairseq_files import mask_id
 from train.loop import Plan
+from train.naming import ConfigError
 
 on_one_worker = pytest.mark.xdist_group("ganlm")
 SMALLER = {
@@ -200,7 +202,8 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     rows = rows_of(tmp_path)
     assert rows[-1]["generator_loss"] < rows[0]["generator_loss"]
     report = (tmp_path / "report.md").read_text()
-    assert "rougeL" in report and "greedy_exact_match" in report
+    for name in ("bleu", "rougeL", "greedy_bleu", "greedy_exact_match"):
+        assert f"| {name} |" in report
     (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
     (tmp_path / "lines.txt").write_text("ba di\nku mo\n", "utf-8")
     words = [w for w in words if "init_from" not in w]
@@ -239,13 +242,15 @@ def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
 
 
 MISTAKES = {
-    "--config.task_args.mask_id=999": "mask_id 999 lies outside the dictionary",
+    "--config.task_args.mask_id=999": "mask_id 999 and its 100 sentinels lie outside",
     "--config.model_args.initialization_strategy=generator": "pre-training needs a generator and",
     "--config.model_args.initialization_strategy=both2": "'both2'; known: pretraining",
     "--config.task_args.discriminator_sampling_temperature=0": "must be positive, not 0",
     "--config.task_args.lambda_d=3": "unexpected keyword argument 'lambda_d'",
     "--config.model_args.embed_dim=33": "33 is not divisible by encoder_attention_heads 2",
     "--config.data.options.vocab_size=80": "data.options.vocab_size is 80",
+    "--config.model_args.vocab_size=180": f"180 rows for the dictionary of {SIZE} entries",
+    "--config.task_args.mask_id=120": "mask_id 120 and its 100 sentinels lie outside",
 }
 
 
@@ -260,3 +265,14 @@ def test_an_unknown_argument_of_the_search_is_named(tmp_path, capsys):
     argv = [*flags("xsum"), "--config.task_args.search.beams=3", f"--workdir={tmp_path}"]
     assert stop_with_one_line(main, argv) == 2
     assert "config.task_args.search: no 'beams'" in capsys.readouterr().err
+
+
+def test_all_three_passes_need_the_place_of_the_mask():
+    config, _ = read_flags([*flags("xsum"), "--workdir=x"], need_workdir=True)
+    with config.unlocked():
+        del config.task_args.mask_id
+    with pytest.raises(ConfigError, match="mask_id: strategy 'both' needs the index of <mask>"):
+        build_task(config)
+    with config.unlocked():
+        config.model_args.initialization_strategy = "generator"
+    assert build_task(config).objective.mask_id == SIZE - 101

@@ -24,7 +24,8 @@ from tests.train.stoppable_runs import (
     wait_until,
 )
 from train.checkpoints import load_params
-from train.loop import NonFiniteLoss, fit
+from train.loop import NonFiniteLoss, Patience, fit
+from train.naming import ConfigError
 
 pytestmark = pytest.mark.xdist_group("kill_and_resume")
 STEPS = 60
@@ -175,3 +176,59 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_batch_keys(tmp_path):
     for s in steps:
         finite = (np.isfinite(v).all() for v in state_of(workdir, s).values())
         assert all(finite)
+
+
+# -- early stopping --------------------------------------------------------------------------------
+
+
+def patience_of(limit: int, mode: str = "max", saved=None) -> Patience:
+    changes = {"checkpoint.patience": limit, "checkpoint.best_mode": mode}
+    config = tiny_config(**{"checkpoint.best_metric": "accuracy"}, **changes)
+    return Patience(config.checkpoint, saved or {})
+
+
+@pytest.mark.parametrize("mode, values", [("max", [1, 3, 2, 3, 2]), ("min", [3, 1, 2, 1, 2])])
+def test_patience_runs_out_after_evaluations_without_a_better_one(mode, values):
+    whole = patience_of(3, mode)
+    assert [whole.runs_out({"accuracy": v}) for v in values] == [False] * 4 + [True]
+    part = patience_of(3, mode)
+    for value in values[:3]:
+        part.runs_out({"accuracy": value})
+    resumed = patience_of(3, mode, part.carried())
+    assert [resumed.runs_out({"accuracy": v}) for v in values[3:]] == [False, True]
+    assert resumed.over and str(resumed) == str(whole)
+
+
+def test_patience_counts_only_evaluations_that_have_the_metric():
+    patience = patience_of(1)
+    patience.runs_out({"accuracy": 2})
+    assert not patience.runs_out({"loss": 1.0}) and not patience.runs_out({"accuracy": np.nan})
+    assert patience.runs_out({"accuracy": 2})
+    assert not patience_of(0).runs_out({"accuracy": 2}) and not patience_of(0).over
+
+
+def test_a_run_without_progress_ends_early_and_stays_ended(tmp_path, capfd):
+    changes = {
+        "eval.every": 4,
+        "checkpoint.best_metric": "accuracy",
+        "checkpoint.best_mode": "min",  # it learns, so the first evaluation is the best
+        "checkpoint.patience": 2,
+    }
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    numbers = run_here(unbroken, **changes)
+    assert finished_steps(unbroken)[-1] == 12
+    assert "finished at step 12 of 60: accuracy has not fallen below" in capfd.readouterr().err
+    run_here(broken, **changes, steps=8)
+    run_here(broken, **changes)
+    assert finished_steps(broken)[-1] == 12
+    assert_bit_identical(state_of(broken, 12), state_of(unbroken, 12))
+    # Once more: evaluated, not trained.
+    assert run_here(unbroken, **changes)["accuracy"] == numbers["accuracy"]
+    assert finished_steps(unbroken)[-1] == 12
+
+
+@pytest.mark.parametrize("patience, metric", [(-1, "accuracy"), (3, "")])
+def test_patience_without_a_metric_or_below_zero_is_refused(tmp_path, patience, metric):
+    changes = {"checkpoint.patience": patience, "checkpoint.best_metric": metric}
+    with pytest.raises(ConfigError, match=f"^config.checkpoint.patience: {patience}; wanted .*$"):
+        run_here(tmp_path / "run", **changes)

@@ -127,6 +127,16 @@ def test_how_a_run_is_watched_does_not_make_a_stage_outdated():
     assert [s.settings for s in stages_of(config)] != before
 
 
+def test_what_ends_a_stage_early_makes_it_outdated():
+    config = progression()
+    before = [s.settings for s in stages_of(config)]
+    config.checkpoint.update(best_metric="mrr@10", patience=3)
+    after = [s.settings for s in stages_of(config)]
+    assert after != before
+    config.checkpoint.keep = 7
+    assert [s.settings for s in stages_of(config)] == after
+
+
 MISTAKES = {
     "no stage 'thrid'": ("order", ("first", "thrid")),
     "config.stages.first.kind: 'tain'; did you mean 'train'": ("stages.first.kind", "tain"),

@@ -4,7 +4,8 @@
 each a list of `{"source": [shards], "source_lang", "count", "weight", "name"}` with shards of plain
 text (a sentence a line, a blank line between documents), `dict.txt` and `spm.model` (other names by
 `dict_file`, `spm_model`). Languages are drawn in proportion to `weight`, else to `count`.
-`documents:docstrings` makes such a folder from installed Python packages; `path` is then where.
+`documents:docstrings` makes such a folder from installed Python packages, `documents:messages` one
+of two languages from the messages of installed programs; `path` is then where.
 
 Shards are tokenized and packed once, into binarized files under the data directory. After
 `unilm/data/mlm_loader.py` of CSJianYang/GanLM@6094288.
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 
 from jaxmodels.language import span_corruption
-from train.data import docstring_files, preparation
+from train.data import docstring_files, gettext_files, preparation
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
@@ -37,7 +38,8 @@ from train.data.fairseq_files import (
 
 # break_mode: "complete" packs sentences across documents, "complete_doc" within one.
 # vocab_size: what the model expects of the dictionary, 0 for anything. corpus: "" for a folder at
-# `path`, "docstrings" for the stand-in, made of `packages` with `pieces` pieces.
+# `path`, else the stand-in of `pieces` pieces: "docstrings" of `packages`, or "messages" in English
+# and in `language` from `catalogues` (folders; (): where they are installed).
 # prepared: where packed files are kept.
 OPTIONS: dict[str, Any] = {
     "max_tokens": 512,
@@ -49,6 +51,8 @@ OPTIONS: dict[str, Any] = {
     "vocab_size": 0,
     "corpus": "",
     "packages": docstring_files.PACKAGES,
+    "language": "de",
+    "catalogues": (),
     "pieces": docstring_files.PIECES,
     "prepared": None,
 }
@@ -57,6 +61,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "corpus": "docstrings",
         "max_tokens": 128,
         "vocab_size": dictionary_size(docstring_files.PIECES),
+    },
+    "messages": {
+        "corpus": "messages",
+        "max_tokens": 128,
+        "pieces": gettext_files.PIECES,
+        "vocab_size": dictionary_size(gettext_files.PIECES),
     },
 }
 SPLITS = ("train", "valid")
@@ -91,8 +101,17 @@ def folder(options: Mapping[str, Any]) -> pathlib.Path:
         return docstring_files.corpus(
             options["path"], tuple(options["packages"]), options["pieces"]
         )
+    if options["corpus"] == "messages":
+        return gettext_files.corpus(
+            options["path"],
+            options["language"],
+            options["pieces"],
+            tuple(options["catalogues"]),
+        )
     if options["corpus"]:
-        raise ValueError(f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings'")
+        raise ValueError(
+            f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings', 'messages'"
+        )
     root = pathlib.Path(options["path"] or "").expanduser()
     if not options["path"] or not (root / "json" / "train.json").is_file():
         raise ValueError(

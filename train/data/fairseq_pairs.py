@@ -1,8 +1,10 @@
 """Pairs of texts for generation, as fairseq-preprocess binarizes them.
 
 `data.options.path` is a folder with `train.SRC-TGT.SRC.bin/.idx`, the same for TGT, `valid` beside
-`train`, and `dict.SRC.txt`, `dict.TGT.txt`. `fairseq_pairs:docstring_summaries` makes such a folder
-from installed Python packages (the rest of a docstring -> its first sentence), in `path`.
+`train`, and `dict.SRC.txt`, `dict.TGT.txt`; as in fairseq, the same files serve TGT to SRC.
+`fairseq_pairs:docstring_summaries` makes such a folder from installed Python packages (the rest of
+a docstring -> its first sentence), `fairseq_pairs:messages` from the messages of installed programs
+(English -> another language), in `path`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import jax
 import numpy as np
 
 from jaxmodels.language.span_corruption import EOS_ID, PAD_ID, check_ids, padded
-from train.data import docstring_files
+from train.data import docstring_files, gettext_files
 from train.data.fairseq_files import Dictionary, Tokenizer, TokenSequences, dictionary_size
 
 # source_lang, target_lang: "" infers them from the files. max_source, max_target: longer texts are
 # truncated, their end token kept. left_pad_source: fairseq's default. vocab_size: what the model
 # expects, 0 for anything. reverse_target: the target is the source backwards (a toy task on real
-# text, of max_target - 1 tokens).
+# text, of max_target - 1 tokens). corpus: "" for a folder at `path`, else the stand-in of `pieces`
+# pieces: "docstrings" of `packages`, or "messages" of `catalogues` (folders; (): where they are
+# installed).
 OPTIONS: dict[str, Any] = {
     "source_lang": "",
     "target_lang": "",
@@ -32,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "vocab_size": 0,
     "corpus": "",
     "packages": docstring_files.PACKAGES,
+    "catalogues": (),
     "pieces": docstring_files.PIECES,
     "reverse_target": False,
 }
@@ -48,6 +53,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "reverse_target": True,
         "max_source": 12,
         "max_target": 12,
+    },
+    "messages": {
+        "corpus": "messages",
+        "source_lang": gettext_files.ENGLISH,
+        "target_lang": "de",
+        "max_source": 64,
+        "max_target": 64,
+        "pieces": gettext_files.PIECES,
+        "vocab_size": dictionary_size(gettext_files.PIECES),
     },
 }
 SPLITS = ("train", "valid")
@@ -76,6 +90,22 @@ def folder(options: Mapping[str, Any]) -> tuple[pathlib.Path, str, str]:
             options["path"], tuple(options["packages"]), options["pieces"]
         )
         return made / "summaries", docstring_files.SOURCE, docstring_files.TARGET
+    if options["corpus"] == "messages":
+        sides = (source, target)
+        if gettext_files.ENGLISH not in sides:
+            raise ValueError(
+                f"data.options: source_lang {source!r} and target_lang {target!r}; messages are "
+                f"translated from or to {gettext_files.ENGLISH!r}"
+            )
+        other = source if target == gettext_files.ENGLISH else target
+        made = gettext_files.corpus(
+            options["path"], other, options["pieces"], tuple(options["catalogues"])
+        )
+        return made / "pairs", source, target
+    if options["corpus"]:
+        raise ValueError(
+            f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings', 'messages'"
+        )
     root = pathlib.Path(options["path"] or "").expanduser()
     found = sorted(root.glob("train.*-*.*.idx")) if options["path"] and root.is_dir() else []
     if not found:
@@ -130,7 +160,10 @@ class Pairs(Sequence):
 def source(split: str, options: Mapping[str, Any]) -> Pairs:
     """Token pairs (source [L], target [L']) of a split, both ending in `</s>`."""
     root, ours, theirs = folder(options)
-    sides = [TokenSequences(root / f"{split}.{ours}-{theirs}.{side}") for side in (ours, theirs)]
+    pair = f"{ours}-{theirs}"
+    if (root / f"{split}.{theirs}-{ours}.{ours}.idx").is_file():
+        pair = f"{theirs}-{ours}"
+    sides = [TokenSequences(root / f"{split}.{pair}.{side}") for side in (ours, theirs)]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"{root}: {split} has {len(sides[0])} sources and {len(sides[1])} targets")
     return Pairs(*sides)

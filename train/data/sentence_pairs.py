@@ -60,6 +60,8 @@ def folder(options: Mapping[str, Any]) -> pathlib.Path:
             options["path"], tuple(options["packages"]), options["pieces"]
         )
         return made / "pairs"
+    if options["corpus"]:
+        raise ValueError(f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings'")
     first = options["languages"][0]
     root = pathlib.Path(options["path"] or "").expanduser()
     if not options["path"] or not (root / first / "input0" / "dict.txt").is_file():

@@ -17,6 +17,7 @@ from train.building import build_model
 from train.data import pipeline
 from train.encoding import Encoder, each_view, mean_view
 from train.naming import ConfigError
+from train.tasks.ranking import check_vocabulary
 
 DEPTH = 1000
 
@@ -159,4 +160,6 @@ def from_config(config) -> DenseRetrieval:
         )
     if not args.get("scale", 1.0) > 0:
         raise ConfigError(f"config.task_args.scale: must be positive, not {args['scale']}")
-    return DenseRetrieval(model=build_model(config), **args)
+    model = build_model(config)
+    check_vocabulary(config, model)
+    return DenseRetrieval(model=model, **args)

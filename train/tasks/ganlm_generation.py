@@ -12,17 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.language import ganlm_generation, rouge
+from jaxmodels.language.bleu import bleu
 from jaxmodels.language.ganlm import GanLM
 from jaxmodels.language.ganlm_objective import (
     BITS_PER_NAT,
     Objective,
+    loss_per_token,
     summary,
     three_passes,
     token_losses,
 )
+from jaxmodels.language.span_corruption import SENTINELS
 from train.building import build_model
 from train.naming import ConfigError, nearest
-from train.tasks.ganlm_pretraining import objective_of
+from train.tasks.ganlm_pretraining import check_dictionary, objective_of
 
 SEARCH = {
     "beam_size": 5,
@@ -63,7 +66,7 @@ class GanlmGeneration:
                 self.model, params, *arrays, self.objective, update=step, rng=rng, train=True
             )
             metrics = summary(outputs)
-            return total / jnp.maximum(outputs["tokens"], 1), (extra, metrics)
+            return loss_per_token(total, outputs), (extra, metrics)
         logits = self.model.apply(
             {"params": params}, *arrays[:2], train=True, rngs={"dropout": rng}
         )
@@ -86,7 +89,7 @@ class GanlmGeneration:
         }
 
     def report(self, variables, sums, config):
-        """ROUGE and exact matches of beam search and of greedy decoding on held-out pairs."""
+        """BLEU, ROUGE and exact matches of beam search and of greedy decoding on held-out pairs."""
         from train.data import pipeline
 
         family, options = pipeline.resolve(config.data)
@@ -106,6 +109,7 @@ class GanlmGeneration:
         numbers = {}
         for name, texts in found.items():
             scores = rouge.rouge(texts, wanted)
+            scores["bleu"] = bleu(texts, wanted)
             scores["exact_match"] = float(np.mean([t == w for t, w in zip(texts, wanted)]))
             numbers |= {name + key: value for key, value in scores.items()}
         return numbers
@@ -167,6 +171,7 @@ def search_of(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 def from_config(config) -> GanlmGeneration:
     """The task of a config: its model, `search`, `decoded` and the objective's `task_args`."""
     model = build_model(config)
+    check_dictionary(config, model)
     arguments = dict(config.task_args)
     search = search_of(dict(arguments.pop("search", {})))
     decoded = arguments.pop("decoded", 200)
@@ -175,6 +180,11 @@ def from_config(config) -> GanlmGeneration:
             "config.model_args.initialization_strategy: generation is fine-tuned with 'generator', "
             "'discriminator' or 'both'"
         )
-    arguments.setdefault("mask_id", 4)
+    if model.detects and "mask_id" not in arguments:
+        raise ConfigError(
+            "config.task_args.mask_id: strategy 'both' needs the index of <mask> in the dictionary"
+        )
+    # The other strategies sample nothing: every id may be a word.
+    arguments.setdefault("mask_id", model.vocab_size - SENTINELS - 1)
     objective = objective_of(vocab_size=model.vocab_size, **arguments)
     return GanlmGeneration(model, objective, search, decoded)

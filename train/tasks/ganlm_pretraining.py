@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.language.ganlm import GanLM
-from jaxmodels.language.ganlm_objective import LossWeight, Objective, summary, three_passes
+from jaxmodels.language.ganlm_objective import (
+    LossWeight,
+    Objective,
+    loss_per_token,
+    summary,
+    three_passes,
+)
 from train.building import build_model
 from train.naming import ConfigError
 
@@ -42,7 +48,7 @@ class GanlmPretraining:
         metrics = summary(outputs) | {
             name: outputs[name] for name in ("discriminator_weight", "denoising_weight")
         }
-        return total / jnp.maximum(outputs["tokens"], 1), (extra, metrics)
+        return loss_per_token(total, outputs), (extra, metrics)
 
     def evaluate(self, variables, batch):
         """Losses in bits a target, rates over words; padding rows hold no target."""
@@ -139,9 +145,25 @@ def objective_of(
     return objective
 
 
+def check_dictionary(config, model: GanLM) -> None:
+    """Refuse a model with fewer rows than the data's dictionary: `jit` would clamp ids silently.
+
+    Raises ConfigError with both sizes.
+    """
+    from train.data import pipeline
+
+    size = pipeline.resolve(config.data)[1].get("vocab_size", 0)
+    if size > model.vocab_size:
+        raise ConfigError(
+            f"config.model_args.vocab_size: {model.vocab_size} rows for the dictionary of {size} "
+            "entries in config.data.options.vocab_size"
+        )
+
+
 def from_config(config) -> GanlmPretraining:
     """The task of a config: its model and `task_args`."""
     model = build_model(config)
+    check_dictionary(config, model)
     if not getattr(model, "detects", False):
         raise ConfigError(
             "config.model_args.initialization_strategy: pre-training needs a generator and a "

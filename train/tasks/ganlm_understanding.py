@@ -13,6 +13,7 @@ import optax
 from jaxmodels.language.ganlm import GanLM
 from train.building import build_model
 from train.naming import ConfigError
+from train.tasks.ganlm_pretraining import check_dictionary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,7 @@ class GanlmUnderstanding:
 def from_config(config) -> GanlmUnderstanding:
     """The task of a config: its model, which needs a classification head."""
     model = build_model(config)
+    check_dictionary(config, model)
     if not model.num_classes:
         raise ConfigError("config.model_args.num_classes: understanding needs at least 2 classes")
     return GanlmUnderstanding(model, **config.task_args)

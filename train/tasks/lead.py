@@ -20,6 +20,7 @@ from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
     AnswersQueries,
+    check_vocabulary,
     dual_group_sums,
     forbid_pmap,
     init_ranker,
@@ -212,6 +213,8 @@ def from_config(config) -> Lead:
     model = build_model(config)
     teacher = build_named(config, teacher_name, teacher_args, "config.task_args.teacher")
     kind = kind_of(teacher)
+    check_vocabulary(config, model)
+    check_vocabulary(config, teacher, "config.task_args.teacher_args")
     if kind_of(model) != "dual":
         raise ConfigError(f"config.model: the student {config.model!r} is no dual encoder")
     try:

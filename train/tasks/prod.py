@@ -21,6 +21,7 @@ from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.tasks.ranking import (
     AnswersQueries,
+    check_vocabulary,
     dual_group_sums,
     forbid_pmap,
     init_ranker,
@@ -131,6 +132,8 @@ def from_config(config) -> Progressive:
     model = build_model(config)
     teacher = build_named(config, teacher_name, teacher_args, "config.task_args.teacher")
     cross = kind_of(teacher) == "cross"
+    check_vocabulary(config, model)
+    check_vocabulary(config, teacher, "config.task_args.teacher_args")
     if own.get("lwf") and objective.lwf_weight is None:
         raise ConfigError("config.task_args.lwf is on but lwf_weight is not set")
     if own.get("lwf") and not cross:

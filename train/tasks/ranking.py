@@ -9,6 +9,7 @@ first, and what else the model reads: `late_query_ids`, `late_doc_ids`, or `cros
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from jaxmodels.retrieval.late_interaction import LateInteraction, maxsim
 from jaxmodels.retrieval.losses import group_scores, nll, scores_of
 from jaxmodels.retrieval.pretrained import is_single_encoder, prepare_state
 from train.building import build_model
+from train.data import pipeline
 from train.encoding import Encoder
 from train.initialization import variables_from
 from train.naming import ConfigError
@@ -77,6 +79,27 @@ def load_ranker(source: str, name: str, module: nn.Module, wanted, key: str):
         skip_of=fresh_heads,
         fresh=lambda: {"params": wanted},
     )["params"]
+
+
+def check_vocabulary(config, module: nn.Module, key: str = "config.model_args") -> None:
+    """Refuse a model with fewer word rows than the data's vocabulary: `jit` clamps ids silently.
+
+    A vocabulary file that is not there is left to the data, which names it.
+
+    Raises ConfigError with both sizes; `key` says whose arguments they are.
+    """
+    options = pipeline.resolve(config.data)[1]
+    words = str(options.get("vocabulary", 0))
+    size = int(words) if words.isdigit() else 0
+    if not size:
+        places = (Path(words), Path(options["path"] or "") / words)
+        found = next((p for p in places if p.is_file()), None)
+        size = len(found.read_text("utf-8").splitlines()) if found else 0
+    if size > module.vocab_size:
+        raise ConfigError(
+            f"{key}.vocab_size: {module.vocab_size} rows for config.data.options.vocabulary of "
+            f"{size} words"
+        )
 
 
 def forbid_pmap(config) -> None:
@@ -210,4 +233,6 @@ def dual_group_sums(model: DualEncoder, params, batch) -> dict[str, jax.Array]:
 def from_config(config) -> Ranking:
     """The task of a config: its model and `task_args`."""
     forbid_pmap(config)
-    return Ranking(model=build_model(config), name=config.model, **config.task_args)
+    model = build_model(config)
+    check_vocabulary(config, model)
+    return Ranking(model=model, name=config.model, **config.task_args)
