@@ -1,10 +1,14 @@
-"""Claims of the attacks: `python -m benchmarks.security_claims {transfer,patches,margins}`.
+"""Claims of the attacks: `python -m benchmarks.security_claims CLAIM`.
 
 transfer  digits at 32x32: success on two hidden victims of random signs, PGD and MI on one network,
           MI on four, MI with diverse inputs and smoothed gradients on four.
 patches   a patch optimized over placements beside one optimized for a single placement, both judged
           at fresh placements, on the same networks.
 margins   verification of letters after training with ArcFace and with softmax for the same steps.
+scenarios  share of ten scenes a seed in which a search finds a collision that counts, by method and
+          number of rollouts, for an ego without and with forecasts (constant velocity).
+forecasts  VectorNet on the highway: displacement errors of tracks as driven and as attacked, and
+          scenarios against an ego that plans by it.
 
 `--seeds 0 1 2 ...`. Finished rows stand in `results/security_runs.csv` and are not repeated;
 `results/security_claims.md` is written from them. Networks below .95 are reported and refused.
@@ -181,7 +185,96 @@ def margins(seed: int, steps: int) -> list[tuple]:
     return rows
 
 
-CLAIMS = {"transfer": transfer, "patches": patches, "margins": margins}
+def _collisions(seed, traffic, forecaster, method, restarts, iterations, count) -> list[bool]:
+    """Whether a valid collision was found in each of the seed's scenes."""
+    from jaxmodels.security.driving_simulator import sample_scene
+    from jaxmodels.security.scenario_search import search
+
+    return [
+        bool(
+            search(
+                jax.random.fold_in(jax.random.key(seed), i),
+                sample_scene(1000 * (seed + 1) + i, traffic),
+                traffic,
+                forecaster,
+                method=method,
+                restarts=restarts,
+                iterations=iterations,
+            ).outcome.collision
+        )
+        for i in range(count)
+    ]
+
+
+def scenarios(seed: int, steps: int) -> list[tuple]:
+    """Collision rates by method and rollouts; nothing is trained."""
+    from jaxmodels.security.driving_simulator import Traffic
+    from jaxmodels.security.ego_forecasts import ConstantVelocity
+
+    del steps
+    rows = []
+    for ego, forecaster in (("no forecasts", None), ("forecasts", ConstantVelocity())):
+        for iterations in (1, 4, 16):
+            for method in ("gradient", "cem", "random"):
+                found = _collisions(seed, Traffic(), forecaster, method, 8, iterations, 10)
+                rows.append((method, f"{ego}, {8 * iterations} rollouts", float(np.mean(found))))
+    return rows
+
+
+def forecasts(seed: int, steps: int) -> list[tuple]:
+    """Errors of a trained VectorNet under attack, and collisions of egos that plan by it or not."""
+    from jaxmodels.security.driving_simulator import Traffic
+    from jaxmodels.security.ego_forecasts import ConstantVelocity
+    from train.building import build_task
+    from train.checkpoints import load_params
+    from train.command_line import read_flags
+    from train.competition import ego
+    from train.competition.roster import Member
+    from train.loop import fit
+
+    with tempfile.TemporaryDirectory() as folder:
+        config, workdir = read_flags(
+            [
+                "claims",
+                "--config=configs/vectornet.py:highway",
+                f"--workdir={folder}",
+                f"--config.seed={seed}",
+                f"--config.steps={steps}",
+                f"--config.schedule.boundaries=({4 * steps // 10},{6 * steps // 10})",
+                "--config.checkpoint.every=0",
+            ],
+            need_workdir=True,
+        )
+        numbers = fit(config, workdir)
+        member = Member("forecaster", config, build_task(config), load_params(workdir), numbers)
+    rows = [
+        ("DE@3s", "VectorNet", numbers["DE@3s"]),
+        ("DE@3s", "constant velocity", numbers["constant_velocity_DE@3s"]),
+    ]
+    network = ego.network_forecaster(member)
+    methods = ("gradient", "cem", "random")
+    searched = {"scenes": 24, "methods": methods, "restarts": 8, "iterations": 20}
+    attacked = ego.attack_forecasts({"seed": seed, "trajectory_attack": searched}, network, member)
+    for name, value in attacked.items():
+        error, _, how = name.removeprefix("forecast_").partition("/")
+        rows.append((f"{error.upper()}, {how}", "VectorNet", value))
+    for name, forecaster in (
+        ("ego without forecasts", None),
+        ("constant velocity", ConstantVelocity()),
+        ("VectorNet", network),
+    ):
+        found = _collisions(seed, Traffic(), forecaster, "gradient", 8, 8, 5)
+        rows.append(("collisions, gradient, 64 rollouts", name, float(np.mean(found))))
+    return rows
+
+
+CLAIMS = {
+    "transfer": transfer,
+    "patches": patches,
+    "margins": margins,
+    "scenarios": scenarios,
+    "forecasts": forecasts,
+}
 
 
 def stored() -> list[dict[str, str]]:
@@ -224,9 +317,10 @@ def report() -> Path:
         blocks.append(f"{title}\n\n{markdown(['', *places], table)}")
     path = RESULTS / "security_claims.md"
     path.write_text(
-        "# Transfer, patches, margins\n\n"
+        "# Attacks of the security tracks\n\n"
         f"`python -m benchmarks.security_claims`, on {machine()}; {versions()}. Mean (range) over "
-        "seeds; shares of images that were classified rightly before.\n\n" + "\n".join(blocks)
+        "seeds; transfer: shares of images that were classified rightly before; displacement "
+        "errors in meters.\n\n" + "\n".join(blocks)
     )
     return path
 

@@ -8,6 +8,7 @@ no_map    the same without the map: 3.5 m
 complete  small with node completion (hidden polylines): 3.8 m; it needs longer runs
           (--config.steps=2400 --config.schedule.boundaries=960,1440,1920: 2.2 m, two minutes)
 crossing  intersections: the map shows three routes
+highway   a straight road of three lanes with lane changes: the driving track's forecaster
 raster    the ConvNet baseline (k3, crop along the trajectory) on rasters of 64 px
 paper     python -m train --config configs/vectornet.py:paper --workdir DIR
               --config.data.options.path=/path/to/argoverse
@@ -18,7 +19,10 @@ paper_raster  the ConvNet baseline by the same recipe, 400 px of 130 m; publishe
 
 from train.defaults import default_config
 
-PRESETS = ("small", "track", "no_map", "complete", "crossing", "raster", "paper", "paper_raster")
+PRESETS = (
+    *("small", "track", "no_map", "complete", "crossing", "highway", "raster"),
+    *("paper", "paper_raster"),
+)
 # Argoverse 1 forecasting, version 1.1.
 _TRAIN_SEQUENCES = 205_942
 
@@ -59,6 +63,9 @@ def _small(config, preset):
     elif preset == "crossing":
         config.data.name = "motion_scenes:crossing"
         config.data.options = {"max_polylines": 24}
+    elif preset == "highway":
+        config.data.name = "motion_scenes:highway"
+        config.data.options = {"max_polylines": 16, "max_vectors": 19, "heading_min_disp": 0.3}
     elif preset == "raster":
         config.model = "driving.raster_convnet:raster_k3_traj"
         config.model_args = {"horizon": 30, "in_ch": 60}

@@ -21,7 +21,8 @@ CAMERA_PLACE = (1.54, 0.0, 2.0)  # meters
 # Of Waymo's front camera, at 1920 x 1280.
 FULL_SIZE = (1920, 1280)
 INTRINSIC = (2080.0, 2080.0, 955.0, 650.0, 0.05, -0.33, 0.0025, -0.0009, 0.01)
-_BLUR, _SENSOR_NOISE = 0.7, 4.0 / 255
+BLUR, SENSOR_NOISE = 0.7, 4.0 / 255  # of the lens, pixels; of a channel
+EXPOSURE = (0.8, 1.2)
 _SHADES = np.array([0.8, 0.95, 1.1])  # front and back, side, top
 _LEAST_PIXELS = 12  # an object with fewer is not labeled
 _MOST_OCCLUSION = 0.85
@@ -56,9 +57,35 @@ class Picture(NamedTuple):
     covered: np.ndarray
 
 
+class Layers(NamedTuple):
+    """What the rays meet, before lens and sensor.
+
+    Attributes:
+      color: float32 [h, w, 3]. surface, covered: see `Picture`.
+      local: float32 [h, w, 3], of a hit on an object in -1..1 along its axes. face: int32 [h, w],
+        axis of the face that was hit (0 front and back). Both are zero elsewhere.
+    """
+
+    color: np.ndarray
+    surface: np.ndarray
+    covered: np.ndarray
+    local: np.ndarray
+    face: np.ndarray
+
+
 def render(scene: Scene, camera: camera_projection.Camera, *, seed: int = 0) -> Picture:
     """The scene as the camera sees it; textures, noise and exposure drawn from `seed`."""
     rng = np.random.default_rng((seed, 1))
+    layers = trace(scene, camera, rng)
+    color = ndimage.gaussian_filter(layers.color, (BLUR, BLUR, 0))
+    color = color * rng.uniform(*EXPOSURE)
+    color += SENSOR_NOISE * rng.standard_normal(color.shape, dtype=np.float32)
+    image = (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Picture(image, layers.surface, layers.covered)
+
+
+def trace(scene: Scene, camera: camera_projection.Camera, rng: np.random.Generator) -> Layers:
+    """Colors and surfaces that the camera's rays meet; textures are drawn from `rng`."""
     extrinsic = np.asarray(camera.extrinsic, np.float64)
     origin = extrinsic[:3, 3]
     rays = _rays(tuple(np.asarray(camera.intrinsic).tolist()), camera.width, camera.height)
@@ -66,6 +93,7 @@ def render(scene: Scene, camera: camera_projection.Camera, *, seed: int = 0) -> 
     distance, _ = lidar_simulator.ground_hits(scene, origin, rays)
     grounded = distance < 500
     surface = np.where(grounded, 0, -1).astype(np.int32)
+    inside, faces = np.zeros(rays.shape, np.float32), np.zeros(surface.shape, np.int32)
     color = _sky(rays)
     place = origin + np.where(grounded, distance, 0)[..., None] * rays
     color[grounded] = _ground(scene, place[grounded], distance[grounded], rng)
@@ -82,10 +110,8 @@ def render(scene: Scene, camera: camera_projection.Camera, *, seed: int = 0) -> 
         distance[window][nearer] = far[nearer]
         surface[window][nearer] = row + 1
         color[window][nearer] = _texture(scene, row, local[nearer], face[nearer], rng)
-    color = ndimage.gaussian_filter(color, (_BLUR, _BLUR, 0))
-    color = color * rng.uniform(0.8, 1.2)
-    color += _SENSOR_NOISE * rng.standard_normal(color.shape, dtype=np.float32)
-    return Picture((np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8), surface, covered)
+        inside[window][nearer], faces[window][nearer] = local[nearer], face[nearer]
+    return Layers(color, surface, covered, inside, faces)
 
 
 def _window(box: np.ndarray, camera, extrinsic: np.ndarray):

@@ -7,18 +7,24 @@ Z. Sun et al., "Contrastive Pseudo Learning for Open-World DeepFake Attribution"
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax import lax
 
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.normalization import BatchNorm
+from jaxmodels.vision.convnext import ConvNeXt
+from jaxmodels.vision.efficientnet import EfficientNet
 from jaxmodels.vision.resnet import ResNet, projection_spelling
 
+# Other encoders than the ResNet, and the last map of each.
+BACKBONES = {"efficientnet": (EfficientNet, "head"), "convnext": (ConvNeXt, None)}
 PARTS_SIDE = 3
 MARGIN, SCALE = -0.2, 1.0
 _LOG_FLOOR = -100.0  # of torch's binary cross-entropy
@@ -42,12 +48,15 @@ def part_pooling(x: jax.Array, side: int = PARTS_SIDE) -> jax.Array:
 class AttributionNet(nn.Module):
     """Images [B, H, W, 3] -> `logits` [B, classes], `feature` [B, C], `parts` [B, 9, C].
 
-    A ResNet's last map, averaged and through a BatchNorm whose bias stays 0 (BNNeck); dropout and
-    a linear map without bias for the logits; nine overlapping parts, each through its own BNNeck.
+    An encoder's last map (officially a ResNet's), averaged and through a BatchNorm whose bias stays
+    0 (BNNeck); dropout and a linear map without bias for the logits; nine overlapping parts, each
+    through its own BNNeck.
 
     Attributes:
       classes: known tools plus expected novel ones.
       layers, width, block, stem: of the ResNet (ImageNet's ResNet-50 by default).
+      backbone: resnet, efficientnet or convnext. backbone_args: fields of the latter two (by
+        default B0 and tiny); their last map must be at least 3 x 3.
     """
 
     classes: int = 20
@@ -56,6 +65,8 @@ class AttributionNet(nn.Module):
     block: str = "bottleneck"
     stem: str = "imagenet"
     dropout: float = 0.2
+    backbone: str = "resnet"
+    backbone_args: Mapping[str, Any] = FrozenDict()
     bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -64,6 +75,26 @@ class AttributionNet(nn.Module):
         """Shapes that generic code initializes with: images [1, 256, 256, 3]."""
         side = 256 if self.stem == "imagenet" else 32
         return (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),)
+
+    def __post_init__(self) -> None:
+        known = ("resnet", *BACKBONES)
+        if self.backbone not in known:
+            raise ValueError(f"backbone {self.backbone!r}; known: {', '.join(known)}")
+        super().__post_init__()
+
+    def _encoder(self, types: dict[str, Any]) -> Callable[[jax.Array, bool], jax.Array]:
+        """(images, train) -> last map, of the child `encoder`."""
+        names = dict(bn_axis_name=self.bn_axis_name, name="encoder", **types)
+        if self.backbone == "resnet":
+            encoder = ResNet(
+                self.layers, self.width, self.block, self.stem, projection="downsample",
+                features_only=True, **names,
+            )  # fmt: skip
+            return lambda x, train: encoder(x, train)[-1]
+        kind, last = BACKBONES[self.backbone]
+        encoder = kind(num_classes=0, **dict(self.backbone_args), **names)
+        last = last or f"stages.{len(encoder.depths) - 1}"
+        return lambda x, train: encoder.intermediates(x, train)[last]
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
@@ -74,11 +105,7 @@ class AttributionNet(nn.Module):
             norm = BatchNorm(name=name, axis_name=self.bn_axis_name, **types)
             return norm(y, train)
 
-        encoder = ResNet(
-            self.layers, self.width, self.block, self.stem, projection="downsample",
-            features_only=True, bn_axis_name=self.bn_axis_name, name="encoder", **types,
-        )  # fmt: skip
-        features = encoder(x, train)[-1]
+        features = self._encoder(types)(x, train)
         feature = neck(features.mean((1, 2)), "bottleneck")
         dropped = nn.Dropout(self.dropout, deterministic=not train)(feature)
         init = nn.initializers.normal(1e-3)
@@ -98,7 +125,7 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     del module
     return {
         "spellings": [*projection_spelling("downsample"), (r"^encoder\.encoder\.", "encoder.")],
-        "drops": [r"encoder\.fc\..*"],
+        "drops": [r"encoder\.(fc|classifier|head\.fc)\..*"],
     }
 
 

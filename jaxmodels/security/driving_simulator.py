@@ -1,7 +1,8 @@
 """A closed-loop road scene: background vehicles under an adversary's control meet an ego stack.
 
 The ego perceives with noise and misses, tracks, follows by the intelligent driver model (M.
-Treiber et al., arXiv cond-mat/0002177), steers by pure pursuit and brakes in an emergency. Every
+Treiber et al., arXiv cond-mat/0002177), steers by pure pursuit and brakes in an emergency; with a
+forecaster (`ego_forecasts`) it also yields to vehicles that are expected to enter its way. Every
 vehicle moves as a kinematic bicycle: x' = v cos th, y' = v sin th, th' = v tan(delta) / L, v' = a.
 All of it is differentiable and can be vmapped.
 """
@@ -20,6 +21,8 @@ LENGTH, WIDTH, WHEELBASE = 4.6, 1.9, 2.7  # m
 LANE = 3.5  # m
 STEER_LIMIT, BRAKE_LIMIT, DRIVE_LIMIT = 0.6, -8.0, 3.0
 ADVERSARY_ACCELERATION, ADVERSARY_STEER = 4.0, 0.06
+YIELD_BRAKING = -4.0  # m/s^2, the most for a vehicle that is only expected in the way
+_REACH = 0.5 * (WIDTH + LANE) - 0.6  # a vehicle's middle this far sideways is in the ego's way
 _FAR = 1e3
 
 
@@ -28,6 +31,7 @@ class Traffic:
     """Constants of a simulation; times in s, lengths in m.
 
     The IDM numbers are v0, T, s0, a_max, b of the specification. `noise`, `miss`: of perception.
+    `look_ahead`: how far ahead an ego with forecasts looks for vehicles entering its way.
     """
 
     dt: float = struct.field(pytree_node=False, default=0.1)
@@ -43,6 +47,7 @@ class Traffic:
     noise: float = struct.field(pytree_node=False, default=0.2)
     miss: float = struct.field(pytree_node=False, default=0.05)
     emergency_ttc: float = struct.field(pytree_node=False, default=1.0)
+    look_ahead: float = struct.field(pytree_node=False, default=2.0)
 
     @property
     def steps(self) -> int:
@@ -62,12 +67,14 @@ class Scene(NamedTuple):
 
 class Rollout(NamedTuple):
     """`states` [steps + 1, N + 1, 4], `controls` [steps, N + 1, 2], `ttc` [steps], `braked` bool
-    [steps]: the emergency brake acted."""
+    [steps]: the emergency brake acted; with a forecaster `forecasts` [steps, N, T, 2], where each
+    step expected the others at the T steps after it."""
 
     states: jax.Array
     controls: jax.Array
     ttc: jax.Array
     braked: jax.Array
+    forecasts: jax.Array | None = None
 
 
 def check_traffic(traffic: Traffic) -> None:
@@ -157,17 +164,28 @@ def adversary_controls(knots: jax.Array, traffic: Traffic) -> jax.Array:
     return by_time[low] * (1 - share) + by_time[low + 1] * share
 
 
-def simulate(scene: Scene, knots: jax.Array, traffic: Traffic = Traffic()) -> Rollout:  # noqa: B008
-    """The scene under knots [N, K, 2] of the background vehicles, the ego stack in the loop."""
+def simulate(
+    scene: Scene,
+    knots: jax.Array,
+    traffic: Traffic = Traffic(),  # noqa: B008
+    forecaster: Any = None,
+) -> Rollout:
+    """The scene under knots [N, K, 2] of the background vehicles, the ego stack in the loop.
+
+    `forecaster` (see `ego_forecasts`) tells where the others will be from what the ego tracked of
+    them; None is an ego that only looks at where they are.
+    """
     check_traffic(traffic)
     background = adversary_controls(knots, traffic)
     dt = traffic.dt
-    first = scene.states[1:, :2]
-    track = jnp.concatenate([first, scene.states[1:, 3:]], -1)  # x, y, speed along the road
+    # x, y, speed along the road; a step back, since the first step predicts before it measures.
+    first = scene.states[1:, :2].at[:, 0].add(-dt * scene.states[1:, 3])
+    track = jnp.concatenate([first, scene.states[1:, 3:]], -1)
+    memory = None if forecaster is None else _first_memory(scene, forecaster, traffic)
 
     def step(carry, at):
-        states, track = carry
-        controls, noise, missed = at
+        states, track, memory = carry
+        controls, noise, missed, number = at
         ego, others = states[0], states[1:]
         # Tracker: predict, then correct by what was seen (alpha-beta filter).
         predicted = track.at[:, 0].add(dt * track[:, 2])
@@ -185,24 +203,94 @@ def simulate(scene: Scene, knots: jax.Array, traffic: Traffic = Traffic()) -> Ro
         track = jnp.where(seen[:, None], corrected, predicted)
         # The lead is the nearest track ahead that reaches into the ego's way.
         ahead = track[:, 0] - ego[0]
-        in_way = (ahead > 0) & (jnp.abs(track[:, 1] - ego[1]) < 0.5 * (WIDTH + LANE) - 0.6)
-        distance = jnp.where(in_way, ahead, _FAR)
-        lead = distance.argmin()
-        gap = jnp.maximum(distance[lead] - LENGTH, 0.0)
-        there = in_way.any()
-        closing = jnp.where(there, ego[3] - track[lead, 2], 0.0)
-        ttc = jnp.where(closing > 0.1, gap / jnp.maximum(closing, 0.1), _FAR)
+
+        def following(in_way):
+            """Acceleration behind the nearest one in the way, and the time to its collision."""
+            distance = jnp.where(in_way, ahead, _FAR)
+            lead = distance.argmin()
+            gap = jnp.maximum(distance[lead] - LENGTH, 0.0)
+            there = in_way.any()
+            closing = jnp.where(there, ego[3] - track[lead, 2], 0.0)
+            ttc = jnp.where(closing > 0.1, gap / jnp.maximum(closing, 0.1), _FAR)
+            return idm(ego[3], jnp.where(there, gap, _FAR), closing, traffic), ttc
+
+        in_way = (ahead > 0) & (jnp.abs(track[:, 1] - ego[1]) < _REACH)
+        a, ttc = following(in_way)
+        if forecaster is not None:
+            memory = _remember(memory, ego, track, number, forecaster, traffic)
+            entering = (ahead > 0) & expected_in_way(memory[1], ego, traffic)
+            yielding, _ = following(in_way | entering)
+            a = jnp.minimum(a, jnp.maximum(yielding, YIELD_BRAKING))
         brake = ttc < traffic.emergency_ttc
-        a = idm(ego[3], jnp.where(there, gap, _FAR), closing, traffic)
         a = jnp.where(brake, BRAKE_LIMIT, a)
         own = jnp.stack([a, pure_pursuit(ego, scene.lane_y)])
         controls = jnp.concatenate([own[None], controls])
         states = bicycle(states, controls, dt)
-        return (states, track), (states, controls, ttc, brake)
+        forecasts = None if memory is None else memory[1]
+        return (states, track, memory), (states, controls, ttc, brake, forecasts)
 
-    at = (background, scene.noise, scene.missed)
-    _, (states, controls, ttc, braked) = lax.scan(step, (scene.states, track), at)
-    return Rollout(jnp.concatenate([scene.states[None], states]), controls, ttc, braked)
+    at = (background, scene.noise, scene.missed, jnp.arange(traffic.steps))
+    _, (states, *rest) = lax.scan(step, (scene.states, track, memory), at)
+    return Rollout(jnp.concatenate([scene.states[None], states]), *rest)
+
+
+def _first_memory(scene: Scene, forecaster: Any, traffic: Traffic):
+    """(history [N + 1, To, 2], forecasts [N, T, 2]) of a scene in which all drove straight on."""
+    _, _, heading, speed = scene.states.T
+    direction = jnp.stack([jnp.cos(heading), jnp.sin(heading)], -1)
+    back = traffic.dt * (jnp.arange(forecaster.observed) - forecaster.observed)
+    moved = back[:, None] * (speed[:, None] * direction)[:, None]
+    others = len(scene.states) - 1
+    nothing = jnp.zeros((others, forecaster.horizon, 2))
+    return scene.states[:, None, :2] + moved, nothing
+
+
+def _remember(memory, ego, track, number, forecaster, traffic: Traffic):
+    """The history with this step in it; forecasts renewed at every `replan`-th step."""
+    history, forecasts = memory
+    now = jnp.concatenate([ego[None, :2], track[:, :2]])
+    history = jnp.concatenate([history[:, 1:], now[:, None]], 1)
+    # In between they are those of the last time, moved on.
+    older = jnp.concatenate([forecasts[:, 1:], forecasts[:, -1:]], 1)
+    # Gradients run the network again instead of keeping every step's activations.
+    renew = jax.checkpoint(lambda h: forecaster(h, traffic))
+    forecasts = lax.cond(number % forecaster.replan == 0, renew, lambda _: older, history)
+    return history, forecasts
+
+
+def expected_in_way(forecasts: jax.Array, ego: jax.Array, traffic: Traffic) -> jax.Array:
+    """Bool [N]: forecasts [N, T, 2] that reach into the way of an ego [4] driving straight on.
+
+    Only those count that are ahead of it then, within the next `look_ahead` seconds.
+    """
+    steps = min(max(round(traffic.look_ahead / traffic.dt), 1), forecasts.shape[1])
+    own = ego[0] + ego[3] * traffic.dt * jnp.arange(1, steps + 1)
+    there = forecasts[:, :steps]
+    near = jnp.abs(there[..., 1] - ego[1]) < _REACH
+    return (near & (there[..., 0] > own)).any(-1)
+
+
+class ForecastErrors(NamedTuple):
+    """Meters: `average` over forecasts and steps, `final` at the last step. Scalars."""
+
+    average: jax.Array
+    final: jax.Array
+
+
+def forecast_errors(rollout: Rollout, forecaster: Any) -> ForecastErrors:
+    """How far the others were from where a rollout's forecasts expected them.
+
+    Over the forecasts whose whole horizon lies within the rollout.
+    """
+    steps, _, horizon, _ = rollout.forecasts.shape
+    if horizon > steps:
+        raise ValueError(f"a forecast of {horizon} steps needs a rollout of as many, got {steps}")
+    times = np.arange(0, steps - horizon + 1, forecaster.replan)
+    places = times[:, None] + 1 + np.arange(horizon)
+    truth = rollout.states[places, 1:, :2].swapaxes(1, 2)
+    squares = jnp.square(rollout.forecasts[times] - truth).sum(-1)
+    errors = jnp.sqrt(squares + 1e-12)
+    return ForecastErrors(errors.mean(), errors[..., -1].mean())
 
 
 def _corners(state):
@@ -307,6 +395,42 @@ def judge(rollout: Rollout, traffic: Traffic = Traffic()) -> Outcome:  # noqa: B
         reason,
         jnp.where(hit, at * traffic.dt, traffic.horizon),
         rollout.ttc.min(),
+    )
+
+
+class RouteMetrics(NamedTuple):
+    """The ego's drive up to its first contact (C. Xu et al., SafeBench, arXiv 2206.09682), scalars.
+
+    `off_road` m driven with a part beside the road; `distance` m, mean distance to the route;
+    `incomplete`, share of the route that free driving would have covered and this did not; `time`
+    s, how long it ran.
+    """
+
+    off_road: jax.Array
+    distance: jax.Array
+    incomplete: jax.Array
+    time: jax.Array
+
+
+def route_metrics(
+    rollout: Rollout,
+    lane_y: jax.Array,
+    traffic: Traffic = Traffic(),  # noqa: B008
+) -> RouteMetrics:
+    """How well the ego kept to its route, the middle of its lane at `lane_y`."""
+    ego, others = rollout.states[:, :1], rollout.states[:, 1:]
+    touching = (separation(jnp.broadcast_to(ego, others.shape), others) < 0).any(-1)
+    last = jnp.where(touching.any(), touching.argmax(), traffic.steps)
+    running = jnp.arange(traffic.steps + 1) <= last
+    x, y, heading, v = ego[:, 0].T
+    sideways = WIDTH / 2 * jnp.abs(jnp.cos(heading)) + LENGTH / 2 * jnp.abs(jnp.sin(heading))
+    beside = (y + sideways > traffic.lanes * LANE) | (y - sideways < 0)
+    free = traffic.speed * traffic.horizon
+    return RouteMetrics(
+        (traffic.dt * v * (beside & running)).sum(),
+        (jnp.abs(y - lane_y) * running).sum() / running.sum(),
+        jnp.clip(1 - (x[last] - x[0]) / free, 0, 1),
+        last * traffic.dt,
     )
 
 

@@ -1,32 +1,31 @@
 """Search for dangerous scenes: gradients through the simulator, cross-entropy method, chance.
 
-All three spend the same number of rollouts: `restarts * iterations` in all (a gradient counts as
-one, though it costs about three in time).
+All three spend the same number of rollouts: `restarts * iterations` in all.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxmodels.security.driving_simulator import (
     Outcome,
     Scene,
     Traffic,
+    forecast_errors,
     judge,
     objective,
     simulate,
 )
+from jaxmodels.security.knot_search import METHODS, check_search, search_knots
 
-METHODS = ("gradient", "cem", "random")
+__all__ = ["METHODS", "Found", "search"]
+
 # Of the first knots (acceleration, steering), before tanh: wilder steering leaves the road at once.
 _SPREAD = np.array([0.7, 0.3], np.float32)
-_ELITES = 0.15
 
 
 class Found(NamedTuple):
@@ -41,66 +40,47 @@ def search(
     key: jax.Array,
     scene: Scene,
     traffic: Traffic = Traffic(),  # noqa: B008
+    forecaster: Any = None,
     *,
     method: str = "gradient",
     restarts: int = 64,
     iterations: int = 40,
     learning_rate: float = 0.15,
+    deception: float = 0.0,
 ) -> Found:
-    """The knots with the highest score (the lowest objective among equals) met on the way."""
-    if method not in METHODS:
-        raise ValueError(f"search method {method!r}; known: {', '.join(METHODS)}")
-    knots, outcome = _search(key, scene, traffic, method, restarts, iterations, learning_rate)
+    """The knots with the highest score (the lowest objective among equals) met on the way.
+
+    `forecaster` is the ego's (see `simulate`); `deception` then weighs the error of its forecasts
+    in meters, which the adversary raises beside closing the gap.
+    """
+    check_search(method, restarts, iterations)
+    knots, outcome = _search(
+        key, scene, forecaster, traffic, method, restarts, iterations, learning_rate, deception
+    )
     return Found(knots, outcome, restarts * iterations)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _search(key, scene, traffic, method, restarts, iterations, learning_rate):
+@partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _search(
+    key, scene, forecaster, traffic, method, restarts, iterations, learning_rate, deception
+):
     vehicles = scene.states.shape[0] - 1
-    shape = (restarts, vehicles, traffic.knots, 2)
 
     def evaluate(knots):
-        rollout = simulate(scene, knots, traffic)
-        return objective(rollout, traffic), judge(rollout, traffic).score
+        rollout = simulate(scene, knots, traffic, forecaster)
+        value = objective(rollout, traffic)
+        if deception and forecaster is not None:
+            value = value - deception * forecast_errors(rollout, forecaster).average
+        return value, judge(rollout, traffic).score
 
-    def keep(best, knots, values, scores):
-        """The better of `best` = (rank, knots) and this batch's best."""
-        rank = jnp.where(jnp.isfinite(values), scores * 1e4 - values, -jnp.inf)
-        top = rank.argmax()
-        better = rank[top] > best[0]
-        return jnp.where(better, rank[top], best[0]), jnp.where(better, knots[top], best[1])
-
-    first = _SPREAD * jax.random.normal(key, shape)
-    nothing = (-jnp.inf, jnp.zeros(shape[1:]))
-    if method == "gradient":
-        optimizer = optax.adam(learning_rate)
-        slope = jax.vmap(jax.value_and_grad(evaluate, has_aux=True))
-
-        def advance(carry, _):
-            knots, state, best = carry
-            (values, scores), grads = slope(knots)
-            best = keep(best, knots, values, scores)
-            grads = jnp.where(jnp.isfinite(grads), grads, 0.0)
-            updates, state = optimizer.update(grads, state)
-            return (knots + updates, state, best), None
-
-        carry = (first, optimizer.init(first), nothing)
-        (_, _, best), _ = jax.lax.scan(advance, carry, length=iterations)
-    else:
-        count = max(2, int(_ELITES * restarts))
-
-        def resample(carry, k):
-            mean, deviation, best = carry
-            knots = mean + deviation * jax.random.normal(k, shape)
-            values, scores = jax.vmap(evaluate)(knots)
-            best = keep(best, knots, values, scores)
-            if method == "cem":
-                values = jnp.where(jnp.isfinite(values), values, jnp.inf)
-                elite = knots[jnp.argsort(values)[:count]]
-                mean = elite.mean(0)
-                deviation = jnp.maximum(elite.std(0), 0.05)
-            return (mean, deviation, best), None
-
-        start = (jnp.zeros(shape[1:]), jnp.broadcast_to(_SPREAD, shape[1:]), nothing)
-        (_, _, best), _ = jax.lax.scan(resample, start, jax.random.split(key, iterations))
-    return best[1], judge(simulate(scene, best[1], traffic), traffic)
+    best = search_knots(
+        key,
+        evaluate,
+        (vehicles, traffic.knots, 2),
+        _SPREAD,
+        method=method,
+        restarts=restarts,
+        iterations=iterations,
+        learning_rate=learning_rate,
+    )
+    return best, judge(simulate(scene, best, traffic, forecaster), traffic)

@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.security import driving_renderer as renderer
+from jaxmodels.security.input_transforms import shrink
 from jaxmodels.security.patches import non_printability, printable_palette, total_variation
 from jaxmodels.security.vehicle_detector import OBJECTIVES, attack_objective, detected
 
@@ -27,7 +28,8 @@ class TextureAttack:
     """Options: Adam's rate and steps, scenes a step (EOT batch), weights of smoothness and print.
 
     `objective` is hide, appear or mislocalize; `surface` rear, billboard or road. `poses_vary`
-    False optimizes for one fixed pose (the baseline without EOT).
+    False optimizes for one fixed pose (the baseline without EOT). `diversity`: share of steps whose
+    pictures are shrunk to a side of at least `diversity_rate` and moved about (DI).
     """
 
     learning_rate: float = struct.field(pytree_node=False, default=0.02)
@@ -38,6 +40,8 @@ class TextureAttack:
     objective: str = struct.field(pytree_node=False, default="hide")
     surface: str = struct.field(pytree_node=False, default="rear")
     poses_vary: bool = struct.field(pytree_node=False, default=True)
+    diversity: float = struct.field(pytree_node=False, default=0.0)
+    diversity_rate: float = struct.field(pytree_node=False, default=0.75)
 
 
 def render_attack(
@@ -64,6 +68,34 @@ def optimize_texture(
       detectors: images [B, H, W, 3] -> `Predictions`; their objectives are averaged.
       backgrounds: [N, H, W, 3], drawn from at every step. base: the texture to begin from.
     """
+
+    def photograph(key, texture):
+        choice, place, noise = jax.random.split(key, 3)
+        rows = jax.random.randint(choice, (cfg.batch,), 0, backgrounds.shape[0])
+        pose = renderer.sample_poses(place, cfg.batch)
+        if not cfg.poses_vary:
+            pose = jax.tree.map(lambda v, f: jnp.full_like(v, f), pose, FIXED_POSE)
+        images, boxes = render_attack(backgrounds[rows], texture, pose, cfg.surface)
+        images = jnp.clip(images + 0.02 * jax.random.normal(noise, images.shape), 0, 1)
+        return renderer.Rendered(images, boxes)
+
+    victims = [lambda rendered, d=d: d(rendered.images) for d in detectors]
+    return optimize_in_scenes(key, victims, photograph, base, cfg)
+
+
+def optimize_in_scenes(
+    key: jax.Array,
+    victims: Sequence[Callable[[renderer.Rendered], Any]],
+    photograph: Callable[[jax.Array, jax.Array], renderer.Rendered],
+    base: jax.Array,
+    cfg: TextureAttack,
+) -> jax.Array:
+    """As `optimize_texture`, in any world.
+
+    Args:
+      victims: what a scene shows -> `Predictions`; their objectives are averaged.
+      photograph: (key, texture [side, side, 3]) -> drawn scenes with the texture in them.
+    """
     if cfg.objective not in OBJECTIVES:
         raise ValueError(f"objective {cfg.objective!r}; known: {', '.join(OBJECTIVES)}")
     if cfg.steps < 1 or cfg.batch < 1:
@@ -73,15 +105,13 @@ def optimize_texture(
 
     def loss(logit, key):
         texture = jax.nn.sigmoid(logit)
-        choice, place, noise = jax.random.split(key, 3)
-        rows = jax.random.randint(choice, (cfg.batch,), 0, backgrounds.shape[0])
-        pose = renderer.sample_poses(place, cfg.batch)
-        if not cfg.poses_vary:
-            pose = jax.tree.map(lambda v, f: jnp.full_like(v, f), pose, FIXED_POSE)
-        images, boxes = render_attack(backgrounds[rows], texture, pose, cfg.surface)
-        images = jnp.clip(images + 0.02 * jax.random.normal(noise, images.shape), 0, 1)
-        value = sum(attack_objective(d(images), boxes, cfg.objective).mean() for d in detectors)
-        value = value / len(detectors) + cfg.smoothness * total_variation(texture)
+        if cfg.diversity:
+            key, draw = jax.random.split(key)
+            scene = diverse_scene(draw, photograph(key, texture), cfg)
+        else:
+            scene = photograph(key, texture)
+        value = sum(attack_objective(v(scene), scene.boxes, cfg.objective).mean() for v in victims)
+        value = value / len(victims) + cfg.smoothness * total_variation(texture)
         if cfg.printability:
             pixels = texture.shape[0] * texture.shape[1]
             value = value + cfg.printability * non_printability(texture, palette) / pixels
@@ -104,6 +134,25 @@ def optimize_texture(
         advance, (logit, optimizer.init(logit)), jax.random.split(key, cfg.steps)
     )
     return jax.nn.sigmoid(4.0 * quarter)
+
+
+def diverse_scene(
+    key: jax.Array, scene: renderer.Rendered, cfg: TextureAttack
+) -> renderer.Rendered:
+    """The scene as a smaller picture on black, its boxes with it; one draw for the batch."""
+    coin, size, down, right = jax.random.split(key, 4)
+    height, width = scene.images.shape[1:3]
+    rows = jax.random.randint(size, (), int(cfg.diversity_rate * height), height + 1)
+    columns = (rows * width) // height
+    top = jax.random.randint(down, (), 0, height - rows + 1)
+    left = jax.random.randint(right, (), 0, width - columns + 1)
+    scale = jnp.stack([columns / width, rows / height] * 2)
+    moved = renderer.Rendered(
+        shrink(scene.images, rows, columns, top, left),
+        scene.boxes * scale + jnp.stack([left, top, left, top]),
+    )
+    used = jax.random.uniform(coin) < cfg.diversity
+    return jax.tree.map(lambda a, b: jnp.where(used, a, b), moved, scene)
 
 
 FIXED_POSE = renderer.Pose(distance=12.0, lateral=0.0, yaw=0.0, light=1.0)

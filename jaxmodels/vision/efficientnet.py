@@ -65,6 +65,7 @@ class EfficientNet(nn.Module):
     """Images [B, H, W, 3] -> logits [B, num_classes].
 
     Attributes:
+      num_classes: 0 leaves the classifier out.
       channel_multiplier, depth_multiplier: compound scaling; blocks of a stage are
         ceil(base * depth_multiplier), channels a multiple of `divisor`, one step up where rounding
         lost more than 1 - `round_limit` of them.
@@ -90,8 +91,9 @@ class EfficientNet(nn.Module):
         return (jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),)
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits [B, num_classes]."""
-        return self.intermediates(x, train)["logits"]
+        """Logits [B, num_classes], or the mean [B, C] of the last map without a classifier."""
+        maps = self.intermediates(x, train)
+        return maps["logits"] if self.num_classes else maps["head"].mean((1, 2))
 
     @nn.compact
     def intermediates(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
@@ -131,6 +133,8 @@ class EfficientNet(nn.Module):
             maps[f"blocks.{s}"] = x
         x = nn.silu(norm(conv(x, width(HEAD_FEATURES), 1, 1, name="conv_head"), "bn2"))
         maps["head"] = x
+        if not self.num_classes:
+            return maps
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         maps["logits"] = Linear(self.num_classes, name="classifier", **types)(x)
         return maps

@@ -10,7 +10,12 @@ import pytest
 
 from jaxmodels.security import attacks, input_transforms, optimization_attacks, perturbations
 from jaxmodels.security.auto_pgd import checkpoints
-from jaxmodels.security.ensembles import average_losses, average_outputs, stack_outputs
+from jaxmodels.security.ensembles import (
+    average_losses,
+    average_outputs,
+    same_architecture,
+    stack_outputs,
+)
 from jaxmodels.security.gradient_attacks import GradientAttack, gradient_attack
 
 SIDE, CLASSES = 16, 5
@@ -167,6 +172,28 @@ def test_ensembles_average_outputs_or_losses_and_refuse_other_sizes():
     np.testing.assert_allclose(loss(stack_outputs(both)(x), y), want, rtol=1e-5)
     with pytest.raises(ValueError, match=r"sizes \[5, 3\]"):
         average_outputs([victim(), lambda x: victim()(x)[:, :3]])(x)
+
+
+def test_members_of_one_architecture_are_one_model_without_grouped_convolutions():
+    rng = np.random.default_rng(0)
+    stacked = jnp.asarray(rng.normal(0, 0.3, (3, 5, 5, 3, 4)), jnp.float32)
+    x = data()[0]
+
+    def apply(kernel, x):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(y).mean((1, 2))
+
+    model = same_architecture(apply, stacked)
+    want = lambda x: sum(apply(kernel, x) for kernel in stacked) / 3  # noqa: E731
+    compiled = jax.jit(model).lower(x).compile()
+    assert "feature_group_count=3" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(x), want(x), atol=1e-6)
+    slopes = [
+        jax.grad(lambda v, f=f: jnp.square(f(v)).sum())(jnp.asarray(x)) for f in (model, want)
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-6)
 
 
 def test_diverse_inputs_shrink_within_the_frame():

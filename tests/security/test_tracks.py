@@ -8,7 +8,14 @@ import pytest
 import jaxmodels
 from jaxmodels.interop.catalog import export, shapes
 from jaxmodels.interop.conversion import to_torch
-from jaxmodels.security import attribution, driving_simulator, face_track, forgery, patches
+from jaxmodels.security import (
+    attribution,
+    driving_simulator,
+    face_track,
+    forgery,
+    patches,
+    texture_attack,
+)
 from jaxmodels.security import driving_renderer as renderer
 from jaxmodels.security.driving_simulator import Scene, Traffic, judge, simulate
 from jaxmodels.security.margin_losses import margin_cross_entropy, margin_logits
@@ -26,17 +33,22 @@ from jaxmodels.vision.xception import Xception
 # Margins
 
 
+run_margins = jax.jit(
+    margin_logits, static_argnames=("scale", "margins", "gradient", "filter_above")
+)
+
+
 def test_margins_grow_monotonically_and_exact_gradients_are_the_functions_own():
     cosines = jnp.array([[0.3, 0.8, -0.5]])
     labels = jnp.array([1])
     logits = [
-        float(margin_logits(cosines, labels, scale=1.0, margins=(1.0, m, 0.0))[0, 1])
+        float(run_margins(cosines, labels, scale=1.0, margins=(1.0, m, 0.0))[0, 1])
         for m in (0.0, 0.2, 0.5)
     ]
     assert logits == sorted(logits, reverse=True) and logits[0] == pytest.approx(0.8)
 
     def value(c, gradient):
-        return margin_logits(c, labels, scale=1.0, gradient=gradient)[0, 1]
+        return run_margins(c, labels, scale=1.0, gradient=gradient)[0, 1]
 
     step = 1e-3
     moved = cosines.at[0, 1].add(step), cosines.at[0, 1].add(-step)
@@ -50,7 +62,7 @@ def test_margins_grow_monotonically_and_exact_gradients_are_the_functions_own():
 def test_rows_of_no_class_have_no_margin_and_no_loss():
     cosines = jnp.array([[0.3, 0.8], [0.9, 0.1]])
     labels = jnp.array([-1, 0])
-    logits = margin_logits(cosines, labels, scale=2.0, filter_above=0.5)
+    logits = run_margins(cosines, labels, scale=2.0, filter_above=0.5)
     np.testing.assert_allclose(logits[0], [0.6, 0.0])
     both = margin_cross_entropy(logits, labels)
     np.testing.assert_allclose(both, margin_cross_entropy(logits[1:], labels[1:]), rtol=1e-6)
@@ -65,7 +77,9 @@ def test_a_patch_lies_where_it_was_placed_and_nothing_else_changes():
     images = jnp.full((1, 20, 20, 3), 0.2)
     ones = jnp.ones(1)
     placement = patches.Placement(0.5 * ones, 0 * ones, ones, 0 * ones, 0 * ones, ones)
-    found = patches.compose_patch(images, jnp.ones((4, 4, 3)), jnp.ones((4, 4, 1)), placement)
+    found = jax.jit(patches.compose_patch)(
+        images, jnp.ones((4, 4, 3)), jnp.ones((4, 4, 1)), placement
+    )
     inside = np.asarray(found.images[0, :, :, 0]) > 0.99
     assert inside.sum() == 16 and inside[8:12, 13:17].all()
     outside = np.asarray(found.masks[0, :, :, 0]) == 0
@@ -196,6 +210,21 @@ def test_textures_have_gradients_through_every_surface():
         assert float(jnp.abs(grads).sum()) > 1, surface
 
 
+def test_diverse_scenes_keep_their_boxes_on_the_vehicle():
+    images = jnp.zeros((2, 64, 96, 3)).at[:, 20:40, 30:66].set(1)
+    scene = renderer.Rendered(images, jnp.broadcast_to(jnp.array([30.0, 20, 66, 40]), (2, 4)))
+    cfg = texture_attack.TextureAttack(diversity=1.0)
+    run = jax.jit(texture_attack.diverse_scene)
+    moved = set()
+    for seed in range(4):
+        found = run(jax.random.key(seed), scene, cfg)
+        rows, columns = np.nonzero(np.asarray(found.images[1, ..., 0]) > 0.5)
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose(seen, found.boxes[1], atol=1.01)
+        moved.add(round(float(found.boxes[0, 0]), 2))
+    assert len(moved) == 4
+
+
 def test_boxes_decide_what_counts_as_detected():
     box = jnp.array([[10.0, 10, 30, 30]])
     np.testing.assert_allclose(iou(box, jnp.array([[20.0, 10, 40, 30]])), [1 / 3], rtol=1e-5)
@@ -275,6 +304,9 @@ def test_the_ego_follows_a_calm_lead_without_contact_and_keeps_its_lane():
     rollout, outcome = run_scene(scene_of((30.0, 5.25, 0.0, 12.0)), knots())
     assert outcome.score == 0 and not outcome.collision
     assert float(jnp.abs(rollout.states[:, 0, 1] - 5.25).max()) < 0.05
+    route = driving_simulator.route_metrics(rollout, jnp.float32(5.25), STILL)
+    assert route.off_road == 0 and route.distance < 0.05
+    assert route.time == pytest.approx(8) and 0 < route.incomplete < 0.5
 
 
 def test_verdicts_name_their_reason():
@@ -284,6 +316,11 @@ def test_verdicts_name_their_reason():
         _, outcome = run_scene(scene, controls)
         return REASONS[int(outcome.reason)], float(outcome.score)
 
+    route = driving_simulator.route_metrics(
+        run_scene(scene_of((2.0, 8.75, 0.0, 15.0)), knots(steer=-0.05))[0], 8.75, STILL
+    )
+    assert 0 < route.time < 4 and route.incomplete > 0.4
+    assert float(route.distance) == pytest.approx(3.5, abs=0.1)
     # Another vehicle comes sideways from the next lane.
     assert reason(scene_of((2.0, 8.75, 0.0, 15.0)), knots(steer=-0.05)) == ("collision", 1.0)
     # It drives into the ego from behind; it leaves the road; it touches a third one.

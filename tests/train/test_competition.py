@@ -4,18 +4,24 @@ import json
 from types import SimpleNamespace
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.driving.frame_detector import FrameDetector
+from jaxmodels.driving.patch_classifier import PatchClassifier
+from jaxmodels.driving.vectornet import VectorNet
 from jaxmodels.security.attribution import open_world_metrics
 from jaxmodels.security.face_track import face_mask
-from train.command_line import stop_with_one_line
-from train.competition import face, submissions
+from train.building import build_task
+from train.command_line import read_flags, stop_with_one_line
+from train.competition import driving, ego, face, street, submissions
 from train.competition.__main__ import main, read_rules
 from train.competition.deepfake import align_clusters
-from train.competition.roster import Member
+from train.competition.roster import Member, member_config, train_members
 from train.competition.submissions import SubmissionError
+from train.naming import ConfigError
 
 SHAPE = (4, 5, 3)
 
@@ -178,7 +184,7 @@ def faces(monkeypatch):
 
 
 FACES = {
-    "pixels": {},
+    "pixels": {"minimal": {"models": ["w"], "largest": 200.0, "steps": 4, "rounds": 3}},
     "dodging_l2": {"goal": "dodging", "budget": {"kind": "pixels", "norm": "l2", "eps": 16.0}},
     "patch": {
         "budget": {"kind": "patch", "mask": "respirator", "area": 0.1},
@@ -204,6 +210,7 @@ def test_the_face_track_attacks_submits_and_scores_the_same_every_time(faces, ki
     assert (sign * (cosines - clean)).mean() > 0.005
     if kind == "pixels":
         assert np.abs(delta).max() <= 24 and numbers["mean_distance"] <= 24.5
+        assert 0 < numbers["median_minimal_linf/w"] < 200
     elif kind == "dodging_l2":
         assert np.sqrt(np.square(delta).mean((1, 2, 3))).max() <= 16.5
     else:
@@ -226,6 +233,92 @@ def test_an_unchanged_face_scores_nothing(faces, tmp_path):
                 face.score(rules, tmp_path, tmp_path)
 
 
+@pytest.fixture
+def systems(monkeypatch, tmp_path):
+    """Rules of the driving track on the project's driving systems, with untrained networks."""
+    small = dict(embedding_size=4, hidden_sizes=(4, 4, 6, 6), depths=(1, 1, 1, 1))
+    forecaster = VectorNet(sub_width=4, sub_depth=1, global_width=4, dec_width=4, horizon=10)
+    scenes = {"path": str(tmp_path), "scenes": (1, 2, 1), "horizon": 10}
+    # name: (task, module, data, inputs)
+    kinds = {
+        "frames": ("frame_detection", FrameDetector(**small), "driving_detection", 64),
+        "patches": ("patch_classification", PatchClassifier(**small), "driving_patches", 32),
+        "forecaster": ("motion_forecasting", forecaster, "motion_scenes:highway", 0),
+    }
+
+    def member(entry):
+        task, module, data, side = kinds[entry["name"]]
+        options = {"image_size": side} if side else scenes
+        images = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),)
+        inputs = images if side else module.example_inputs()
+        tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        rng = np.random.default_rng(0)
+        variables = jax.tree.map(
+            lambda s: np.abs(rng.normal(0, 0.1, s.shape)).astype(np.float32), tree
+        )
+        config = SimpleNamespace(task=task, data={"name": data, "options": options})
+        return Member(entry["name"], config, SimpleNamespace(model=module), variables, {})
+
+    for module in (ego, street):
+        monkeypatch.setattr(
+            module, "train_members", lambda entries, workdir: [member(e) for e in entries]
+        )
+    searched = {"restarts": 2, "iterations": 2}
+    return {
+        "seed": 0,
+        "paint": [0.55, 0.57, 0.6],
+        "perception": {"world": "street", "image_scale": 0.06, "frames": 2, "confidence": 0.02},
+        "drives": 1,
+        "frames": 3,
+        "texture_attack": {"steps": 2, "batch": 2},
+        "scenes": 1,
+        "vehicles": 2,
+        "draws": 1,
+        "traffic": {"horizon": 2.0, "knots": 4},
+        "search": {"methods": ["gradient"], "deception": 0.1, **searched},
+        "ego": {"replan": 5, "forecaster": {"name": "forecaster"}},
+        "trajectory_attack": {"scenes": 2, "methods": ["cem"], **searched},
+        # Gradients of the smaller network only, for the sake of compilation.
+        "detectors": [{"name": "patches"}],
+        "hidden_detector": [{"name": "frames"}, {"name": "patches"}],
+    }
+
+
+def test_the_driving_track_attacks_the_projects_own_systems(systems, tmp_path):
+    folder = tmp_path / "submission"
+    numbers = driving.attempt(systems, tmp_path, folder)
+    again = driving.score(systems, tmp_path, folder)
+    assert {name: numbers[name] for name in again} == again
+    assert all(np.isfinite(v) for v in numbers.values())
+    texture = np.load(folder / "texture.npz")["texture"]
+    assert np.abs(texture - np.asarray(systems["paint"], np.float32)).max() > 0.01
+    assert {"in_loop_ade/attacked", "in_loop_ade/calm", "patches/detection_rate/attacked"} <= (
+        numbers.keys()
+    )
+    assert numbers["forecast_ade/cem"] >= numbers["forecast_ade/clean"] > 0
+    for change, message in (
+        ({"perception": {"world": "stret"}}, "perception.world is 'stret'.*street"),
+        ({"ego": {"forecaster": "vectornet"}}, "ego.forecaster is 'vectornet'; known: constant"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            driving.attempt({**systems, **change, "detectors": []}, tmp_path, folder)
+
+
+def test_members_beyond_a_limit_are_no_victims(tmp_path):
+    entry = {"name": "m", "config": "configs/vectornet.py:highway", "limit": {"DE@3s": 4.0}}
+    folder = tmp_path / "members" / "m"
+    config, _ = read_flags(
+        ["x", f"--config={entry['config']}", f"--workdir={folder}"], need_workdir=True
+    )
+    folder.mkdir(parents=True)
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
+    for numbers in ({"DE@3s": 4.5}, {}):
+        text = json.dumps({"config": settings, "numbers": numbers})
+        (folder / "numbers.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"m: DE@3s is (4\.5|None), the rules allow 4\.0"):
+            train_members([entry], tmp_path)
+
+
 def test_shuffled_clusters_are_at_chance():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 9, 900)
@@ -236,8 +329,15 @@ def test_shuffled_clusters_are_at_chance():
 
 
 def test_the_rules_of_every_track_are_there_and_mistakes_get_one_line(tmp_path, capsys):
-    for track in ("deepfake", "driving", "face"):
-        assert read_rules(f"configs/rules/{track}.yaml")["deadline"] is None
+    for name in ("deepfake", "driving", "driving_systems", "face"):
+        rules = read_rules(f"configs/rules/{name}.yaml")
+        assert rules["deadline"] is None
+        groups = ("members", "detectors", "hidden_detector", "surrogates", "victims")
+        entries = [entry for group in groups for entry in rules.get(group, [])]
+        entries += [(rules.get("ego") or {}).get("forecaster")] * ("ego" in rules)
+        assert len({entry["name"] for entry in entries}) == len(entries)
+        for entry in entries:
+            build_task(member_config(entry, tmp_path))
     for argv, message in (
         (["deepfakes", f"--workdir={tmp_path}"], "did you mean 'deepfake'?"),
         (["face"], "--workdir"),

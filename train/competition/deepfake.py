@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.security.attribution import open_world_metrics
-from train.competition.roster import train_members
+from train.competition.roster import member_config, train_members
 from train.competition.submissions import read_clusters, read_head, write_head
 from train.data import pipeline
 
@@ -57,15 +57,8 @@ def truth(rules: dict[str, Any], config) -> tuple[list[str], np.ndarray]:
 
 def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
     """100 NMI over all images, and the other metrics of the paper."""
-    from train.command_line import read_flags
-
     read_head(folder, "deepfake", rules.get("deadline"))
-    entry = rules["members"][0]
-    flags = [f"--config.{k}={v}" for k, v in (entry.get("set") or {}).items()]
-    config, _ = read_flags(
-        ["competition", f"--config={entry['config']}", *flags, f"--workdir={workdir}"],
-        need_workdir=True,
-    )
+    config = member_config(rules["members"][0], workdir)
     names, labels = truth(rules, config)
     clusters = read_clusters(folder, names)
     numbers = open_world_metrics(clusters, labels, config.task_args.known)

@@ -1,7 +1,13 @@
-"""Driving track: a texture that hides a vehicle from a detector, scenarios that crash the ego."""
+"""Driving track: a texture that hides a vehicle from a detector, scenarios that crash the ego.
+
+By default in the track's own small world. With `perception: {world: street}` and `ego` in the rules
+(`configs/rules/driving_systems.yaml`) the victims are the project's driving systems: modules
+`street` and `ego`.
+"""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +22,21 @@ from jaxmodels.security.driving_simulator import (
     Scene,
     Traffic,
     check_scene,
+    forecast_errors,
     judge,
+    route_metrics,
     sample_scene,
     simulate,
 )
 from jaxmodels.security.scenario_search import search
+from train.competition import ego, street
 from train.competition.roster import Member, train_members
 from train.competition.submissions import check_files, read_arrays, read_head, refuse, write_head
 from train.data import pipeline
+from train.naming import ConfigError, nearest
 
 FILES = ("texture.npz", "scenarios.npz")
+WORLDS = ("drive_up", "street")
 _HIDDEN = 7919  # the scorer's own draws: poses, backgrounds, perception
 
 
@@ -59,41 +70,55 @@ def scenes(rules: dict[str, Any]) -> list[Scene]:
 
 def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
     """Optimize a texture on the white-box detectors and a scenario for every scene; submit both."""
-    detectors = train_members(rules["detectors"], workdir)
+    world = _world(rules)
+    forecaster, member = ego.forecaster_of(rules, workdir)
     base = base_texture(rules)
-    cfg = texture_attack.TextureAttack(**rules["texture_attack"])
-    backgrounds = _backgrounds(detectors[0], "train", 64, rules["seed"])
     key = jax.random.key(rules["seed"])
-    white_box = [_detector(m) for m in detectors]
-    texture = jax.jit(
-        lambda key, backgrounds, base: texture_attack.optimize_texture(
-            key, white_box, backgrounds, base, cfg
-        )
-    )(key, backgrounds, base)
+    if world == "street":
+        texture = street.optimize(rules, workdir, base)
+    else:
+        texture = _optimize(rules, workdir, base)
 
     traffic = Traffic(**(rules.get("traffic") or {}))
+    options = {k: v for k, v in rules["search"].items() if k != "methods"}
     numbers: dict[str, float] = {}
     for method in rules["search"]["methods"]:
         found = [
-            search(
-                jax.random.fold_in(key, i),
-                scene,
-                traffic,
-                method=method,
-                restarts=rules["search"]["restarts"],
-                iterations=rules["search"]["iterations"],
-            )
+            search(jax.random.fold_in(key, i), scene, traffic, forecaster, method=method, **options)
             for i, scene in enumerate(scenes(rules))
         ]
         rate = np.mean([bool(f.outcome.collision) for f in found])
         numbers[f"collision_rate/{method}"] = float(rate)
         if method == rules["search"]["methods"][0]:
             best = found
+    if member is not None and rules.get("trajectory_attack"):
+        numbers |= ego.attack_forecasts(rules, forecaster, member)
     write_head(folder, "driving")
     np.savez(folder / FILES[0], texture=np.asarray(texture, np.float32))
     knots = {f"scene{i:03d}": np.asarray(f.knots, np.float32) for i, f in enumerate(best)}
     np.savez(folder / FILES[1], **knots)
     return {**score(rules, workdir, folder), **numbers}
+
+
+def _world(rules: dict[str, Any]) -> str:
+    world = (rules.get("perception") or {}).get("world", WORLDS[0])
+    if world not in WORLDS:
+        raise ConfigError(f"rules: perception.world is {world!r}; {nearest(world, WORLDS)}")
+    return world
+
+
+def _optimize(rules, workdir, base) -> jax.Array:
+    """The texture found on the track's own detectors."""
+    detectors = train_members(rules["detectors"], workdir)
+    cfg = texture_attack.TextureAttack(**rules["texture_attack"])
+    backgrounds = _backgrounds(detectors[0], "train", 64, rules["seed"])
+    white_box = [_detector(m) for m in detectors]
+    run = jax.jit(
+        lambda key, backgrounds, base: texture_attack.optimize_texture(
+            key, white_box, backgrounds, base, cfg
+        )
+    )
+    return run(jax.random.key(rules["seed"]), backgrounds, base)
 
 
 def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float]:
@@ -104,18 +129,17 @@ def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float
     texture = read_arrays(folder, FILES[0], {"texture": (side, side, 3)})["texture"]
     if texture.min() < 0 or texture.max() > 1:
         refuse([f"texture: colors from {texture.min():g} to {texture.max():g}, not 0..1"])
-    traffic = Traffic(**(rules.get("traffic") or {}))
+    world, traffic = _world(rules), Traffic(**(rules.get("traffic") or {}))
     listed = scenes(rules)
     shape = (rules["vehicles"], traffic.knots, 2)
     knots = read_arrays(folder, FILES[1], {f"scene{i:03d}": shape for i in range(len(listed))})
-    return {
-        **_combined(
-            perception := _perception(rules, workdir, jnp.asarray(texture)),
-            planning := _planning(rules, listed, list(knots.values()), traffic),
-        ),
-        **perception,
-        **planning,
-    }
+    if world == "street":
+        perception = street.score(rules, workdir, jnp.asarray(texture), base_texture(rules))
+    else:
+        perception = _perception(rules, workdir, jnp.asarray(texture))
+    forecaster, _ = ego.forecaster_of(rules, workdir)
+    planning = _planning(rules, listed, list(knots.values()), traffic, forecaster)
+    return {**_combined(perception, planning), **perception, **planning}
 
 
 def _combined(perception, planning) -> dict[str, float]:
@@ -154,10 +178,22 @@ def _perception(rules, workdir, texture) -> dict[str, float]:
     return {"perception_score": float(value), **numbers}
 
 
-def _planning(rules, listed, knots, traffic) -> dict[str, float]:
-    """Mean verdict over the scenes, each under fresh draws of the ego's perception."""
-    run = jax.jit(lambda scene, knots: judge(simulate(scene, knots, traffic), traffic))
-    outcomes = []
+@functools.partial(jax.jit, static_argnums=3)
+def _judged(scene, knots, forecaster, traffic):
+    """Verdict, route metrics and the forecasts' errors (None without a forecaster)."""
+    rollout = simulate(scene, knots, traffic, forecaster)
+    errors = None if forecaster is None else forecast_errors(rollout, forecaster)
+    return judge(rollout, traffic), route_metrics(rollout, scene.lane_y, traffic), errors
+
+
+def _planning(rules, listed, knots, traffic, forecaster=None) -> dict[str, float]:
+    """Mean verdict over the scenes, each under fresh draws of the ego's perception.
+
+    With a forecaster also the errors of its forecasts in the loop, under the submitted scenarios
+    and with nobody steering.
+    """
+
+    outcomes, routes, errors = [], [], {"attacked": [], "calm": []}
     for i, (scene, own) in enumerate(zip(listed, knots)):
         for draw in range(rules["draws"]):
             rng = np.random.default_rng((_HIDDEN, i, draw))
@@ -165,15 +201,34 @@ def _planning(rules, listed, knots, traffic) -> dict[str, float]:
                 noise=jnp.asarray(rng.standard_normal(scene.noise.shape), jnp.float32),
                 missed=jnp.asarray(rng.uniform(size=scene.missed.shape), jnp.float32),
             )
-            outcomes.append(jax.device_get(run(fresh, jnp.asarray(own))))
+            outcome, route, wrong = jax.device_get(
+                _judged(fresh, jnp.asarray(own), forecaster, traffic)
+            )
+            outcomes.append(outcome)
+            routes.append(route)
+            if forecaster is not None:
+                *_, calm = jax.device_get(_judged(fresh, jnp.zeros_like(own), forecaster, traffic))
+                errors["attacked"].append(wrong)
+                errors["calm"].append(calm)
     scores = np.asarray([o.score for o in outcomes])
     valid = np.asarray([o.collision for o in outcomes])
     reasons = np.asarray([o.reason for o in outcomes])
     times = np.asarray([o.time for o in outcomes])[valid]
+    forecasts = {
+        f"in_loop_{short}/{name}": float(np.mean([getattr(e, part) for e in rows]))
+        for name, rows in errors.items()
+        if rows
+        for short, part in (("ade", "average"), ("fde", "final"))
+    }
     return {
         "planning_score": float(scores.mean()),
         "collision_rate": float(valid.mean()),
         "min_ttc": float(np.median([o.min_ttc for o in outcomes])),
         "time_to_collision": float(times.mean()) if len(times) else traffic.horizon,
+        "off_road_length": float(np.mean([r.off_road for r in routes])),
+        "distance_to_route": float(np.mean([r.distance for r in routes])),
+        "incomplete_route": float(np.mean([r.incomplete for r in routes])),
+        "running_time": float(np.mean([r.time for r in routes])),
         **{f"share/{name}": float((reasons == i).mean()) for i, name in enumerate(REASONS)},
+        **forecasts,
     }

@@ -12,7 +12,12 @@ import numpy as np
 
 from jaxmodels.security import attacks, margin_losses
 from jaxmodels.security.ensembles import average_losses, stack_outputs
-from jaxmodels.security.face_track import face_mask, face_score, successes
+from jaxmodels.security.face_track import (
+    face_mask,
+    face_score,
+    minimal_perturbation,
+    successes,
+)
 from jaxmodels.security.input_transforms import (
     compose,
     cutout,
@@ -70,6 +75,7 @@ def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, flo
         numbers[f"asr/{recipe['name']}"] = float(won.mean())
     clean, thresholds = judge(victims, attackers, references)
     numbers["asr/none"] = float(successes(clean, thresholds, rules["goal"]).mean())
+    numbers |= minimal_perturbations(rules, surrogates, attackers, references)
     write_head(folder, "face", goal=rules["goal"])
     for old in folder.glob("*.npy"):
         old.unlink()
@@ -151,6 +157,54 @@ def run_recipe(rules, recipe, surrogates, attackers, references) -> np.ndarray:
         part = tuple(t[rows] for t in targets)
         results.append(np.asarray(run(key, attackers[rows], begin[rows], part)))
     return np.concatenate(results)
+
+
+def minimal_perturbations(rules, surrogates, attackers, references) -> dict[str, float]:
+    """Median of the smallest budgets with which MI succeeds on white-box models, by bisection.
+
+    `minimal` of the rules: `models`, `largest` budget, `steps` of an attack, `rounds` of bisection.
+    Pairs on which the largest fails count as the largest. Nothing without `minimal`, or with a
+    patch, whose content has no budget.
+    """
+    given, goal, norm = rules.get("minimal"), rules["goal"], rules["budget"].get("norm", "linf")
+    if not given or rules["budget"]["kind"] == "patch":
+        return {}
+    unit = float(np.sqrt(np.prod(attackers.shape[1:]))) if norm == "l2" else 1.0
+    noise = np.random.default_rng(rules["seed"]).uniform(-1, 1, attackers.shape)
+    begin = np.clip(attackers + noise * (goal == "dodging"), 0, 255).astype(np.float32)
+    numbers = {}
+    for member in surrogates:
+        if member.name not in given["models"]:
+            continue
+        embed, threshold = embedder(member), member.numbers["threshold"]
+        targets = embed(jnp.asarray(references))
+
+        @jax.jit
+        def attack(eps, embed=embed, targets=targets):
+            cfg = attacks.make(
+                "mi",
+                eps=eps * unit,
+                step_size=1.5 * eps / given["steps"] * unit,
+                steps=given["steps"],
+                norm=norm,
+                targeted=goal == "impersonation",
+                loss=feature_distance,
+                high=255.0,
+            )
+            key = jax.random.key(rules["seed"])
+            return attacks.gradient_attack(key, embed, attackers, targets, cfg, start=begin)
+
+        @jax.jit
+        def won(images, embed=embed, targets=targets, threshold=threshold):
+            cosines = (embed(images) * targets).sum(-1)
+            return cosines > threshold if goal == "impersonation" else cosines < threshold
+
+        found = minimal_perturbation(
+            attack, won, len(attackers), given["largest"], given.get("rounds", 8)
+        )
+        median = np.median(np.minimum(np.asarray(found), given["largest"]))
+        numbers[f"median_minimal_{norm}/{member.name}"] = float(median)
+    return numbers
 
 
 def smooth_patches(apply, loss, mask, weight: float, goal: str):

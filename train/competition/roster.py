@@ -24,14 +24,25 @@ class Member:
 
 
 def train_members(entries: Iterable[Mapping[str, Any]], workdir: Path) -> list[Member]:
-    """Members of the rules' entries `{name, config, set, require}`.
+    """Members of the rules' entries `{name, config, set, require, limit}`.
 
-    `config` is FILE:PRESET, `set` flags without `--config.`, `require` numbers that must be
-    reached: a victim that does not work is no victim. A finished member is not trained again.
+    `config` is FILE:PRESET, `set` flags without `--config.`, `require` numbers that must be reached
+    and `limit` numbers that must not be exceeded: a victim that does not work is no victim. A
+    finished member is not trained again.
 
     Raises ConfigError naming the member and the number it missed.
     """
     return [_member(entry, workdir / "members" / entry["name"]) for entry in entries]
+
+
+def member_config(entry: Mapping[str, Any], workdir: Path) -> Any:
+    """The config of an entry of the rules."""
+    flags = [f"--config.{key}={value}" for key, value in (entry.get("set") or {}).items()]
+    config, _ = read_flags(
+        ["competition", f"--config={entry['config']}", *flags, f"--workdir={workdir}"],
+        need_workdir=True,
+    )
+    return config
 
 
 def _member(entry: Mapping[str, Any], workdir: Path) -> Member:
@@ -39,11 +50,7 @@ def _member(entry: Mapping[str, Any], workdir: Path) -> Member:
     from train.checkpoints import load_params
     from train.loop import fit
 
-    flags = [f"--config.{key}={value}" for key, value in (entry.get("set") or {}).items()]
-    config, _ = read_flags(
-        ["competition", f"--config={entry['config']}", *flags, f"--workdir={workdir}"],
-        need_workdir=True,
-    )
+    config = member_config(entry, workdir)
     done = workdir / "numbers.json"
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     numbers = None
@@ -66,5 +73,10 @@ def _member(entry: Mapping[str, Any], workdir: Path) -> Member:
         if not numbers.get(name, float("-inf")) >= least:
             raise ConfigError(
                 f"{entry['name']}: {name} is {numbers.get(name)}, the rules require {least}"
+            )
+    for name, most in (entry.get("limit") or {}).items():
+        if not numbers.get(name, float("inf")) <= most:
+            raise ConfigError(
+                f"{entry['name']}: {name} is {numbers.get(name)}, the rules allow {most}"
             )
     return Member(entry["name"], config, build_task(config), load_params(workdir), numbers)

@@ -1,8 +1,9 @@
 """Scenes for motion forecasting: polylines of vectors, or rasters, around one target.
 
 `motion_scenes` (the kinematic traffic simulator, prepared as a TFDS builder), `:crossing` (the same
-with intersections), `:argoverse` and `:argoverse2` (`path` to the data set's own files). With
-`inputs="raster"` the same scenes come as bird's-eye images for the ConvNet baseline.
+with intersections), `:highway` (three straight lanes, `highway_traffic`), `:argoverse` and
+`:argoverse2` (`path` to the data set's own files). With `inputs="raster"` the same scenes come as
+bird's-eye images for the ConvNet baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from jaxmodels.driving import rasterization, vectorization
-from train.data import motion_files, preparation, traffic_simulator
+from train.data import highway_traffic, motion_files, preparation, traffic_simulator
 from train.naming import nearest
 
 KINDS = ("simulator", "argoverse", "argoverse2")
@@ -50,6 +51,7 @@ OPTIONS: dict[str, Any] = {
     "scenes": (1500, 300, 300),
     "scene_seed": 0,
     "crossing": False,
+    "highway": False,
     "raster_size": 100,
     "raster_metres": 130.0,
     "raster_frame": "heading",
@@ -59,6 +61,7 @@ OPTIONS: dict[str, Any] = {
 _ARGOVERSE = {"max_polylines": 128, "heading_min_disp": 0.1, "raster_size": 400, "threads": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "crossing": {"crossing": True, "max_polylines": 24},
+    "highway": {"highway": True, "max_polylines": 16},
     "argoverse": {"kind": "argoverse", **_ARGOVERSE},
     "argoverse2": {"kind": "argoverse2", "obs": 50, "horizon": 60, "max_vectors": 49, **_ARGOVERSE},
 }
@@ -77,17 +80,22 @@ class TrafficConfig(tfds.core.BuilderConfig):
     scenes: tuple[int, ...] = (1500, 300, 300)
     seed: int = 0
     crossing: bool = False
+    highway: bool = False
 
 
-def _traffic_config(scenes: tuple[int, ...], seed: int, crossing: bool) -> TrafficConfig:
+def _traffic_config(
+    scenes: tuple[int, ...], seed: int, crossing: bool, highway: bool = False
+) -> TrafficConfig:
     numbers = "_".join(map(str, scenes))
+    kind = "highway" if highway else "crossing" if crossing else "roads"
     return TrafficConfig(
-        name=f"{'crossing' if crossing else 'roads'}_{numbers}_seed{seed}",
+        name=f"{kind}_{numbers}_seed{seed}",
         version=tfds.core.Version("1.0.0"),
         description="Simulated traffic.",
         scenes=scenes,
         seed=seed,
         crossing=crossing,
+        highway=highway,
     )
 
 
@@ -123,7 +131,11 @@ class KinematicTraffic(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         config, number = self.builder_config, SPLITS.index(split)
         for i in range(config.scenes[number]):
-            scene = traffic_simulator.simulate((config.seed, number, i), config.crossing)
+            seed = (config.seed, number, i)
+            if config.highway:
+                scene = highway_traffic.simulate(seed)
+            else:
+                scene = traffic_simulator.simulate(seed, config.crossing)
             yield i, {"index": i, "scene": _scene_text(scene)}
 
 
@@ -328,12 +340,13 @@ def simulated_scenes(split: str, options: Mapping[str, Any]) -> tuple[RawScene, 
     """The simulator's scenes of a split, prepared on first use."""
     counts, seed, crossing = tuple(options["scenes"]), options["scene_seed"], options["crossing"]
     directory = str(preparation.data_directory(options["path"]))
-    return _prepared_scenes(split, counts, seed, bool(crossing), directory)
+    highway = bool(options["highway"])
+    return _prepared_scenes(split, counts, seed, bool(crossing), highway, directory)
 
 
 @functools.lru_cache(maxsize=8)
-def _prepared_scenes(split, counts, seed, crossing, directory) -> tuple[RawScene, ...]:
-    config = _traffic_config(counts, seed, crossing)
+def _prepared_scenes(split, counts, seed, crossing, highway, directory) -> tuple[RawScene, ...]:
+    config = _traffic_config(counts, seed, crossing, highway)
     ready = {c.name for c in KinematicTraffic.BUILDER_CONFIGS}
     builder = preparation.prepare(
         KinematicTraffic, directory, config=config.name if config.name in ready else config

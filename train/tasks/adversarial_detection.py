@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmodels.security import attacks, prior_networks, uncertainty
 from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
+from jaxmodels.security.ensembles import each_member
 from jaxmodels.security.mhui import attack_loss, check_labels, head_losses
 from train.building import build_model
 from train.naming import ConfigError
@@ -25,19 +26,6 @@ METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reve
 BOUNDED = ("fgsm", "bim", "pgd", "mi", "ni", "apgd_ce", "apgd_dlr", "square", "adaptive")
 SMALLEST = ("cw", "deepfool")
 SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
-
-
-def _each(function, *stacked):
-    """`function` of every member, arguments and results stacked on the first axis.
-
-    One after another on a CPU: convolutions with kernels of their own become one grouped
-    convolution under `vmap`, which takes several times the members' own time there.
-    """
-
-    def one_by_one(*stacked):
-        return jax.lax.map(lambda arguments: function(*arguments), stacked)
-
-    return jax.lax.platform_dependent(*stacked, cpu=one_by_one, default=jax.vmap(function))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +91,7 @@ class AdversarialDetection:
                 return self._train_apply(params, extra, _scaled(x), key)
 
             keys = jax.random.split(dropout, self.members)
-            logits, updated = _each(member, params, extra, keys)
+            logits, updated = each_member(member, params, extra, keys)
             losses = head_losses(logits.swapaxes(0, 1), labels, self.label_smoothing)
             # A sum: every member's gradient is that of its own loss.
             return losses.sum(), ({**extra, **updated}, _accuracy(logits.mean(0), labels))
@@ -142,7 +130,7 @@ class AdversarialDetection:
         if self.method == "mhui":
             return self.model.apply(variables, x)
         if self.method == "ensemble":
-            return _each(lambda v: self.model.apply(v, x), variables).swapaxes(0, 1)
+            return each_member(lambda v: self.model.apply(v, x), variables).swapaxes(0, 1)
         if self.method == "mc_dropout" and key is not None:
 
             def sample(k):
