@@ -75,7 +75,7 @@ def get_config(preset: str = "small"):
             "refresh": "first",  # first | every | mean
             "every": 0,
             "landmarks": "",  # npz with landmarks [T, 68, 2]: align, and paste back
-            "strip": "",  # a PNG of input | output frames
+            "strip": "",  # a PNG of frames: input, encoded, edited, change
             "fps": 25,
         }
     )

@@ -55,7 +55,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     from train import video_files
     from train.initialization import starting_variables
     from train.loop import Plan
-    from train.tasks.video_inversion import encoder_variables
+    from train.tasks.video_inversion import VideoInversion, encoder_variables
 
     edit = config.edit
     if not Path(source).exists():
@@ -66,6 +66,10 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         config.init_from = checkpoint
     plan = Plan(config)
     task = plan.task
+    if not isinstance(task, VideoInversion):
+        raise ConfigError(f"config.task: {config.task!r} trains no encoder of frames")
+    if edit.strip and not Path(edit.strip).absolute().parent.is_dir():
+        raise ConfigError(f"config.edit.strip: no folder for {edit.strip!r}")
     params, extra = starting_variables(config, plan.abstract, task, plan.make)
     variables = {"params": params, **extra}
     own, model = encoder_variables(variables), task.model
@@ -99,12 +103,11 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     crops, quads, whole = _tee(frames)
     started, count, first = None, 0, None
     sums = {"flicker": 0.0, "mse": 0.0}
-    before, strip = None, []
+    before, shown = None, _Shown(config)
     identities: list = []
     with video_files.frame_writer(output, edit.fps) as write:
-        for frame, codes in stream(model, own, crops, edit.refresh, edit.every):
-            if control is not None:
-                codes = control(frame, codes)
+        for frame, encoded in stream(model, own, crops, edit.refresh, edit.every):
+            codes = encoded if control is None else control(frame, encoded)
             image = np.asarray(draw(variables, codes, edit.alpha))
             if count == 0:
                 # The first frame pays for compilation.
@@ -118,9 +121,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
             if embed is not None:
                 identities.append(embed(variables, jnp.stack([image, target])))
             write(_finished(edit, image, quads, whole))
-            strip.append((target, image))
-            if len(strip) > 4 * STRIP_COLUMNS:
-                strip = strip[::2]
+            shown.add(count, target, encoded, image)
             count += 1
     if not count:
         raise ConfigError(f"--input {source}: it has no frames")
@@ -141,28 +142,62 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         same = np.array_equal(np.asarray(first[:, split:]), np.asarray(codes[:, split:]))
         numbers["high codes equal over the clip"] = str(bool(same))
     if edit.strip:
-        write_strip(edit.strip, strip)
-        numbers["strip"] = edit.strip
+        plain = jax.jit(lambda v, codes: task.synthesize(v, codes)[0])
+        numbers |= shown.write(edit, lambda codes: plain(variables, codes))
     return numbers
 
 
-def write_strip(path: str, pairs: list) -> None:
-    """A PNG of frames: the input above, the output below."""
-    import numpy as np
-    from PIL import Image
+class _Shown:
+    """Frames for the strip, evenly spread over a clip whose length is not known before its end."""
 
-    from train import video_files
+    def __init__(self, config):
+        self.kept: list[tuple] = []
+        self.every = 1
+        self.wanted = bool(config.edit.strip)
 
-    step = max(1, len(pairs) // STRIP_COLUMNS)
-    chosen = pairs[::step][:STRIP_COLUMNS]
-    rows = [np.concatenate([video_files.to_bytes(p[i]) for p in chosen], 1) for i in (0, 1)]
-    picture = Image.fromarray(np.concatenate(rows))
-    if picture.height < 256:
-        scale = 256 // picture.height
-        picture = picture.resize(
-            (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
-        )
-    picture.save(path)
+    def add(self, number: int, *parts) -> None:
+        """Keep a frame's input, codes before the edit, and picture, where its turn has come."""
+        if not self.wanted or number % self.every:
+            return
+        self.kept.append((number, *parts))
+        if len(self.kept) == 2 * STRIP_COLUMNS:
+            self.kept, self.every = self.kept[::2], 2 * self.every
+
+    def write(self, edit, draw) -> dict[str, Any]:
+        """The strip: input, what its codes draw, what the edited codes draw, and their difference;
+        the last two only where an edit was asked for."""
+        import numpy as np
+
+        from train import clip_strips, video_files
+
+        places = np.linspace(0, len(self.kept) - 1, min(len(self.kept), STRIP_COLUMNS))
+        chosen = [self.kept[i] for i in np.unique(np.round(places).astype(int))]
+        numbers, targets, codes, edited = zip(*chosen)
+        encoded = np.stack([np.asarray(draw(c)) for c in codes])
+        rows = {"input": np.stack(targets), "encoded": encoded}
+        asked = asked_for(edit)
+        if asked:
+            rows["edited"] = np.stack(edited)
+        shown = {name: video_files.to_bytes(row) for name, row in rows.items()}
+        found: dict[str, Any] = {"strip": edit.strip}
+        if asked:
+            gray, largest = clip_strips.change(encoded, rows["edited"])
+            shown[f"change (white {largest:.2g})"] = gray
+            found["mean change by the edit"] = float(np.abs(rows["edited"] - encoded).mean())
+        clip_strips.write_strip(edit.strip, shown, numbers, asked or "no edit")
+        return found
+
+
+def asked_for(edit) -> str:
+    """The edit in words, or "" where none was asked for."""
+    said = []
+    if edit.direction:
+        layers = f" of layers {edit.layers[0]} to {edit.layers[1] - 1}" if edit.layers else ""
+        said.append(f"{Path(edit.direction).name} x {edit.alpha:g}{layers}")
+    if edit.style:
+        said.append(f"style of {Path(edit.style).name}")
+    said += [f"{name} {edit[name]:+g} degrees" for name in ("yaw", "pitch", "roll") if edit[name]]
+    return ", ".join(said)
 
 
 class _Control:

@@ -11,6 +11,7 @@ import optax
 
 from train.hf_adamw import hf_adamw, one_cycle
 from train.naming import ConfigError, nearest
+from train.ranger import ranger
 
 SCHEDULES = (
     "constant",
@@ -22,7 +23,7 @@ SCHEDULES = (
     "linear_segments",
 )
 # Optimizers that Optax does not have.
-OWN = {"hf_adamw": hf_adamw}
+OWN = {"hf_adamw": hf_adamw, "ranger": ranger}
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
@@ -121,7 +122,7 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             inner = grouped(lambda rate: factory(rate, **args), schedule, tuple(config.groups))
         else:
             inner = factory(schedule, **args)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"config.optimizer.args: {error}") from None
     parts = []
     if config.clip_norm:

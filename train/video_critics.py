@@ -160,14 +160,21 @@ def pool(images: jax.Array, size: int = IMAGE_SIZE) -> jax.Array:
 
 def require(path: str | os.PathLike, switch: str) -> None:
     """Raise FileNotFoundError that names a missing file and the setting that does without it."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no file {os.fspath(path)!r}; {switch} runs without this term")
+    for part in parts_of(path):
+        if not os.path.exists(part):
+            raise FileNotFoundError(f"no file {part!r}; {switch} runs without this term")
+
+
+def parts_of(path: str | os.PathLike) -> list[str]:
+    """One file, or several joined by "+" (LPIPS: trunk and linear maps)."""
+    name = os.fspath(path)
+    return [name] if os.path.exists(name) else name.split("+")
 
 
 def read_state(path: str) -> dict[str, np.ndarray]:
-    """Tensors of one file, or of several joined by "+" (LPIPS: trunk and linear maps)."""
+    """Tensors of one file, or of several joined by "+"."""
     state: dict[str, np.ndarray] = {}
-    for part in str(path).split("+"):
+    for part in parts_of(path):
         state |= checkpoint.read(part).tensors
     return state
 
@@ -177,8 +184,17 @@ def load_face_model(path: str, switch: str, expression: int = face_mesh.EXPRESSI
     if not path:
         return face_mesh.synthetic_face_model(expression=expression)
     require(path, switch)
+    if not str(path).endswith(".npz"):
+        raise ConfigError(
+            f"config.task_args.face_model_from: {path} is no npz file; a pickle (FLAME's "
+            "generic_model.pkl) is never run here: save its arrays, and those of the landmark "
+            "embedding, by their own names with numpy.savez"
+        )
     arrays = checkpoint.read_npz(path)
-    return face_mesh.face_model_from_arrays(arrays, expression=expression, landmarks=arrays)
+    try:
+        return face_mesh.face_model_from_arrays(arrays, expression=expression, landmarks=arrays)
+    except ValueError as error:
+        raise ConfigError(f"config.task_args.face_model_from: {path}: {error}") from None
 
 
 def build_critics(args: dict[str, Any], say=print, provided: tuple[str, ...] = ()) -> Critics:

@@ -374,12 +374,15 @@ def face_model_from_arrays(
     FLAME's 400 directions are 300 of shape and 100 of expression; the first `shape` and the first
     `expression` are taken. `landmarks` has `full_lmk_faces_idx` and `full_lmk_bary_coords`, and
     `dynamic_lmk_faces_idx`, `dynamic_lmk_bary_coords` where contours follow the yaw.
+
+    Raises ValueError for arrays that are absent or do not fit each other.
     """
     needed = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "f", "kintree_table")
     absent = [name for name in needed if name not in arrays]
     if absent:
         raise ValueError(f"the face model lacks {', '.join(absent)}; it has {sorted(arrays)}")
     get = {k: np.asarray(arrays[k]) for k in needed}
+    _check_sizes(get, expression)
     all_directions = get["shapedirs"]
     first = (
         300
@@ -415,3 +418,33 @@ def face_model_from_arrays(
         parents=(-1, *(int(p) for p in parents[1:])),
         shape_size=shape,
     )
+
+
+def _check_sizes(arrays: dict[str, np.ndarray], expression: int) -> None:
+    """Refuse arrays whose vertices, joints or directions are not of one model."""
+    points = (*arrays["v_template"].shape, 0)[0]
+    joints = (0, *arrays["kintree_table"].shape)[-1]
+    pose = 9 * (joints - 1)
+    wanted = {
+        "v_template": ((points, 3),),
+        "shapedirs": ((points, 3, None),),
+        "posedirs": ((points, 3, pose), (pose, 3 * points)),
+        "J_regressor": ((joints, points),),
+        "weights": ((points, joints),),
+        "f": ((None, 3),),
+        "kintree_table": ((2, joints),),
+    }
+    for name, shapes in wanted.items():
+        shape = arrays[name].shape
+        if not any(
+            len(shape) == len(s) and all(b in (None, a) for a, b in zip(shape, s)) for s in shapes
+        ):
+            text = " or ".join(str(list(s)).replace("None", "any") for s in shapes)
+            raise ValueError(f"the face model's {name} is {list(shape)}, wanted {text}")
+    if arrays["shapedirs"].shape[-1] <= expression:
+        raise ValueError(
+            f"the face model's shapedirs hold {arrays['shapedirs'].shape[-1]} directions, too few "
+            f"for {expression} of expression"
+        )
+    if len(arrays["f"]) and not 0 <= arrays["f"].min() <= arrays["f"].max() < points:
+        raise ValueError(f"the face model's f names vertices beyond its {points}")

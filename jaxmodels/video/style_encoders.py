@@ -23,7 +23,7 @@ from jaxmodels.vision.ir_se import body, narrowed, units
 # Styles below the first take the coarsest map, below the second the middle one.
 MIDDLE, FINE = 3, 7
 # Units whose outputs are the three maps, by depth of the network (ends of stages 2, 3 and 4).
-TAPS = {50: (6, 20, 23), 100: (15, 45, 48), 152: (10, 46, 49)}
+TAPS = {18: (3, 5, 7), 34: (6, 12, 15), 50: (6, 20, 23), 100: (15, 45, 48), 152: (10, 46, 49)}
 SLOPE = 0.01
 
 
@@ -174,6 +174,34 @@ def progressive_stage(step: jax.Array | int, start: int = 20000, every: int = 20
     """How many deltas of e4e are on at a step: none before `start`, then one more each `every`."""
     step = jnp.asarray(step)
     return jnp.where(step < start, 0, 1 + (step - start) // every).astype(jnp.int32)
+
+
+def query_pool(
+    pool: jax.Array, filled: jax.Array, codes: jax.Array, rng: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Past codes in place of some of the present ones: (codes [B, D], pool [P, D], filled []).
+
+    Row by row: while fewer than P are held a code is put into the pool and given back; from then
+    on, with probability one half, it changes places with a random one of the pool. e4e's
+    discriminator learns from what comes back (`models/latent_codes_pool.py`).
+    """
+    size = len(pool)
+    draw, place = jax.random.split(rng)
+    swaps = jax.random.uniform(draw, (len(codes),)) > 0.5
+    places = jax.random.randint(place, (len(codes),), 0, size)
+
+    def one(carry, row):
+        pool, filled = carry
+        code, swap, place = row
+        full = filled >= size
+        place = jnp.where(full, place, filled)
+        held = pool[place]
+        given = jnp.where(full & swap, held, code)
+        pool = pool.at[place].set(jnp.where(full & ~swap, held, code))
+        return (pool, jnp.minimum(filled + 1, size)), given
+
+    (pool, filled), given = jax.lax.scan(one, (pool, filled), (codes, swaps, places))
+    return given, pool, filled
 
 
 MODEL = GradualStyleEncoder

@@ -24,6 +24,7 @@ from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.video import vit
 from jaxmodels.video.style_encoders import Encoder4Editing, GradualStyleEncoder
 from jaxmodels.video.stylegan2 import num_latents
+from jaxmodels.vision.ir_se import narrowed
 
 BACKBONES = ("vit", "ir_se50", "e4e")
 LARGEST_LOW = 8
@@ -40,7 +41,8 @@ class VideoEncoder(nn.Module):
     """Frames [B, S, S, 3] in [-1, 1] -> W+ codes [B, n, w_dim] (n = 18 for `stylegan_size` 1024).
 
     `backbone` "vit" is ours; "ir_se50" (pSp) and "e4e" put the published encoders behind the same
-    interface, where `width_divisor` and `se_reduction` narrow them. `n_low` codes follow the frame.
+    interface, where `ir_layers` is their depth, and `width_divisor` and `se_reduction` narrow them.
+    `n_low` codes follow the frame.
     `scan_layers` compiles one block for all, `remat` keeps no activations of blocks. The mean
     latent, to which everything is added, is the buffer `w_avg` [w_dim].
 
@@ -57,6 +59,7 @@ class VideoEncoder(nn.Module):
     w_dim: int = 512
     n_low: int | None = None
     backbone: str = "vit"
+    ir_layers: int = 50
     width_divisor: int = 1
     se_reduction: int = 16
     scan_layers: bool = False
@@ -70,6 +73,11 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"backbone is one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         if self.n_low is not None and not 1 <= self.n_low <= layers - 1:
             raise ValueError(f"n_low must lie within 1 .. {layers - 1}, got {self.n_low}")
+        if self.backbone != "vit" and narrowed(512, self.width_divisor) != self.w_dim:
+            raise ValueError(
+                f"w_dim is {self.w_dim}, but backbone {self.backbone} with width_divisor "
+                f"{self.width_divisor} makes codes of width {512 // self.width_divisor}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
@@ -107,11 +115,26 @@ class VideoEncoder(nn.Module):
         return self.codes(frames, self.split)
 
     @nn.compact
-    def codes(self, frames: jax.Array, count: int) -> jax.Array:
-        """The first `count` codes, [B, count, w_dim]."""
+    def codes(
+        self,
+        frames: jax.Array,
+        count: int,
+        stage: int | jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """The first `count` codes, [B, count, w_dim].
+
+        For the published encoders: `stage` is how many of e4e's deltas are on (None: all), `train`
+        takes the batch's own statistics and moves the running ones.
+        """
         check_frames(frames, self.image_size)
         average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
-        offsets = self._vit(frames, count) if self.backbone == "vit" else self._ir_se(frames, count)
+        if self.backbone != "vit":
+            offsets = self._ir_se(frames, count, stage, train)
+        elif stage is None:
+            offsets = self._vit(frames, count)
+        else:
+            raise ValueError("progressive stages belong to backbone e4e")
         return average.value + offsets.astype(self.param_dtype)
 
     def _vit(self, frames: jax.Array, count: int) -> jax.Array:
@@ -147,10 +170,10 @@ class VideoEncoder(nn.Module):
         x = LayerNorm(EPSILON, name="layernorm", **types)(x[:, -count:])
         return Heads(layers, self.w_dim, name="heads", **types)(x)
 
-    def _ir_se(self, frames: jax.Array, count: int) -> jax.Array:
+    def _ir_se(self, frames: jax.Array, count: int, stage, train: bool) -> jax.Array:
         kind = GradualStyleEncoder if self.backbone == "ir_se50" else Encoder4Editing
         encoder = kind(
-            num_layers=50,
+            num_layers=self.ir_layers,
             stylegan_size=self.stylegan_size,
             width_divisor=self.width_divisor,
             se_reduction=self.se_reduction,
@@ -159,7 +182,7 @@ class VideoEncoder(nn.Module):
             name="encoder",
         )
         # All styles are made (their parameters must exist); XLA drops those that nobody reads.
-        return encoder(frames)[:, :count]
+        return encoder(frames, stage, train)[:, :count]
 
 
 class Heads(nn.Module):

@@ -47,6 +47,15 @@ def global_identity(edited: jax.Array, original: jax.Array) -> jax.Array:
     return ((edited @ edited.T)[pairs] / (original @ original.T)[pairs]).mean()
 
 
+def latent_editing_consistency(codes: jax.Array, returned: jax.Array) -> jax.Array:
+    """LEC of every image: |codes - returned|_2 over layers and width, [B, n, D] each -> [B].
+
+    `returned` are the codes found in the edited picture, the edit undone (e4e, `metrics/LEC.py`,
+    which drops the outermost percentiles of batch means before it averages).
+    """
+    return jnp.sqrt(jnp.square(codes - returned).sum((1, 2)))
+
+
 def landmark_error(points: jax.Array, target: jax.Array) -> jax.Array:
     """Mean distance in pixels of landmarks [T, K, 2]."""
     return jnp.linalg.norm(points - target, axis=-1).mean()

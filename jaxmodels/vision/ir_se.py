@@ -17,8 +17,15 @@ import jax.numpy as jnp
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.normalization import BatchNorm
 
-# Units of each stage; a stage's first unit halves the image.
-STAGES = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
+# Units of each stage; a stage's first unit halves the image. Depths 18 and 34 are
+# those of InsightFace (`fresnet.py`).
+STAGES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    152: (3, 8, 36, 3),
+}
 DEPTHS = (64, 128, 256, 512)
 MODES = ("ir", "ir_se")
 INPUT_SIZES = (112, 224)

@@ -12,6 +12,7 @@ from configs.repghost import get_config
 from tests.train.tiny import tiny_config
 from train.naming import ConfigError
 from train.optimizers import make_optimizer, make_schedule
+from train.ranger import average_length, centralized
 from train.state import create_state, update_ema
 
 
@@ -79,6 +80,81 @@ def test_decoupled_decay_equals_adamw():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
 
 
+# e4e's `training/ranger.py` (its calls brought up to PyTorch 2.13, in float64) at rate 0.01 from
+# w [2, 3] = i / 4, k [2, 2, 1, 2] = i / 8 - 1 / 2, b = (0.5, -0.25), PyTorch's layout, with
+# gradients 0.02 sin(0.7 t + i^2): {(weight decay, step): parameters}.
+RANGER = {
+    (0.0, 5): (
+        [-0.000483512, 0.24969284, 0.500790673, 0.750358636, 1.000509256, 1.249132108],
+        [-0.500676386, -0.375500034, -0.249402201, -0.12442138, 0.000648198, 0.12427105,
+         0.250192117, 0.374888635],
+        [0.499306854, -0.250516794],
+    ),
+    (0.0, 6): (
+        [-0.000282618, 0.249896226, 0.50038438, 0.75025567, 1.000263528, 1.249520564],
+        [-0.500385191, -0.375223629, -0.24972868, -0.124650795, 0.000382984, 0.124630074,
+         0.250054932, 0.374858905],
+        [0.499615321, -0.250226641],
+    ),
+    (0.0, 14): (
+        [-0.000735256, 0.249895892, 0.500645152, 0.750709863, 1.000620974, 1.249059314],
+        [-0.500847956, -0.37538988, -0.249569785, -0.124179187, 0.000854727, 0.124286806,
+         0.250116395, 0.37448613],
+        [0.49916692, -0.250357375],
+    ),
+    (0.1, 14): (
+        [-0.000732758, 0.247906149, 0.496660132, 0.744735366, 0.992655458, 1.239109482],
+        [-0.496863093, -0.372401627, -0.247581515, -0.123186761, 0.000851493, 0.123294715,
+         0.248125047, 0.371501182],
+        [0.495188693, -0.248364475],
+    ),
+}  # fmt: skip
+
+
+def _from_torch(w, k, b):
+    kernel = np.asarray(k).reshape(2, 2, 1, 2).transpose(2, 3, 1, 0)
+    linear = np.asarray(w).reshape(2, 3).T
+    tree = {"conv": {"kernel": kernel}, "linear": {"kernel": linear, "bias": np.asarray(b)}}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_ranger_moves_parameters_as_the_official_file_does(decay):
+    config = tiny_config(**{"optimizer.name": "ranger"})
+    config.optimizer.args = {"weight_decay": decay}
+    optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.01))
+    i = np.arange(8)
+    params = _from_torch(i[:6] / 4, i / 8 - 0.5, [0.5, -0.25])
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for t in range(1, 15):
+        grads = _from_torch(*(0.02 * np.sin(0.7 * t + i[:n] ** 2.0) for n in (6, 8, 2)))
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if (decay, t) in RANGER:
+            wanted = _from_torch(*RANGER[decay, t])
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=4e-7), params, wanted)
+
+
+def test_ranger_knows_its_average_exactly_and_centralizes_every_output():
+    t = np.array([1, 5, 6, 100, 499, 500, 501, 5000, 500000])
+    power = 0.999 ** t.astype(np.float64)
+    wanted = 1999 - 2 * t * power / (1 - power)
+    np.testing.assert_allclose(
+        average_length(jnp.asarray(t, jnp.float32), 0.999), wanted, rtol=1e-5
+    )
+    grad = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    for names, axes in (
+        (("kernel",), (0, 1)),
+        (("embedding",), (1, 2)),
+        (("layers.*", "kernel"), (1,)),
+    ):
+        path = [jax.tree_util.DictKey(n) for n in names]
+        np.testing.assert_allclose(centralized(path, grad).mean(axes), 0, atol=1e-6)
+        assert np.abs(centralized(path, grad).mean(2 if axes == (0, 1) else 0)).max() > 0.1
+    bias = [jax.tree_util.DictKey("bias")]
+    np.testing.assert_array_equal(centralized(bias, grad[0, 0]), grad[0, 0])
+
+
 def test_clipping_bounds_the_global_norm_and_frozen_parameters_stay():
     config = tiny_config(**{"optimizer.clip_norm": 1.0, "optimizer.freeze": r"^bn\."})
     config.optimizer.args = {}
@@ -119,6 +195,7 @@ def test_frozen_networks_and_counters_are_not_averaged():
     ("key", "value", "message"),
     [
         ("optimizer.name", "sdg", "did you mean 'sgd'"),
+        ("optimizer.name", "rangr", "did you mean 'ranger'"),
         ("schedule.name", "cosin", "did you mean 'cosine'"),
     ],
 )
@@ -126,6 +203,14 @@ def test_a_wrong_name_gets_the_nearest_right_one(key, value, message):
     config = tiny_config(**{key: value})
     with pytest.raises(ConfigError, match=message):
         make_optimizer(config.optimizer, make_schedule(config.schedule, 5))
+
+
+@pytest.mark.parametrize("argument", [{"sync_period": 0}, {"alpha": 2.0}, {"eps": 0.0}])
+def test_ranger_refuses_what_cannot_be_meant(argument):
+    config = tiny_config(**{"optimizer.name": "ranger"})
+    config.optimizer.args = argument
+    with pytest.raises(ConfigError, match=f"config.optimizer.args: ranger: {next(iter(argument))}"):
+        make_optimizer(config.optimizer, optax.constant_schedule(0.1))
 
 
 @pytest.mark.parametrize("key", ["decay_factors", "groups"])

@@ -257,6 +257,11 @@ def from_config(config) -> PoseControlTraining:
     face = load_face_model(
         args.get("face_model_from", ""), "config.task='video_inversion'", expression
     )
+    if not face.lmk_faces_idx.size:
+        raise ConfigError(
+            f"config.task_args.face_model_from: {args['face_model_from']} has no landmarks "
+            "(full_lmk_faces_idx, full_lmk_bary_coords of the landmark embedding)"
+        )
     provided = ()
     if args.get("regressor_from"):
         args["weights"] = {**dict(args.get("weights", {}))}

@@ -4,7 +4,8 @@ The generator and the critics are frozen and travel as collections. Batches are
 
 - `key` and `frame` [B, S, S, 3] in [-1, 1], of one clip each: the second stage;
 - `image` (or `key`) alone: the first stage, the key path only;
-- `z`, `key_noise`, `frame_noise`: the generator makes both frames (`train.data.latent_walks`).
+- `z`, `key_noise`, `frame_noise`: the generator makes both frames (`train.data.latent_walks`), or
+  the key alone without `frame_noise`.
 """
 
 from __future__ import annotations
@@ -91,9 +92,13 @@ class VideoInversion:
         key = "config.task_args.encoder_from"
         require(self.encoder_from, f"{key}=''")
         state = read_state(self.encoder_from)
-        # Queries and heads are ours; published files end with the backbone.
+        # Queries and heads are ours; published files end with the backbone. ArcFace's network is
+        # what pSp and e4e begin their trunk with.
         vit = self.model.backbone == "vit"
         skip = ("queries", "layer_embeddings", "heads", "w_avg") if vit else ()
+        if not vit and any(k.startswith("output_layer.") for k in state):
+            state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
+            skip = (r"encoder\.styles", r"encoder\.latlayer[12]", "w_avg")
         given, _ = catalog.import_state(
             catalog.find(self.model_name), self.model, state, skip, source=self.encoder_from
         )
@@ -102,22 +107,32 @@ class VideoInversion:
             for name, tree in own.items()
             if name != "buffers"
         }
-        # Heads and queries that no published file has begin as this run's seed drew them.
-        for name in () if not vit else ("queries", "layer_embeddings", "heads"):
+        # What no published file has begins as this run's seed drew it.
+        for name in ("queries", "layer_embeddings", "heads") if vit else ():
             taken["params"][name] = own["params"][name]
+        if skip and not vit:
+            mine = own["params"]["encoder"]
+            heads = {k: v for k, v in mine.items() if k.startswith(("styles.", "latlayer"))}
+            taken["params"]["encoder"] |= heads
         return taken
 
     # Frames.
 
-    def synthesize(self, extra, codes: jax.Array) -> jax.Array:
-        """Images of W+ codes, averaged down to at most 256 pixels, noise maps constant."""
-        images = self.generator.apply(extra["generator"], codes, "const", method="synthesize")
+    def synthesize(self, extra, codes: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Images of W+ codes, averaged down to at most 256 pixels; noise maps constant, or drawn
+        from the key `noise`."""
+        mode = "const" if noise is None else "random"
+        rngs = {} if noise is None else {"noise": noise}
+        images = self.generator.apply(
+            extra["generator"], codes, mode, method="synthesize", rngs=rngs
+        )
         return pool(images)
 
     def frames(self, extra, batch) -> dict[str, jax.Array]:
         """`key` and perhaps `frame`, from images or made by the generator."""
+        names = ("key", "frame")
         if "z" not in batch:
-            return {k: batch[k] for k in ("key", "frame") if k in batch} or {"key": batch["image"]}
+            return {k: batch[k] for k in names if k in batch} or {"key": batch["image"]}
         split = self.model.split
         average = extra["generator"]["buffers"]["mapping"]["w_avg"]
         w = self.generator.apply(extra["generator"], batch["z"], method="to_w")
@@ -127,27 +142,39 @@ class VideoInversion:
         def moved(noise):
             return join_codes(codes[:, :split] + noise, codes[:, split:])
 
-        both = jnp.concatenate([moved(batch["key_noise"]), moved(batch["frame_noise"])])
-        key, frame = jnp.split(jax.lax.stop_gradient(self.synthesize(extra, both)), 2)
-        return {"key": key, "frame": frame}
+        made = {k: moved(batch[f"{k}_noise"]) for k in names if f"{k}_noise" in batch}
+        images = jax.lax.stop_gradient(self.synthesize(extra, jnp.concatenate(list(made.values()))))
+        return dict(zip(made, jnp.split(images, len(made))))
 
     def encode(self, variables, frames) -> dict[str, jax.Array]:
         """W+ codes of `key` and, with its high codes, of `frame`."""
-        codes = {"key": self.model.apply(variables, frames["key"], method="encode_key")}
+        own = encoder_variables(variables)
+        codes = {"key": self.model.apply(own, frames["key"], method="encode_key")}
         if "frame" in frames:
-            low = self.model.apply(variables, frames["frame"], method="encode_frame")
+            low = self.model.apply(own, frames["frame"], method="encode_frame")
             codes["frame"] = join_codes(low, codes["key"][:, self.model.split :])
         return codes
 
     def loss(self, params, extra, batch, rng, step):
         """The weighted terms, each logged under its name."""
         del rng
-        variables = {"params": params, **encoder_variables(extra)}
         frozen = jax.lax.stop_gradient({k: extra[k] for k in ("generator", "critics")})
         frames = self.frames(frozen, batch)
-        codes = self.encode(variables, frames)
+        codes = self.encode({"params": params, **extra}, frames)
+        total = self.picture_terms(frozen, frames, codes)
+        fading = self.critics.weights["w_norm"] * jnp.maximum(1 - step / self.steps, 0)
+        if self.critics.weights["w_norm"]:
+            last = codes[list(frames)[-1]]
+            total["w_norm"] = fading * latent_norm(last, extra["buffers"]["w_avg"])
+        return sum(total.values()), (extra, total)
+
+    def picture_terms(
+        self, frozen, frames, codes, noise: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The weighted terms of what codes {name: [B, n, D]} draw against {name: frames}: image
+        terms of all, landmarks and mesh of the last."""
         names = list(frames)
-        made = self.synthesize(frozen, jnp.concatenate([codes[n] for n in names]))
+        made = self.synthesize(frozen, jnp.concatenate([codes[n] for n in names]), noise)
         pictures = dict(zip(names, jnp.split(made.astype(jnp.float32), len(names))))
         total: dict[str, jax.Array] = {}
         for name in names:
@@ -157,17 +184,15 @@ class VideoInversion:
             ).items():
                 total[term] = total.get(term, 0) + value
         last = names[-1]
-        total |= self.critics.geometry_terms(frozen["critics"], pictures[last], pool(frames[last]))
-        fading = self.critics.weights["w_norm"] * jnp.maximum(1 - step / self.steps, 0)
-        if self.critics.weights["w_norm"]:
-            total["w_norm"] = fading * latent_norm(codes[last], extra["buffers"]["w_avg"])
-        return sum(total.values()), (extra, total)
+        return total | self.critics.geometry_terms(
+            frozen["critics"], pictures[last], pool(frames[last])
+        )
 
     def evaluate(self, variables, batch):
         """Squared error of the frame (or key) with the clip's high codes, beside the mean latent's,
         and of the key itself."""
         frames = self.frames(variables, batch)
-        codes = self.encode(encoder_variables(variables), frames)
+        codes = self.encode(variables, frames)
         last = list(frames)[-1]
         made = self.synthesize(variables, codes[last])
         mask, average = batch["mask"], variables["generator"]["buffers"]["mapping"]["w_avg"]
@@ -336,6 +361,11 @@ def _taken(given, path, like):
 
 def from_config(config) -> VideoInversion:
     """`task_args`: `generator_args`, the keys of `build_critics`, the fields of the task."""
+    return VideoInversion(**task_fields(config))
+
+
+def task_fields(config) -> dict[str, Any]:
+    """The fields of a task that inverts a frozen generator, from its config."""
     args = dict(config.task_args)
     generator_args = dict(args.pop("generator_args", {}))
     critics = build_critics(args)
@@ -349,7 +379,7 @@ def from_config(config) -> VideoInversion:
             f"(stylegan_size {model.stylegan_size}), the generator of "
             f"{generator.img_resolution} pixels takes [{generator.num_latents}, {generator.w_dim}]"
         )
-    return VideoInversion(
+    return dict(
         model=model,
         generator=generator,
         critics=critics,
