@@ -90,9 +90,9 @@ def test_highway_vehicles_keep_apart_and_on_the_road():
 # An ego that looks ahead
 
 
-def scene_of(*others):
+def scene_of(*others, traffic=CALM):
     states = jnp.asarray([(0.0, 5.25, 0.0, 15.0), *others], jnp.float32)
-    shape = (CALM.steps, len(others))
+    shape = (traffic.steps, len(others))
     return Scene(states, jnp.float32(5.25), jnp.zeros(shape), jnp.ones(shape))
 
 
@@ -163,8 +163,8 @@ def test_the_networks_forecasts_are_those_of_its_own_pipeline():
 
 
 def test_the_adversarys_gradients_go_through_the_network():
-    scene, brief = scene_of((6.0, 8.75, 0.0, 15.0)), CALM.replace(horizon=2.0)
-    forecaster = network(8)
+    brief, forecaster = CALM.replace(horizon=2.0), network(8)
+    scene = scene_of((6.0, 8.75, 0.0, 15.0), traffic=brief)
 
     @jax.jit
     @jax.grad

@@ -243,6 +243,7 @@ def systems(monkeypatch, tmp_path):
     kinds = {
         "frames": ("frame_detection", FrameDetector(**small), "driving_detection", 64),
         "patches": ("patch_classification", PatchClassifier(**small), "driving_patches", 32),
+        "others": ("patch_classification", PatchClassifier(**small), "driving_patches", 32),
         "forecaster": ("motion_forecasting", forecaster, "motion_scenes:highway", 0),
     }
 
@@ -275,12 +276,12 @@ def systems(monkeypatch, tmp_path):
         "vehicles": 2,
         "draws": 1,
         "traffic": {"horizon": 2.0, "knots": 4},
-        "search": {"methods": ["gradient"], "deception": 0.1, **searched},
+        "search": {"methods": ["random"], "deception": 0.1, **searched},
         "ego": {"replan": 5, "forecaster": {"name": "forecaster"}},
         "trajectory_attack": {"scenes": 2, "methods": ["cem"], **searched},
-        # Gradients of the smaller network only, for the sake of compilation.
+        # The smaller network only: what is compiled here for seconds is tested by itself as well.
         "detectors": [{"name": "patches"}],
-        "hidden_detector": [{"name": "frames"}, {"name": "patches"}],
+        "hidden_detector": [{"name": "patches"}, {"name": "others"}],
     }
 
 
@@ -292,9 +293,13 @@ def test_the_driving_track_attacks_the_projects_own_systems(systems, tmp_path):
     assert all(np.isfinite(v) for v in numbers.values())
     texture = np.load(folder / "texture.npz")["texture"]
     assert np.abs(texture - np.asarray(systems["paint"], np.float32)).max() > 0.01
-    assert {"in_loop_ade/attacked", "in_loop_ade/calm", "patches/detection_rate/attacked"} <= (
+    assert {"in_loop_ade/attacked", "in_loop_ade/calm", "others/detection_rate/attacked"} <= (
         numbers.keys()
     )
+    frames, forecaster = street.train_members([{"name": "frames"}, {"name": "forecaster"}], None)
+    assert callable(street.victim_of(frames))
+    with pytest.raises(ConfigError, match="'motion_forecasting' is no victim of the street"):
+        street.victim_of(forecaster)
     assert numbers["forecast_ade/cem"] >= numbers["forecast_ade/clean"] > 0
     for change, message in (
         ({"perception": {"world": "stret"}}, "perception.world is 'stret'.*street"),
