@@ -262,14 +262,14 @@ def test_stills_of_a_folder_split_by_name_and_lfw_faces_are_in_range(tmp_path):
     assert -1 <= images[0]["image"].min() < -0.2
 
 
-GAN_SIZES = ("img_resolution=16", "channel_base=64", "channel_max=8")
+GAN_SIZES = ("img_resolution=8", "channel_base=32", "channel_max=8")
 
 
 @pytest.fixture(scope="module")
 def gan_run(tmp_path_factory):
     """Five steps of StyleGAN2 at reduced size: both regularizers run."""
     workdir = tmp_path_factory.mktemp("gan")
-    flags = [f"--config={GAN}", "--config.data.options.image_size=16", *ALONE]
+    flags = [f"--config={GAN}", "--config.data.options.image_size=8", *ALONE]
     flags += [f"--config.model_args.{s}" for s in (*GAN_SIZES, "z_dim=8", "w_dim=8")]
     flags += ["--config.model_args.mapping_layers=2"]
     flags += [f"--config.task_args.discriminator_args.{s}" for s in GAN_SIZES]
@@ -296,6 +296,10 @@ def test_an_encoder_inverts_a_generator_of_a_finished_run(gan_run, tmp_path):
     workdir, _ = gan_run
     flags = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
     flags += [f"--config.task_args.generator_from={workdir}"]
+    sizes = ("stylegan_size", "image_size", "patch_size")
+    flags += [f"--config.model_args.{s}=8" for s in sizes]
+    flags += [f"--config.task_args.generator_args.{s}" for s in GAN_SIZES]
+    flags += [f"--config.{s}.n_low=2" for s in ("model_args", "data.options")]
     config, _ = read_flags(["train", *flags, f"--workdir={tmp_path}"], need_workdir=True)
     state = Plan(config).fresh()
     tree = load_params(workdir)
@@ -344,8 +348,10 @@ def test_the_third_stage_runs_on_folders_of_frames(clips, tmp_path):
     ]
     flags = [f"--config={POSE}:paper", *kept, *encoder, f"--config.data.options.path={clips}"]
     flags += ["--config.task_args.encoder_args.scan_layers=False"]
-    # The perceptual network is in the second stage's run above; not here.
-    flags += ["--config.task_args.weights.lpips=0.0"]
+    # The perceptual network is in the second stage's run above; without it 16 pixels will do.
+    flags += ["--config.task_args.weights.lpips=0.0", "--config.data.options.image_size=16"]
+    flags += ["--config.task_args.generator_args.img_resolution=16"]
+    flags += [f"--config.task_args.encoder_args.{s}=16" for s in ("image_size", "stylegan_size")]
     sizes = ("n_low=4", "w_dim=8", "condition_size=8", "num_layers=1", "num_heads=2")
     flags += [f"--config.model_args.{s}" for s in sizes]
     flags += ["--config.steps=2", "--config.batch_size=2", "--config.eval.batch_size=1"]
