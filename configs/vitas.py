@@ -70,9 +70,9 @@ def _small(config, preset):
         "every": 5,
         "inner": {"image_size": 32, "augment": True},
     }
-    config.steps, config.batch_size = 1000, 64
+    config.steps, config.batch_size = 3000, 64
     config.optimizer.weight_decay = 0.02
-    config.schedule.update(peak=2e-3, warmup_steps=100)
+    config.schedule.update(peak=3e-3, warmup_steps=100)
     config.log_every, config.eval.every, config.checkpoint.every = 100, 1000, 500
     config.eval.batch_size = 150
     config.eval.split = "test"
@@ -87,6 +87,7 @@ def _small(config, preset):
         config.task_args = {"label_smoothing": 0.1}
         config.model = "search.vitas:digits_net"
         config.steps = 600
+        config.schedule.peak = 2e-3
 
 
 def _paper(config, preset):
