@@ -49,25 +49,24 @@ def train_network(name: str, seed: int, steps: int):
     from ml_collections import ConfigDict
 
     from train.checkpoints import load_params
-    from train.command_line import read_flags
+    from train.competition.roster import member_config
     from train.loop import fit
     from train.tasks import adversarial_detection as task_module
 
+    entry = {
+        "config": "configs/mhui.py:softmax",
+        "set": {
+            "seed": 100 * seed + list(NETWORKS).index(name),
+            "steps": steps,
+            "schedule.warmup_steps": max(steps // 6, 1),
+            "data.options.image_size": 32,
+            "task_args.attacks": "()",
+            "checkpoint.every": 0,
+        },
+    }
     with tempfile.TemporaryDirectory() as folder:
-        config, workdir = read_flags(
-            [
-                "claims",
-                "--config=configs/mhui.py:softmax",
-                f"--workdir={folder}",
-                f"--config.seed={100 * seed + list(NETWORKS).index(name)}",
-                f"--config.steps={steps}",
-                f"--config.schedule.warmup_steps={max(steps // 6, 1)}",
-                "--config.data.options.image_size=32",
-                "--config.task_args.attacks=()",
-                "--config.checkpoint.every=0",
-            ],
-            need_workdir=True,
-        )
+        workdir = Path(folder)
+        config = member_config(entry, workdir)
         with config.unlocked():
             config.model, arguments = NETWORKS[name]
             config.model_args = ConfigDict({**arguments, "num_classes": 10})
@@ -225,28 +224,22 @@ def forecasts(seed: int, steps: int) -> list[tuple]:
     """Errors of a trained VectorNet under attack, and collisions of egos that plan by it or not."""
     from jaxmodels.security.driving_simulator import Traffic
     from jaxmodels.security.ego_forecasts import ConstantVelocity
-    from train.building import build_task
-    from train.checkpoints import load_params
-    from train.command_line import read_flags
     from train.competition import ego
-    from train.competition.roster import Member
-    from train.loop import fit
+    from train.competition.roster import train_members
 
+    entry = {
+        "name": "forecaster",
+        "config": "configs/vectornet.py:highway",
+        "set": {
+            "seed": seed,
+            "steps": steps,
+            "schedule.boundaries": f"({4 * steps // 10},{6 * steps // 10})",
+            "checkpoint.every": 0,
+        },
+    }
     with tempfile.TemporaryDirectory() as folder:
-        config, workdir = read_flags(
-            [
-                "claims",
-                "--config=configs/vectornet.py:highway",
-                f"--workdir={folder}",
-                f"--config.seed={seed}",
-                f"--config.steps={steps}",
-                f"--config.schedule.boundaries=({4 * steps // 10},{6 * steps // 10})",
-                "--config.checkpoint.every=0",
-            ],
-            need_workdir=True,
-        )
-        numbers = fit(config, workdir)
-        member = Member("forecaster", config, build_task(config), load_params(workdir), numbers)
+        (member,) = train_members([entry], Path(folder))
+    numbers = member.numbers
     rows = [
         ("DE@3s", "VectorNet", numbers["DE@3s"]),
         ("DE@3s", "constant velocity", numbers["constant_velocity_DE@3s"]),

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from train.restoration_files import write_picture
+
 # Pixels of the smallest frame shown, of gaps, of the headings' text.
 _SMALLEST, _GAP, _TEXT = 96, 4, 14
 
@@ -53,10 +55,7 @@ def write_strip(
             image = Image.fromarray(np.asarray(frame, np.uint8))
             image = image.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (margin + column * (width + _GAP), top))
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    canvas.save(part, format="PNG")
-    part.replace(path)
+    write_picture(Path(path), np.asarray(canvas))
 
 
 def change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, float]:

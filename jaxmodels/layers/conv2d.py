@@ -25,6 +25,14 @@ Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
 
+def output_size(
+    size: tuple[int, ...], kernel: tuple[int, ...], strides: Pair, padding: Padding
+) -> tuple[int, int]:
+    """(H', W') of images of `size` (H, W), the first two of `kernel`'s sides counting."""
+    sides = zip(size, kernel[:2], strides, padding, strict=True)
+    return tuple((n + sum(p) - k) // s + 1 for n, k, s, p in sides)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
     """x [B, H, W, I] with kernel [kh, kw, I, O] -> [B, H', W', O], H' = (H + p - kh) // s + 1.
@@ -67,10 +75,7 @@ def _by_image(dx, kernel, strides, padding):
 
 def _by_kernel(x, dkernel, strides, padding):
     """Of `dkernel`: transposed it is the kernel's gradient, by blocks or as one convolution."""
-    out = [
-        (n + sum(p) - k) // s + 1
-        for n, p, k, s in zip(x.shape[1:3], padding, dkernel.shape, strides, strict=False)
-    ]
+    out = output_size(x.shape[1:3], dkernel.shape, strides, padding)
     windowed = dkernel.shape[0] * dkernel.shape[1] > 1 and x.shape[3] >= _BLOCKED_CHANNELS
     blocked = windowed and math.prod(out) >= _BLOCKED_PIXELS and x.dtype == jnp.float32
     form = _by_blocks if blocked else _by_channels
@@ -93,8 +98,7 @@ def _by_blocks(x, dkernel, strides, padding):
     """
     (batch, height, width, channels), (kh, kw, _, features) = x.shape, dkernel.shape
     (top, bottom), (left, right) = padding
-    out_h = (height + top + bottom - kh) // strides[0] + 1
-    out_w = (width + left + right - kw) // strides[1] + 1
+    out_h, out_w = output_size((height, width), dkernel.shape, strides, padding)
     rows = min(max(_BLOCK_PIXELS // out_w, 1), out_h)
     blocks = -(-out_h // rows)
     # Rows behind the last window are never read or belong to results that are cut off.

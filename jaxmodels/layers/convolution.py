@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxmodels.layers.conv2d import conv2d
+from jaxmodels.layers.conv2d import conv2d, output_size
 from jaxmodels.layers.depthwise import depthwise_conv, unfused
 from jaxmodels.layers.initializers import Initializer, torch_bias, torch_kernel
 
@@ -65,9 +65,7 @@ def _windowed_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tup
     channels took 136 ms by it and 1.5 ms so (`benchmarks/results/convolution.md`).
     """
     kh, kw, _, features = kernel.shape
-    out = [
-        (n + sum(p) - k) // s + 1 for n, p, k, s in zip(x.shape[1:3], padding, (kh, kw), strides)
-    ]
+    out = output_size(x.shape[1:3], kernel.shape, strides, padding)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     ends = [(n - 1) * s + 1 for n, s in zip(out, strides)]
     windows = [
@@ -83,9 +81,8 @@ def _dense_conv(x: jax.Array, kernel: jax.Array, strides: tuple, padding: tuple)
 
     That is where the convolution itself, or the one that is its gradient, falls off the fast path.
     """
-    sides = zip(x.shape[1:3], padding, kernel.shape[:2], strides)
-    outside = [((n + sum(p) - k) // s + 1, k) for n, p, k, s in sides]
-    if kernel.shape[:2] == (1, 1) or all(n >= k for n, k in outside):
+    out = output_size(x.shape[1:3], kernel.shape, strides, padding)
+    if kernel.shape[:2] == (1, 1) or all(n >= k for n, k in zip(out, kernel.shape[:2])):
         return conv2d(x, kernel, strides, padding)
     return lax.platform_dependent(
         x,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.convolution import Conv, Linear
+from jaxmodels.layers.dropout import drop_path
 from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.vision.images import check_images
 
@@ -121,10 +122,8 @@ class _Block(nn.Module):
         y = Linear(width, name="mlp.fc2", **_INIT, **types)(y)
         start = nn.initializers.constant(LAYER_SCALE)
         y = y * self.param("gamma", start, (width,), self.param_dtype).astype(self.dtype)
-        if self.drop:
-            # The same draw for all of an example's features: stochastic depth.
-            y = nn.Dropout(self.drop, broadcast_dims=(1, 2, 3), deterministic=not train)(y)
-        return x + y
+        drawn = self.make_rng("dropout") if train and self.drop else None
+        return x + drop_path(y, self.drop, drawn)
 
 
 MODEL = ConvNeXt
