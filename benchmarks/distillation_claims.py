@@ -24,18 +24,26 @@ from train.loop import compilation_cache
 from train.progression import run_progression
 
 SIZES = {"query_length": 16, "document_length": 32}
-LEAD_STEPS = {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300}
+# Recipe -> (teacher's changed sizes, steps). The miner is the teacher's network.
+LEAD_RECIPES: dict[str, tuple[dict, dict[str, int]]] = {
+    "deep": ({}, {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300}),
+    # A teacher that does not learn its training pairs by heart: fewer blocks, stopped earlier.
+    "wide": (
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3},
+        {"W_miner": 500, "W_teacher": 200, "W_student": 600, "arm": 300},
+    ),
+}
 PROD_STEPS = {
-    "W1_teacher": 200,
-    "W1_student": 200,
-    "W2_teacher": 30,
-    "W2_student": 30,
-    "T1": 40,
-    "C1": 150,
-    "T2": 40,
-    "C2": 150,
-    "T3": 40,
-    "D2": 12,
+    "W1_teacher": 1000,
+    "W1_student": 600,
+    "W2_teacher": 200,
+    "W2_student": 200,
+    "T1": 200,
+    "C1": 600,
+    "T2": 200,
+    "C2": 600,
+    "T3": 200,
+    "D2": 50,
 }
 MEASURE = "test_mrr@10"
 
@@ -51,21 +59,29 @@ def _lengths(config, path):
             stage.changes.data.options.document_length = SIZES["document_length"]
 
 
-def lead(workdir: Path, seed: int, path, rate: float, layers: int, weight: float) -> dict:
+def lead(
+    workdir: Path, seed: int, path, rate: float, layers: int, weight: float, recipe: str
+) -> dict:
     """test MRR@10 of every arm for one seed."""
+    sizes, steps = LEAD_RECIPES[recipe]
     config = lead_configs.get_config("small")
     _lengths(config, path)
+    config.task_args.teacher_args.update(sizes)
+    width = config.task_args.teacher_args.hidden_size
+    for name in ("W_miner", "W_teacher"):
+        config.stages[name].changes.model_args.update(sizes)
+        config.stages[name].changes.task_args.score_scale = width**-0.5
     for name in ("W_miner", "W_teacher", "W_student"):
-        count = LEAD_STEPS[name]
+        count = steps[name]
         config.stages[name].changes.steps = count
         config.stages[name].changes.schedule.warmup_steps = count // 10
-    config.steps = LEAD_STEPS["arm"]
+    config.steps = steps["arm"]
     config.schedule.update(peak=rate, warmup_steps=10)
-    config.task_args.update(layers=layers, layer_temperature=10.0)
+    config.task_args.update(layers=layers, layer_temperature=10.0, teacher_scale=width**-0.25)
     given = ("W_miner", "M", "W_teacher")
     config.seed = 0
     config.order = given
-    shared = workdir / "lead_shared"
+    shared = workdir / f"lead_shared_{recipe}"
     numbers = run_progression(config, shared)
     teacher = numbers[f"W_teacher.{MEASURE}"]
     config.seed = seed
@@ -87,7 +103,7 @@ def lead(workdir: Path, seed: int, path, rate: float, layers: int, weight: float
             "changes": {"task_args": {**config.task_args.to_dict(), **others}},
         }
     config.order = (*given, "W_student", "plain", *arms)
-    name = f"lead_{rate:g}_{layers}_{weight:g}_{seed}"
+    name = f"lead_{recipe}_{rate:g}_{layers}_{weight:g}_{seed}"
     found = run_progression(config, workdir / name)
     after = _teacher_after(workdir / name / "lead", config)
     result = {arm: found[f"{arm}.{MEASURE}"] for arm in ("W_student", "plain", *arms)}
@@ -186,6 +202,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="peak rate of the arms")
     parser.add_argument("--layers", type=int, default=2, help="LEAD's K")
     parser.add_argument("--layer-weight", type=float, default=0.0, help="0: re-weighting")
+    parser.add_argument("--recipe", choices=LEAD_RECIPES, default="deep", help="LEAD's sizes")
     parser.add_argument("--lwf", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=4.0)
     args = parser.parse_args()
@@ -196,7 +213,7 @@ def main() -> None:
     results: dict[int, dict[str, float]] = {}
     for seed in args.seeds:
         if args.system == "lead":
-            settings = (args.rate, args.layers, args.layer_weight)
+            settings = (args.rate, args.layers, args.layer_weight, args.recipe)
             results[seed] = lead(args.workdir, seed, args.path, *settings)
         else:
             settings = (args.rate, args.lwf, args.temperature)

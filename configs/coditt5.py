@@ -109,4 +109,4 @@ def _paper(config, preset):
     config.eval.every = epoch // 2 if pretraining else epoch
     config.checkpoint.update(every=config.eval.every, best_metric="bleu4")
     if not pretraining:
-        config.checkpoint.patience = 5
+        config.checkpoint.update(patience=5, report_best=True)

@@ -80,6 +80,7 @@ def default_config() -> ConfigDict:
                     "best_metric": "",
                     "best_mode": "max",
                     "best_smoothing": 0.0,  # share of the past in the metric's moving average
+                    "report_best": False,  # report the best checkpoint, not the last step
                     "patience": 0,  # evaluations without a better one that end the run; 0: never
                 }
             ),

@@ -189,6 +189,8 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
             state, numbers = _train(plan, state, start, *parts)
         if numbers is None:  # asked to stop
             return {}
+        if config.checkpoint.report_best:
+            state, numbers = _best(plan, state, numbers, checkpoints, evaluate, reporter)
         if hasattr(plan.task, "report"):
             variables = plan.host_copy(state.eval_variables)
             if first:
@@ -199,6 +201,16 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         return numbers
     finally:
         checkpoints.close()
+
+
+def _best(plan, state, numbers, checkpoints, evaluate, reporter):
+    """The state and the numbers of the best checkpoint there is."""
+    step = checkpoints.best_step()
+    if step is None or step == int(jax.device_get(state.step)):
+        return state, numbers
+    reporter.say(f"the report is of step {step}, the best by {plan.config.checkpoint.best_metric}")
+    state = checkpoints.restore_step(step, plan.like)
+    return state, {**numbers, **evaluate(state.eval_variables)}
 
 
 def _batches(config, start: int):
@@ -335,6 +347,8 @@ class Patience:
     """
 
     def __init__(self, config, saved):
+        if config.report_best and not config.best_metric:
+            raise ConfigError("config.checkpoint.report_best: set checkpoint.best_metric as well")
         if config.patience < 0 or (config.patience and not config.best_metric):
             raise ConfigError(
                 f"config.checkpoint.patience: {config.patience}; wanted a number of evaluations "

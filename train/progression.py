@@ -229,9 +229,11 @@ def _function_stage(kind, name, spec, uses) -> Stage:
 def _train_stage(config, name, spec, uses) -> Stage:
     own = stage_config(config, name)
     settings = {"kind": "train", "config": _important(_plain(own)), "uses": uses}
-    if own.checkpoint.get("patience"):  # unlike the rest of `checkpoint`, it moves the end
+    # Unlike the rest of `checkpoint` these move the end, or what it reports.
+    deciding = [key for key in ("patience", "report_best") if own.checkpoint.get(key)]
+    if deciding:
         settings["ends by"] = {
-            key: own.checkpoint[key] for key in ("patience", "best_metric", "best_mode")
+            key: own.checkpoint[key] for key in (*deciding, "best_metric", "best_mode")
         }
 
     def run(folder, results):

@@ -1,5 +1,6 @@
 """A run can always be killed: the same command goes on to the state it would have had."""
 
+import json
 import random
 import re
 import shutil
@@ -232,3 +233,27 @@ def test_patience_without_a_metric_or_below_zero_is_refused(tmp_path, patience, 
     changes = {"checkpoint.patience": patience, "checkpoint.best_metric": metric}
     with pytest.raises(ConfigError, match=f"^config.checkpoint.patience: {patience}; wanted .*$"):
         run_here(tmp_path / "run", **changes)
+
+
+def test_the_report_can_be_of_the_best_checkpoint(tmp_path, capfd):
+    changes = {
+        "steps": 8,
+        "eval.every": 4,
+        "checkpoint.every": 4,
+        "checkpoint.best_metric": "accuracy",
+        "checkpoint.best_mode": "min",  # it learns, so the first evaluation is the best
+        "checkpoint.report_best": True,
+    }
+    numbers = run_here(tmp_path / "run", **changes)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    seen = {r["step"]: r["accuracy"] for r in map(json.loads, lines) if r["kind"] == "eval"}
+    assert seen[4] < seen[8]
+    assert numbers["accuracy"] == pytest.approx(seen[4], rel=1e-6)
+    assert "the report is of step 4, the best by accuracy" in capfd.readouterr().err
+    # An ended run says the same again.
+    assert run_here(tmp_path / "run", **changes)["accuracy"] == numbers["accuracy"]
+
+
+def test_a_report_of_the_best_needs_a_metric(tmp_path):
+    with pytest.raises(ConfigError, match=r"^config.checkpoint.report_best: .*best_metric.*$"):
+        run_here(tmp_path / "run", **{"checkpoint.report_best": True})
