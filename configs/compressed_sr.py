@@ -2,7 +2,7 @@
 
 small        python -m train --config configs/compressed_sr.py --workdir runs/compressed_sr
              six of scikit-image's photographs, x4 after JPEG quality 10; two others test:
-             +0.14 dB over bicubic (one seed), about two minutes of CPU time.
+             +0.14 dB over bicubic (three seeds), about two minutes of CPU time.
 long         the same for 5000 steps of batch 16 with flips and rotations.
 jpeg         removal of JPEG artifacts (scale 1), quality drawn from 10, 20, 30, 40.
 video        BasicVSR++, small, on clips rendered from the photographs and coded by libx265 at
