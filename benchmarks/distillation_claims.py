@@ -30,7 +30,7 @@ LEAD_RECIPES: dict[str, tuple[dict, dict[str, int]]] = {
     "deep": ({}, {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300}),
     # A teacher that does not learn its training pairs by heart: fewer blocks, stopped earlier.
     "wide": (
-        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3},
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2},
         {"W_miner": 500, "W_teacher": 200, "W_student": 600, "arm": 300},
     ),
 }

@@ -273,7 +273,7 @@ def test_every_network_of_a_small_preset_is_small(configs, preset):
             own = stage_config(config, name)
             for arguments in (own.model_args, own.task_args.get("teacher_args")):
                 if arguments is not None:
-                    assert arguments.hidden_size <= 96 and arguments.num_hidden_layers <= 4, name
+                    assert arguments.hidden_size <= 128 and arguments.num_hidden_layers <= 4, name
 
 
 def test_each_model_is_clipped_on_its_own():
