@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -165,7 +166,8 @@ def run_loss(case):
 
 def run_schedule(case):
     config = case.config
-    peak = config.get("base_lr", 0.12)
+    noted = re.search(r"base lr ([\d.e-]*\d)", case.meta.get("notes", ""))
+    peak = config.get("base_lr", float(noted[1]) if noted else 0.12)
     options = ConfigDict(
         {
             **default_config().schedule,
