@@ -260,7 +260,9 @@ def plan_network(
     topology, features, blocks, decoder, estimate = evaluate(initial_patch(spacing, median_shape))
     reference = REFERENCE[kind, dims] * memory_gb / REFERENCE_GB
     batch = REFERENCE_BATCH[dims]
-    while estimate / batch * 2 > reference:
+    # The plain network's 2-D reference is of a larger batch; the residual planner overlooks that.
+    samples = batch if kind == "plain" else MIN_BATCH
+    while estimate / samples * MIN_BATCH > reference:
         ratios = [p / m for p, m in zip(topology.patch, median_shape)]
         axis = int(np.argsort(ratios)[-1])
         tentative = list(topology.patch)
