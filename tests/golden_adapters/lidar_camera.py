@@ -17,6 +17,7 @@ from jaxmodels.driving import (
     depth_clustering,
     detection_metrics,
     frame_detector,
+    ground_removal,
     image_patches,
     point_clustering,
     priority_schedule,
@@ -49,6 +50,10 @@ def run_clustering(case):
     config, inputs = case.config, case.inputs
     given = {CLUSTERING[key]: value for key, value in config.items() if key in CLUSTERING}
     published = {"start_angle": None, "max_ground_angle": None}
+    window = given.get("smoothing", 5)
+    published["dilation"] = max(window - 2, 3)
+    if window not in ground_removal.SMOOTHING_WINDOWS:
+        given["smoothing"] = 0  # the published code smooths with the windows it knows only
     options = depth_clustering.ClusteringOptions(**published | given)
     found = depth_clustering.cluster(
         inputs["range"],

@@ -77,6 +77,13 @@ def another_border(meta, arrays):
     arrays["out.core"] = x != x[4]
 
 
+def unknown_window(meta, arrays):
+    """No kernel of three rows is known: the published code does not smooth."""
+    meta["config"]["size_smooth_window"] = 3
+    arrays["out.smoothed"] = arrays["out.angle"]
+    drop(arrays, r"out\.(ground|no_ground|beta|labels|counts)")
+
+
 def only_ranges(meta, arrays):
     meta["config"] = {}
     drop(arrays, "inclination_range|uniform")
@@ -89,6 +96,7 @@ def null_options(meta, arrays):
 LESS = {
     "dmf_theory/gd_L2_d8": fewer_rows,
     "lidar_camera/dbscan": another_border,
+    "lidar_camera/depth_cluster_wrap": unknown_window,
     "lidar_camera/range_to_points": only_ranges,
     "repghost/module_bn": null_options,
     "scalenet/lr_schedule": another_peak,
