@@ -170,7 +170,9 @@ def _metrics(case):
         match = re.fullmatch(r"(psnrb|psnr|ssim)(_y)?(?:_crop(\d+))?", metric)
         if match is not None:
             pair = (case.inputs[f"{name}.img1"], case.inputs[f"{name}.img2"])
-            value = functions[match[1]](*pair, int(match[3] or 0), y_channel=bool(match[2]))
+            # One channel is its own luma.
+            luma = bool(match[2]) and pair[0].shape[2:] == (3,)
+            value = functions[match[1]](*pair, int(match[3] or 0), y_channel=luma)
             outputs[wanted] = np.float64(value)
     return outputs
 
