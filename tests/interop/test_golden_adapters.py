@@ -42,6 +42,11 @@ def test_a_case_needs_no_known_title(variant, identity):
     check(variant(identity, lambda meta, arrays: meta.update(model="something")))
 
 
+@pytest.mark.parametrize("identity", ("scalenet/soft_loss", "vitas/lr_schedule"))
+def test_what_explains_a_title_does_not_matter(variant, identity):
+    check(variant(identity, lambda meta, arrays: meta.update(model=meta["model"] + " (again)")))
+
+
 def drop(arrays, pattern):
     for name in [n for n in arrays if re.search(pattern, n)]:
         del arrays[name]
