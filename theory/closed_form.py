@@ -68,9 +68,11 @@ def flow_time(start: Any, end: Any, sigma: Any, depth: float) -> np.ndarray:
 def mode_flow(t: Any, start: float, sigma: float, depth: float) -> np.ndarray:
     """s(t) of one mode under gradient flow from s(0) = start in (0, sigma); t [n] to s [n].
 
-    Relative error about 1e-12 (inversion of the closed form by bisection).
+    sigma = 0 is a null mode. Relative error about 1e-12 (the closed form inverted by bisection).
     """
     t = np.asarray(t, dtype=np.float64)
+    if sigma == 0 and start > 0:
+        return null_mode_flow(t, start, depth)
     if not 0 < start < sigma:
         raise ValueError(f"start: {start} must lie between 0 and sigma = {sigma}")
     y0 = _log_odds(start / sigma)

@@ -81,11 +81,11 @@ def pool_topology(
     """Strides and kernels for a patch: coarse axes wait until the fine ones have caught up.
 
     Args:
-      spacing: mm per axis. patch: voxels per axis.
+      spacing: mm per axis. patch: voxels per axis (halves of an even number's median stay).
       min_edge: the smallest edge of a feature map, in voxels.
     """
     dims = len(spacing)
-    current, size = [float(s) for s in spacing], [int(p) for p in patch]
+    current, size = [float(s) for s in spacing], [float(p) for p in patch]
     strides, kernels = [(1,) * dims], []
     pools, kernel = [0] * dims, [1] * dims
     while True:
@@ -108,7 +108,7 @@ def pool_topology(
         kernels.append(tuple(kernel))
     kernels.append((3,) * dims)
     divisor = tuple(2**p for p in pools)
-    padded = tuple(-(-int(p) // d) * d for p, d in zip(patch, divisor))
+    padded = tuple(math.ceil(p / d) * d for p, d in zip(patch, divisor))
     return Topology(tuple(pools), tuple(strides), tuple(kernels), padded, divisor)
 
 
@@ -195,18 +195,18 @@ def _blocks(kind: str, stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return RESIDUAL_BLOCKS[:stages], (1,) * (stages - 1)
 
 
-def initial_patch(spacing: Sequence[float], median_shape: Sequence[int]) -> list[int]:
+def initial_patch(spacing: Sequence[float], median_shape: Sequence[float]) -> list[float]:
     """The aspect ratio of 1 / spacing at 256^3 (3-D) or 2048^2 (2-D) voxels, clipped."""
     dims = len(spacing)
     target = {2: 2048**2, 3: 256**3}[dims]
     ratio = 1 / np.asarray(spacing, np.float64)
     scaled = ratio * (target / ratio.prod()) ** (1 / dims)
-    return [min(round(float(s)), int(m)) for s, m in zip(scaled, median_shape)]
+    return [min(round(float(s)), m) for s, m in zip(scaled, median_shape)]
 
 
 def plan_network(
     spacing: Sequence[float],
-    median_shape: Sequence[int],
+    median_shape: Sequence[float],
     *,
     channels: int,
     classes: int,
@@ -240,7 +240,7 @@ def plan_network(
         raise ValueError(f"spacing {spacing} must be positive")
     if kind not in ("plain", "resenc"):
         raise ValueError(f"kind {kind!r} is not one of plain, resenc")
-    median_shape = [int(m) for m in median_shape[:dims]]
+    median_shape = [float(m) for m in median_shape[:dims]]
 
     def evaluate(patch):
         topology = pool_topology(spacing, patch, min_edge)
@@ -260,7 +260,9 @@ def plan_network(
     topology, features, blocks, decoder, estimate = evaluate(initial_patch(spacing, median_shape))
     reference = REFERENCE[kind, dims] * memory_gb / REFERENCE_GB
     batch = REFERENCE_BATCH[dims]
-    while estimate / batch * 2 > reference:
+    # The plain network's 2-D reference is of a larger batch; the residual planner overlooks that.
+    samples = batch if kind == "plain" else MIN_BATCH
+    while estimate / samples * MIN_BATCH > reference:
         ratios = [p / m for p, m in zip(topology.patch, median_shape)]
         axis = int(np.argsort(ratios)[-1])
         tentative = list(topology.patch)

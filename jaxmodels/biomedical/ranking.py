@@ -45,7 +45,7 @@ def rank_values(
         present = rankdata(row[~missing], method=ties)
         last = present.max(initial=0)
         ranks[~missing] = present
-        extra = np.arange(1, missing.sum() + 1).mean() if ties == "average" else 1
+        extra = (missing.sum() + 1) / 2 if ties == "average" else 1
         if missing.any():
             ranks[missing] = last + extra
         result[place] = ranks

@@ -71,10 +71,13 @@ def repair_gaps(depth: jax.Array, window: int = 5, max_step: float = 1.0) -> jax
 
 def angle_image(depth: jax.Array, inclinations: jax.Array) -> jax.Array:
     """Slope between each pixel and the one above it, radians [H, W] in 0..pi/2; row 0 is 0."""
-    inclinations = jnp.asarray(inclinations, depth.dtype)
-    x = depth * jnp.cos(inclinations)[:, None]
-    y = depth * jnp.sin(inclinations)[:, None]
-    slope = jnp.arctan2(jnp.abs(jnp.diff(y, axis=0)), jnp.abs(jnp.diff(x, axis=0)))
+    up = jnp.asarray(inclinations, depth.dtype)[:, None]
+    # Differences of depth cos and depth sin without the cancellation: beams lie close together.
+    middle, half = (up[1:] + up[:-1]) / 2, jnp.sin((up[1:] - up[:-1]) / 2)
+    step, above = jnp.diff(depth, axis=0), depth[:-1]
+    x = step * jnp.cos(up[1:]) - 2 * above * jnp.sin(middle) * half
+    y = step * jnp.sin(up[1:]) + 2 * above * jnp.cos(middle) * half
+    slope = jnp.arctan2(jnp.abs(y), jnp.abs(x))
     return jnp.concatenate([jnp.zeros_like(depth[:1]), slope])
 
 

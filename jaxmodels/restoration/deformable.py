@@ -19,9 +19,9 @@ def modulated_deform_conv2d(
     kernel: jax.Array,
     bias: jax.Array | None = None,
     *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     deform_groups: int = 1,
 ) -> jax.Array:
@@ -33,7 +33,7 @@ def modulated_deform_conv2d(
       mask: [B, H', W', D * K], or None for ones.
       kernel: [kh, kw, I / groups, O].
       bias: [O].
-      stride, padding, dilation: of both axes.
+      stride, padding, dilation: of both axes, or (rows, columns).
       groups: of the convolution. deform_groups: the input channels are split evenly and in order.
 
     Returns: [B, H', W', O].
@@ -43,8 +43,11 @@ def modulated_deform_conv2d(
     batch, height, width, channels = x.shape
     kh, kw, per_group, features = kernel.shape
     taps = kh * kw
-    out_h = (height + 2 * padding - dilation * (kh - 1) - 1) // stride + 1
-    out_w = (width + 2 * padding - dilation * (kw - 1) - 1) // stride + 1
+    (step_y, step_x), (pad_y, pad_x), (gap_y, gap_x) = (
+        (n, n) if isinstance(n, int) else n for n in (stride, padding, dilation)
+    )
+    out_h = (height + 2 * pad_y - gap_y * (kh - 1) - 1) // step_y + 1
+    out_w = (width + 2 * pad_x - gap_x * (kw - 1) - 1) // step_x + 1
     if channels % deform_groups or channels % groups or features % groups:
         raise ValueError(
             f"deformable convolution: {channels} input channels must divide by deform_groups = "
@@ -66,12 +69,12 @@ def modulated_deform_conv2d(
     pixels = out_h * out_w
     # Deformable groups become rows: [B, D, pixel, tap].
     shift = offset.reshape(batch, pixels, deform_groups, taps, 2).swapaxes(1, 2)
-    first_row = jnp.arange(out_h) * stride - padding
-    first_column = jnp.arange(out_w) * stride - padding
+    first_row = jnp.arange(out_h) * step_y - pad_y
+    first_column = jnp.arange(out_w) * step_x - pad_x
     grid_rows = jnp.broadcast_to(first_row[:, None], (out_h, out_w)).reshape(pixels, 1)
     grid_columns = jnp.broadcast_to(first_column, (out_h, out_w)).reshape(pixels, 1)
-    tap_rows = jnp.repeat(jnp.arange(kh) * dilation, kw)
-    tap_columns = jnp.tile(jnp.arange(kw) * dilation, kh)
+    tap_rows = jnp.repeat(jnp.arange(kh) * gap_y, kw)
+    tap_columns = jnp.tile(jnp.arange(kw) * gap_x, kh)
     rows = shift[..., 0] + (grid_rows + tap_rows).astype(shift.dtype)
     columns = shift[..., 1] + (grid_columns + tap_columns).astype(shift.dtype)
 

@@ -55,6 +55,7 @@ class TwinsNet(nn.Module):
     `stages` has `(token dim, blocks)`, a block being `(heads, attention width, MLP width)` or None
     where its position is left out; positions at even places attend within windows. `epsilon` is
     that of the blocks' and the last LayerNorm; those of patch embedding and sub-sampling are 1e-5.
+    `image_size` is a side or (height, width).
 
     Raises ValueError when an image does not divide into patches and windows.
     """
@@ -66,7 +67,7 @@ class TwinsNet(nn.Module):
     classes: int = 1000
     qkv_bias: bool = True
     epsilon: float = 1e-6
-    image_size: int = 224
+    image_size: int | Sequence[int] = 224
     channels: int = 3
     drop_path_rate: float = 0.0
     dtype: Any = jnp.float32
@@ -80,7 +81,12 @@ class TwinsNet(nn.Module):
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes that generic code initializes with."""
         size = self.image_size
-        return (jax.ShapeDtypeStruct((1, size, size, self.channels), jnp.float32),)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        return (jax.ShapeDtypeStruct((1, *size, self.channels), jnp.float32),)
+
+    def sees_everything(self, stage: int, place: int) -> bool:
+        """Whether a block attends to the whole map."""
+        return place % 2 == 1
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, classes]; training draws drop path from the rng `dropout`."""
@@ -134,9 +140,8 @@ class TwinsNet(nn.Module):
             return drop_path(y, rate, self.make_rng("dropout") if active else None)
 
         y = LayerNorm(self.epsilon, name=f"{name}.norm1", **types)(x)
-        y = self._attention(
-            y, stage, place % 2 == 1, heads, attention, size, f"{name}.attn", linear
-        )
+        everywhere = self.sees_everything(stage, place)
+        y = self._attention(y, stage, everywhere, heads, attention, size, f"{name}.attn", linear)
         x = x + dropped(Linear(dim, name=f"{name}.attn.proj", **linear)(y))
         y = LayerNorm(self.epsilon, name=f"{name}.norm2", **types)(x)
         y = gelu(Linear(hidden, name=f"{name}.mlp.fc1", **linear)(y))
@@ -165,6 +170,8 @@ class TwinsNet(nn.Module):
 class TwinsSVT(TwinsNet):
     """Twins-SVT: attention as wide as the tokens; everything by stage.
 
+    Where windows are single tokens all blocks attend to the whole map, as officially.
+
     Raises as `TwinsNet`.
     """
 
@@ -178,6 +185,9 @@ class TwinsSVT(TwinsNet):
         """Token dims and blocks by stage."""
         sizes = zip(self.dims, self.heads, self.mlp_ratios, self.depths)
         return [(d, [(h, d, int(d * r))] * depth) for d, h, r, depth in sizes]
+
+    def sees_everything(self, stage: int, place: int) -> bool:
+        return place % 2 == 1 or self.windows[stage] == 1
 
 
 MODEL = TwinsSVT

@@ -86,7 +86,9 @@ def choices(space: Space, genes: Any, side: Any, compat: str = "official") -> Ch
     def looked_up(table, index):
         return jnp.asarray(table, jnp.int32)[index]
 
-    offsets = vitas_space.sharing_offsets(space, "cyclic")
+    # Only cyclic sharing needs widths that ascend.
+    sharing = "ordinal" if isinstance(side, int) and side < 2 else "cyclic"
+    offsets = vitas_space.sharing_offsets(space, sharing)
     return Choice(
         patch=patch,
         ops=ops,
@@ -110,21 +112,24 @@ def make_choice(
 
     Raises ValueError for an illegal genome and for a narrow genome without a side.
     """
-    genome = space.check(genome, empty=True)
+    genome = space.check(genome, empty=True, widths=False)
     if side is not None and side not in SIDES:
         raise ValueError(f"side {side!r}; known: {', '.join(SIDES)}")
+    _, ops, *widths = space.split(genome)
+    active = ops < space.identity_index
     if side is None:
-        _, ops, *widths = space.split(genome)
-        active = ops < space.identity_index
         used = [widths[0], *widths[1][active], *widths[2][active]]
         if any(w != len(space.percent) - 1 for w in used) or space.percent[-1] != 1:
             raise ValueError("a genome narrower than the superformer needs a side")
     choice = choices(space, genome, SIDES.index(side or "left"), compat)
-    table = space.table(space.attention // 3)
-    if (space.table(2 * (space.attention // 3)) != 2 * table).any():
-        raise ValueError(
-            f"attention width {space.attention}: some share of it has no equal q, k and v"
-        )
+    qk, v = np.asarray(choice.qk), np.asarray(choice.v)
+    for i in np.flatnonzero(active):
+        if qk[i] != 2 * v[i]:
+            raise ValueError(
+                f"block {i}: {qk[i]} rows of q and k and {v[i]} of v of attention width "
+                f"{space.attention} are no equal q, k and v"
+            )
+        space.check_heads(3 * int(v[i]), space.heads[ops[i]], f"block {i}")
     last = choice.last_position & (side is not None)
     return choice._replace(patch=int(genome[0]), last_position=last)
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 PERCENT = tuple(k / 10 for k in range(1, 11))
+# Head choices of the official superformers.
+SHARED_OPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +88,12 @@ class Space:
         ops = genes[..., 1 : 1 + self.depth]
         return genes[..., 0], ops, widths[..., 0], widths[..., 1::2], widths[..., 2::2]
 
-    def check(self, genome: Sequence[int], empty: bool = False) -> np.ndarray:
+    def check(self, genome: Sequence[int], empty: bool = False, widths: bool = True) -> np.ndarray:
         """`genome` as int64 [genes].
 
-        Raises ValueError: wrong length, an index out of range (naming its position), an attention
-        width that 3 heads do not divide, and, unless `empty`, all blocks the identity.
+        Raises ValueError: wrong length, an index out of range (naming its position), unless
+        `empty`, all blocks the identity, and, if `widths`, an attention width that 3 heads do not
+        divide in the stand-alone network.
         """
         genome = np.asarray(genome, np.int64)
         if genome.shape != (self.genes,):
@@ -105,9 +108,9 @@ class Space:
         active = ops < self.identity_index
         if not active.any() and not empty:
             raise ValueError("all blocks are the identity; empty=True allows it")
-        widths = self.table(self.attention)[attention]
-        for i in np.flatnonzero(active):
-            self.check_heads(int(widths[i]), self.heads[ops[i]], f"block {i}")
+        rows = self.table(self.attention)[attention]
+        for i in np.flatnonzero(active & widths):
+            self.check_heads(int(rows[i]), self.heads[ops[i]], f"block {i}")
         return genome
 
     def check_heads(self, width: int, heads: int, where: str) -> None:
@@ -330,6 +333,9 @@ def from_official(config: Mapping[str, Any], percent: Sequence[float] | None = N
     _, channels, patches, _, dim, *_ = backbone["init_stem"]
     depth, _, heads, attention, _, mlp, _, _, ops = backbone["Block"]
     percent = percent or config.get("channel_percent") or (1.0,)
+    if config.get("heads_share"):
+        # A superformer's blocks have four sets of weights, and op 4 is the identity.
+        heads = [*heads, *heads[-1:] * (SHARED_OPS - len(heads))]
     return Space(
         *(tuple(patches), tuple(heads), dim, attention, mlp, depth),
         classes=backbone["FC"][4],
@@ -344,7 +350,11 @@ def official_genome(config: Mapping[str, Any]) -> np.ndarray:
     """The genome of a searched network's configuration: its `net_id`, or the cell of all blocks."""
     space = from_official(config)
     if "net_id" in config:
-        return space.check([int(v) for v in config["net_id"].split()])
+        genes = np.array([int(v) for v in config["net_id"].split()])
+        blocks = genes[1 : 1 + space.depth]
+        if space.identity:  # whatever is no head choice
+            np.minimum(blocks, space.identity_index, out=blocks)
+        return space.check(genes)
     genome = np.zeros(space.genes, np.int64)
     genome[space.model_genes :] = len(space.percent) - 1
     return space.check(genome)

@@ -449,7 +449,7 @@ def minibatch_deviation(x: jax.Array, group_size: int | None = 4, channels: int 
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block of half the resolution, divided by sqrt 2."""
+    """Residual block of half the resolution, divided by sqrt 2; the shortcut is not clamped."""
 
     features: int
     out: int
@@ -469,9 +469,8 @@ class DiscriminatorBlock(nn.Module):
         if image is not None:
             x = DiscriminatorConv(self.features, 1, name="fromrgb", **conv)(image)
         half = math.sqrt(0.5)
-        skip = DiscriminatorConv(
-            self.out, 1, 2, use_bias=False, activation=False, name="skip", **conv
-        )(x, half)
+        plain = {**conv, "conv_clamp": None, "use_bias": False, "activation": False}
+        skip = DiscriminatorConv(self.out, 1, 2, name="skip", **plain)(x, half)
         x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
         return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x, half) + skip
 

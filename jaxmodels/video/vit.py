@@ -160,13 +160,16 @@ class Embeddings(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images [B, S, S, 3] in [-1, 1] -> tokens [B, 1 + (S / p)^2, D], the class token first.
+    """Images [B, S, S, C] in [-1, 1] -> tokens [B, 1 + (S / p)^2, D], the class token first.
+
+    `image_size` is S or (height, width).
 
     Raises ValueError when patches do not tile the image or heads do not divide the width.
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 16
+    num_channels: int = 3
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -177,7 +180,9 @@ class ViT(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if any(side % self.patch_size for side in self._shape()[:2]):
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
@@ -188,9 +193,14 @@ class ViT(nn.Module):
             )
         super().__post_init__()
 
+    def _shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        size = self.image_size
+        return (*((size, size) if isinstance(size, int) else size), self.num_channels)
+
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes that generic code initializes with: images [1, S, S, 3]."""
-        return (jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32),)
+        """Shapes that generic code initializes with: one image."""
+        return (jax.ShapeDtypeStruct((1, *self._shape()), jnp.float32),)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.intermediates(x)["last_hidden_state"]
@@ -198,9 +208,9 @@ class ViT(nn.Module):
     @nn.compact
     def intermediates(self, x: jax.Array) -> dict[str, jax.Array]:
         """`embeddings`, `after_block{i}` and `last_hidden_state`, each [B, T, D]."""
-        size = self.image_size
-        if x.ndim != 4 or x.shape[1:] != (size, size, 3):
-            raise ValueError(f"images must be [batch, {size}, {size}, 3], got {x.shape}")
+        if x.ndim != 4 or x.shape[1:] != self._shape():
+            wanted = ", ".join(map(str, self._shape()))
+            raise ValueError(f"images must be [batch, {wanted}], got {x.shape}")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = Embeddings(self.hidden_size, self.patch_size, name="embeddings", **types)(x)
         maps = {"embeddings": x}

@@ -121,7 +121,7 @@ class RepGhostBottleneck(nn.Module):
 
     x [B, H, W, inp] -> [B, ceil(H / stride), ceil(W / stride), oup]. `kernel_size` is that of the
     strided depthwise convolution and of the shortcut's; `shortcut=False` drops identity
-    shortcuts only, projections stay.
+    shortcuts only, projections stay. `se_ratio` is the squeeze's width over `mid`.
     """
 
     inp: int
@@ -130,6 +130,7 @@ class RepGhostBottleneck(nn.Module):
     kernel_size: int = 3
     stride: int = 1
     se: bool = False
+    se_ratio: float = 0.25
     shortcut: bool = True
     reparam: bool = True
     reparam_bn: bool = True
@@ -177,7 +178,7 @@ class RepGhostBottleneck(nn.Module):
         if self.stride > 1:
             y = conv_bn(y, "conv_dw", "bn_dw", self.mid, groups=self.mid, **strided)
         if self.se:
-            y = SqueezeExcite(self.mid, name="se", **types)(y)
+            y = SqueezeExcite(self.mid, self.se_ratio, name="se", **types)(y)
         y = RepGhostModule(self.mid, self.oup, relu=False, name="ghost2", **ghost)(y, train)
 
         if self.inp == self.oup and self.stride == 1:

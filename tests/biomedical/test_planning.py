@@ -24,6 +24,18 @@ def test_check_values_of_three_data_sets():
     assert flat.patch_size == (512, 512) and len(flat.strides) == 8
 
 
+def test_the_median_of_an_even_number_of_shapes_may_end_in_a_half():
+    assert planning.pool_topology((1, 1, 1), (40.5, 50, 35)).patch == (48, 56, 40)
+    assert plan((1, 1, 1), (40.5, 50, 35)).patch_size == (48, 56, 40)
+    assert plan((1, 1, 1), (40, 50, 35)).patch_size == (40, 56, 40)
+
+
+def test_flat_residual_plans_fit_one_pair_of_samples_as_officially():
+    # nnunetv2 2.8.1's ResEncUNetPlanner; the plain planner keeps larger patches.
+    found = plan((1, 1), (1024, 1024), kind="resenc")
+    assert found.patch_size == (512, 512) and found.batch_size == 12
+
+
 def test_memory_grows_the_patch_and_presets_lift_the_cap():
     kind, memory, cap = planning.PRESETS["resenc_l"]
     large = plan((1, 0.8, 0.8), (482, 512, 512), kind=kind, memory_gb=memory, cap_batch=cap)

@@ -161,6 +161,23 @@ def test_repairs_go_down_the_column_and_see_earlier_repairs():
     assert found[5] == 0  # 9 and 20 do not agree
 
 
+def test_slopes_of_beams_close_together_keep_their_precision():
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(20, 60) + rng.normal(0, 0.005, (129, 40)).cumsum(0)
+    beams = np.linspace(np.radians(2), np.radians(-25), 129)
+    with jax.enable_x64(True):
+        wanted = ground_removal.angle_image(jnp.asarray(depth), beams)
+    x, y = depth * np.cos(beams)[:, None], depth * np.sin(beams)[:, None]
+    plain = np.arctan2(abs(np.diff(y, axis=0)), abs(np.diff(x, axis=0)))
+    np.testing.assert_allclose(wanted[1:], plain, atol=1e-9)
+    # Against the angles of the very numbers that single precision is given.
+    depth, beams = depth.astype(np.float32), beams.astype(np.float32)
+    with jax.enable_x64(True):
+        wanted = ground_removal.angle_image(jnp.asarray(depth, float), beams.astype(float))
+    got = ground_removal.angle_image(jnp.asarray(depth), beams)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
 def test_steep_starts_and_steep_pixels_can_be_kept_out_of_the_ground():
     depth = jnp.full((4, 3), 5.0)
     smoothed = jnp.full((4, 3), math.radians(60))

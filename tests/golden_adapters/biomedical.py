@@ -26,22 +26,28 @@ from jaxmodels.biomedical import (
 
 def run(case) -> dict[str, Any]:
     """Every wanted output of one case, in the layout of the case."""
-    model = case.model
-    if model in ("PlainConvUNet", "ResidualEncoderUNet"):
+    if case.model in ("PlainConvUNet", "ResidualEncoderUNet"):
         return _network(case)
-    for word, function in (
-        ("DeepSupervisionWrapper", _losses),
-        ("get_pool_and_conv_props", _topology),
-        ("plans:", _plans),
-        ("sliding-window", _sliding_window),
-        ("lookup tables", _surface_tables),
-        ("HD95", _metrics),
-        ("connected components", _postprocessing),
-        ("ranking", _ranking),
+    # What a case holds says what it is of; the first of its kind's arrays is always there.
+    for name, function in (
+        ("in.logits", _losses),
+        ("in.patch", _topology),
+        ("in.median_shape", _plans),
+        ("out.kfold", _plans),
+        ("in.tile", _sliding_window),
+        ("in.gtile", _sliding_window),
+        ("in.toy_image", _sliding_window),
+        ("out.area", _surface_tables),
+        ("out.contour_length", _surface_tables),
+        ("out.code", _surface_tables),
+        ("in.ref", _metrics),
+        ("in.mask", _postprocessing),
+        ("in.sweep_score", _postprocessing),
+        ("in.scores", _ranking),
     ):
-        if word in model:
+        if any(key.startswith(name) for key in case.arrays):
             return function(case)
-    raise ValueError(f"{case.id}: no model {model!r}")
+    raise ValueError(f"{case.id}: no model {case.model!r}")
 
 
 def _numbered(names, stem: str) -> list[int]:
@@ -58,25 +64,37 @@ def _first(x):
     return np.moveaxis(np.asarray(x), -1, 1)
 
 
-def _number(text: str, default: float) -> float:
-    found = re.search(r"(\d[\d.]*(?:e-?\d+)?)", text or "")
+def _number(text: str | None, before: str, default: float) -> float:
+    """The number that follows `before` in a layer's description."""
+    found = re.search(rf"{before}\D*?(\d[\d.]*(?:e-?\d+)?)", text or "", re.IGNORECASE)
     return float(found[1]) if found else default
+
+
+def _negative_slope(text: str | None) -> float:
+    return _number(text, "leakyrelu", 0.01 if "leaky" in (text or "leaky").lower() else 0.0)
+
+
+def _each_stage(values, stages: int, dims: int | None = None):
+    """One number for all stages, or one a stage, spelled out (and for every axis with `dims`)."""
+    values = [values] * stages if isinstance(values, int) else values
+    return [[v] * dims if dims and isinstance(v, int) else v for v in values]
 
 
 def _network(case) -> dict[str, Any]:
     config = case.config
+    stages, dims = len(config["feats"]), case.inputs["images"].ndim - 2
     arguments = dict(
         input_channels=config["inc"],
         num_classes=config["k"],
         features_per_stage=config["feats"],
-        kernel_sizes=config["ks"],
-        strides=config["st"],
-        n_conv_per_stage=config["n"],
-        n_conv_per_stage_decoder=config["dec"],
+        kernel_sizes=_each_stage(config["ks"], stages, dims),
+        strides=_each_stage(config["st"], stages, dims),
+        n_conv_per_stage=_each_stage(config["n"], stages),
+        n_conv_per_stage_decoder=_each_stage(config["dec"], stages - 1),
         conv_bias=config.get("conv_bias", True),
         deep_supervision=config.get("deep_supervision", True),
-        epsilon=_number(config.get("norm", ""), 1e-5),
-        negative_slope=_number(config.get("nonlin", ""), 0.01),
+        epsilon=_number(config.get("norm"), "eps", 1e-5),
+        negative_slope=_negative_slope(config.get("nonlin")),
     )
     if case.float64:
         arguments |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -236,7 +254,8 @@ def _sliding_window(case) -> dict[str, Any]:
         def toy(tiles):
             return tiles @ weight.T + ramp[..., None] * tiles[..., :1]
 
-        axes = tuple(range(len(tile)))
+        axes = config.get("tta_axes", "all")
+        axes = tuple(range(len(tile))) if isinstance(axes, str) else tuple(axes or ())
         logits, totals = sliding_window.sliding_window(
             jax.jit(sliding_window.mirrored(toy, axes)),
             np.moveaxis(inputs["toy_image"], 0, -1),
@@ -253,7 +272,7 @@ def _sliding_window(case) -> dict[str, Any]:
 
 def _surface_tables(case) -> dict[str, Any]:
     results = {}
-    normals = case.inputs["neighbour_normals"]
+    normals = case.inputs.get("neighbour_normals", surface_distance.NEIGHBOR_NORMALS)
     for i in _numbered(case.inputs, "spacing"):
         spacing = case.inputs[f"spacing{i}"]
         if len(spacing) == 3:
@@ -270,7 +289,7 @@ def _metrics(case) -> dict[str, Any]:
     results = {}
     for i in _numbered(case.inputs, "ref"):
         pair = (case.inputs[f"ref{i}"], case.inputs[f"pred{i}"])
-        spacing = case.inputs[f"spacing{i}"]
+        spacing = case.inputs.get(f"spacing{i}")
         elements = surface_distance.surface_distances(*pair, spacing)
         voxels = surface_distance.voxel_distances(*pair, spacing)
         results |= {
@@ -280,7 +299,7 @@ def _metrics(case) -> dict[str, Any]:
             f"monai_assd_{i}": surface_distance.symmetric_surface_distance(voxels),
         }
         for name in case.wanted:
-            match = re.fullmatch(rf"(dm|monai)_(hd|nsd_)(?:(\d+)_{i}|{i}_tol([\d.]+))", name)
+            match = re.fullmatch(rf"(dm|monai)_(hd|nsd_)(?:([\d.]+)_{i}|{i}_tol([\d.]+))", name)
             if match is None:
                 continue
             found = elements if match[1] == "dm" else voxels
@@ -293,18 +312,19 @@ def _metrics(case) -> dict[str, Any]:
 
 def _postprocessing(case) -> dict[str, Any]:
     results, config = {}, case.config
-    smallest = config["min_size"]
+    smallest = config.get("min_size", 5)
     for i in _numbered(case.inputs, "mask"):
         mask = case.inputs[f"mask{i}"]
         coarse = (2.5, *(0.7,) * (mask.ndim - 1))
-        for name in config["connectivity"]:
-            _, sizes = components.label_components(mask, name)
+        for name, number in config["connectivity"].items():
+            number = "full" if number == "ndim" else number
+            _, sizes = components.label_components(mask, number)
             results |= {
                 f"n_{name}{i}": np.asarray(len(sizes)),
                 f"sizes_sorted_{name}{i}": np.sort(sizes)[::-1],
-                f"largest_{name}{i}": components.largest_component(mask, name),
-                f"ge{smallest}_{name}{i}": components.remove_small(mask, smallest, name),
-                f"filled_{name}{i}": components.fill_holes(mask, name),
+                f"largest_{name}{i}": components.largest_component(mask, number),
+                f"ge{smallest}_{name}{i}": components.remove_small(mask, smallest, number),
+                f"filled_{name}{i}": components.fill_holes(mask, number),
             }
         results |= {
             f"edt{i}": components.distance_transform(mask),

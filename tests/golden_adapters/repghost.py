@@ -25,7 +25,6 @@ CLASSES: dict[str, tuple[str, dict[str, str | None]]] = {
             "mid_chs": "mid",
             "out_chs": "oup",
             "dw_kernel_size": "kernel_size",
-            "se_ratio": "se",
         },
     ),
     "RepGhostNet": ("vision.repghost", {}),
@@ -57,14 +56,16 @@ def run(case) -> dict[str, Any]:
     """Every wanted output of one case, in PyTorch's layouts."""
     if case.model.startswith("cal_flops_params"):
         return _cost_table(case)
-    name, renamed = CLASSES[case.model.split("(")[0]]
+    official = case.model.split("(")[0]
+    # Named constructors are variants of the network.
+    name, renamed = CLASSES.get(official, (f"vision.repghost:{official}", {}))
     arguments = {
         renamed.get(key, key): value
         for key, value in case.config.items()
-        if renamed.get(key, key) is not None
+        if renamed.get(key, key) is not None and value is not None
     }
-    if name.endswith("Bottleneck") and "se" in arguments:
-        arguments["se"] = bool(arguments["se"])
+    if "se_ratio" in arguments:  # a bottleneck's 0 means none
+        arguments["se"] = bool(arguments["se_ratio"])
     if case.meta.get("dtype") == "float64":
         arguments |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
     module, variables = jaxmodels.load(name, case.weights, **arguments)
@@ -132,14 +133,14 @@ def _train_step(module, variables, x, label) -> dict[str, Any]:
 def _cost_table(case) -> dict[str, Any]:
     columns = case.config["columns"]
     macs, parameters = [], []
-    for row in case.inputs["config"]:
+    for row in np.atleast_2d(case.inputs["config"]):
         cell = dict(zip(columns, row.tolist()))
         module = repghost.RepGhostNet(
             width=cell["width"],
-            num_classes=case.config["num_classes"],
-            **{key: bool(cell[key]) for key in COST_COLUMNS},
+            num_classes=case.config.get("num_classes", 1000),
+            **{key: bool(cell[key]) for key in COST_COLUMNS if key in cell},
         )
-        if cell["deployed_by_conversion"] and module.has_fusion:
+        if cell.get("deployed_by_conversion") and module.has_fusion:
             module = module.clone(deploy=True)
         cost = count_cost(module, resolution=int(cell["resolution"]))
         macs.append(cost.macs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -24,7 +25,9 @@ CHEAP = {"xla_backend_optimization_level": 0}
 
 def run(case) -> dict[str, Any]:
     """Every wanted output of the case, in PyTorch's layouts."""
-    return jax.device_get(OPERATIONS[case.model](case))
+    # What stands in parentheses explains the title.
+    named = {title.split(" (")[0]: function for title, function in OPERATIONS.items()}
+    return jax.device_get(named[case.model.split(" (")[0]](case))
 
 
 def _arguments(config) -> dict[str, Any]:
@@ -165,7 +168,8 @@ def run_loss(case):
 
 def run_schedule(case):
     config = case.config
-    peak = config.get("base_lr", 0.12)
+    noted = re.search(r"base lr ([\d.e-]*\d)", case.meta.get("notes", ""))
+    peak = config.get("base_lr", float(noted[1]) if noted else 0.12)
     options = ConfigDict(
         {
             **default_config().schedule,

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels
@@ -14,7 +15,7 @@ from jaxmodels.interop.conversion import to_torch
 
 # Sizes of a case's data, which are no arguments of a network.
 ABOUT_DATA = ("B", "P", "V", "N", "resolution")
-VECTORIZE = ("obs", "dt", "radius", "heading_min_disp", "max_polylines", "max_vectors")
+VECTORIZE = ("obs", "dt", "radius", "heading_min_disp", "max_polylines", "max_vectors", "columns")
 
 
 def run(case) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def network(case, arguments):
         outputs = module.apply(
             {"params": params}, *scene, given.get("node_mask"), method="intermediates"
         )
-        losses = forecast_objective.objective(
-            outputs, given["future_offsets"], given["future_valid"], given.get("node_mask")
-        )
+        future = given.get("future_offsets", jnp.zeros_like(outputs["offsets"]))
+        valid = given.get("future_valid", np.ones(future.shape[:2], np.float32))
+        losses = forecast_objective.objective(outputs, future, valid, given.get("node_mask"))
         return losses.total, (outputs, losses)
 
     (loss, (outputs, losses)), grads = step(variables["params"])
@@ -92,14 +93,24 @@ def losses(case):
     node = (given["node_pred"], given["node_target"])
     return {
         "nll_unit": forecast_objective.gaussian_nll(*trajectory),
-        "nll_scale": forecast_objective.gaussian_nll(*trajectory, given["log_scale"]),
-        "huber_d1": forecast_objective.node_loss(*node, given["node_mask"]),
-        "huber_d05": forecast_objective.node_loss(*node, given["node_mask"], 0.5),
+        "nll_scale": forecast_objective.gaussian_nll(*trajectory, given.get("log_scale")),
+        **{
+            name: forecast_objective.node_loss(*node, given["node_mask"], delta)
+            for name, delta in _deltas(case.wanted)
+        },
         "huber_empty": forecast_objective.node_loss(*node, np.zeros_like(given["node_mask"])),
         "positions": forecast_objective.positions_of(given["offsets"]),
         "smooth_l1_mean": forecast_objective.smooth_l1_mean(*node),
         "mse_mean": forecast_objective.mse_mean(*trajectory[:2]),
     }
+
+
+def _deltas(names):
+    """Huber thresholds of names such as `huber_d1` and `huber_d05` (one half)."""
+    for name in names:
+        digits = name.removeprefix("huber_d")
+        if digits != name:
+            yield name, float(f"{digits[0]}.{digits[1:]}")
 
 
 def metrics(case):
@@ -116,7 +127,7 @@ def metrics(case):
             guesses=int(guesses[1:]),
             horizon=int(horizon[1:]),
             probability=given["prob"] if ranking == "prob" else None,
-            miss_threshold=case.config["miss_threshold"],
+            miss_threshold=case.config.get("miss_threshold", 2.0),
         )
         outputs[key] = found[name]
     return outputs

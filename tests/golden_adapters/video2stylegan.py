@@ -15,6 +15,7 @@ from jaxmodels.interop.conversion import to_torch
 from jaxmodels.video import face_mesh, latent_editing, stylegan2_losses
 from jaxmodels.video import upfirdn as ufd
 from jaxmodels.video.landmarks import decode_heat_maps
+from jaxmodels.video.lpips import LPIPS
 from jaxmodels.video.style_encoders import at_stage
 from jaxmodels.video.stylegan2_layers import modulated_conv2d
 from jaxmodels.video.vit import ViT
@@ -27,7 +28,7 @@ def run(case: GoldenCase) -> dict[str, Any]:
     inputs = case.inputs
     if "rotmats" in case.outputs or "lbs_weights" in inputs:
         return _mesh(case)
-    if "wplus" in inputs and "latents" in inputs:
+    if "n0" in inputs or "latents" in inputs:
         return _editing(case)
     if case.model.startswith("modulated_conv2d"):
         return _modulated(case)
@@ -84,21 +85,31 @@ def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
         names |= {"lr_mlp": "lr_multiplier", "blur_kernel": "resample_filter"}
         arguments = {names.get(k, k): v for k, v in config.items() if k != "channel_multiplier"}
         arguments.setdefault("z_dim", arguments.get("w_dim", 512))
+        arguments |= _channel_base(config)
     else:
         mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         synthesis = dict(config.get("synthesis_kwargs", {}))
-        synthesis.pop("num_fp16_res", None)
-        if synthesis.get("architecture") == "skip":
-            del synthesis["architecture"]
         arguments = {
             **{k: config[k] for k in ("z_dim", "w_dim", "img_resolution") if k in config},
             "img_channels": config.get("img_channels", 3),
             **{mapping.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()},
             **synthesis,
         }
+        # Values that are ours without saying so, or that float32 never sees.
+        for key, fixed in (("architecture", "skip"), ("activation", "lrelu")):
+            if arguments.get(key) == fixed:
+                del arguments[key]
+        for key in ("num_fp16_res", "embed_features", "fused_modconv"):
+            arguments.pop(key, None)
     if "resample_filter" in arguments:
         arguments["resample_filter"] = tuple(arguments["resample_filter"])
     return arguments
+
+
+def _channel_base(config: dict[str, Any]) -> dict[str, Any]:
+    """rosinality's table: 512 maps up to 32 pixels, then multiplier * 16384 / resolution."""
+    multiplier = config.get("channel_multiplier")
+    return {} if multiplier is None else {"channel_base": 16384 * multiplier}
 
 
 def _load_generator(case: GoldenCase):
@@ -110,9 +121,10 @@ def _load_generator(case: GoldenCase):
 
 def _generator(case: GoldenCase) -> dict[str, Any]:
     module, variables = _load_generator(case)
-    z = jnp.asarray(case.inputs["z"])
-    z2 = jnp.asarray(case.inputs.get("z2", case.inputs["z"]))
-    ws = jnp.asarray(case.inputs["ws"])
+    given = case.inputs
+    z = jnp.asarray(given.get("z", np.zeros((1, module.z_dim), np.float32)))
+    z2 = jnp.asarray(given.get("z2", z))
+    ws = jnp.asarray(given.get("ws", np.zeros((1, module.num_latents, module.w_dim), z.dtype)))
     names = [n for n in case.wanted if "psi" in n or "mix" in n]
 
     def apply(variables, *args, method=None, **kwargs):
@@ -151,14 +163,19 @@ def _generator(case: GoldenCase) -> dict[str, Any]:
 def _discriminator(case: GoldenCase) -> dict[str, Any]:
     config = dict(case.config)
     if "img_resolution" not in config:
-        arguments = {"img_resolution": config["size"]}
-        arguments |= {k: config[k] for k in ("channels",) if k in config}
+        names = {"size": "img_resolution", "blur_kernel": "resample_filter"}
+        arguments = {names.get(k, k): v for k, v in config.items() if k != "channel_multiplier"}
+        arguments |= _channel_base(config)
     else:
         arguments = {
             k: config[k]
             for k in ("img_resolution", "img_channels", "channel_base", "channel_max", "conv_clamp")
             if k in config
         } | dict(config.get("epilogue_kwargs", {}))
+        filter_ = config.get("block_kwargs", {}).get("resample_filter")
+        arguments |= {} if filter_ is None else {"resample_filter": filter_}
+    if "resample_filter" in arguments:
+        arguments["resample_filter"] = tuple(arguments["resample_filter"])
     module, variables = jaxmodels.load("video.stylegan2:Discriminator", case.weights, **arguments)
     extra = {k: v for k, v in variables.items() if k != "params"}
     image = _nhwc(case.inputs["img"])
@@ -205,7 +222,9 @@ def _path_length(case: GoldenCase) -> dict[str, Any]:
                 return module.apply({"params": params, **extra}, ws, method="synthesize")
 
             lengths, grad = stylegan2_losses.path_lengths(synthesis, ws, y)
-            values, mean = stylegan2_losses.path_length_penalty(lengths, jnp.float32(0.5))
+            start = jnp.float32(case.config.get("pl_mean", 0.5))
+            decay = case.config.get("pl_decay", 0.01)
+            values, mean = stylegan2_losses.path_length_penalty(lengths, start, decay)
             found = {"grad_ws": grad, "lengths": lengths, "pl_mean_new": mean, "penalty": values}
             return values.mean(), found
 
@@ -227,9 +246,12 @@ def _upfirdn(case: GoldenCase) -> dict[str, Any]:
     @jax.jit
     def compute(images):
         found = {}
-        for name, arguments in case.config.items():
-            arguments = {k: _pair(v) for k, v in arguments.items()}
-            f = case.inputs[f"{name}.f"]
+        for key in images:
+            name = key.removesuffix(".x")
+            if name == "fir4":
+                continue
+            arguments = {k: _pair(v) for k, v in case.config.get(name, {}).items()}
+            f = case.inputs.get(f"{name}.f")
             found[f"{name}.y"] = ufd.upfirdn2d(images[f"{name}.x"], f, **arguments)
         if "fir4.x" in images:
             x, f = images["fir4.x"], ufd.setup_filter(ufd.BINOMIAL)
@@ -242,13 +264,19 @@ def _upfirdn(case: GoldenCase) -> dict[str, Any]:
     return {**found, "fir4.kernel": ufd.setup_filter(ufd.BINOMIAL)}
 
 
+def _noise(noise):
+    """Noise [B, H, W, 1], or one map [H, W] for all samples."""
+    return noise[None, :, :, None] if noise is not None and noise.ndim == 2 else noise
+
+
 def _modulated(case: GoldenCase) -> dict[str, Any]:
     inputs = {k: _nhwc(v) if v.ndim == 4 else v for k, v in case.inputs.items()}
 
     @jax.jit
     def compute(inputs):
         found = {}
-        for name, config in case.config.items():
+        for name in (key.removesuffix(".x") for key in inputs if key.endswith(".x")):
+            config = case.config.get(name, {})
             # [O, I, k, k] went to [O, k, k, I] with the images.
             kernel = jnp.transpose(inputs[f"{name}.weight"], (1, 2, 3, 0))
             arguments = {k: config[k] for k in ("up", "down", "demodulate") if k in config}
@@ -256,7 +284,7 @@ def _modulated(case: GoldenCase) -> dict[str, Any]:
                 inputs[f"{name}.x"],
                 kernel,
                 inputs[f"{name}.styles"],
-                noise=inputs.get(f"{name}.noise"),
+                noise=_noise(inputs.get(f"{name}.noise")),
                 **arguments,
             )
         return found
@@ -295,7 +323,7 @@ def _identity(case: GoldenCase) -> dict[str, Any]:
 
 
 def _lpips(case: GoldenCase) -> dict[str, Any]:
-    config = {k: v for k, v in case.config.items() if k != "version"}
+    config = {k: v for k, v in case.config.items() if k in LPIPS.__dataclass_fields__}
     module, variables = jaxmodels.load("video.lpips", case.weights, **config)
     x, y = _image(case, "x"), _image(case, "y")
 
@@ -336,10 +364,8 @@ def _vit(case: GoldenCase) -> dict[str, Any]:
 def _query_decoder(case: GoldenCase) -> dict[str, Any]:
     config = {k: v for k, v in case.config.items() if k != "layers"}
     module, variables = jaxmodels.load("video.query_decoder", case.weights, **config)
-    arrays = [
-        jnp.swapaxes(jnp.asarray(case.inputs[k]), 0, 1)
-        for k in ("query", "memory_coarse", "memory_medium", "memory_fine")
-    ]
+    names = ("query", "memory_coarse", "memory_medium", "memory_fine", "query_pos")
+    arrays = [jnp.swapaxes(jnp.asarray(case.inputs[k]), 0, 1) for k in names if k in case.inputs]
     found = jax.jit(module.apply)(variables, *arrays)
     return {f"out_{k}": jnp.swapaxes(v, 0, 1) for k, v in found.items()}
 
@@ -354,35 +380,34 @@ def _latent_discriminator(case: GoldenCase) -> dict[str, Any]:
 
 
 def _mesh(case: GoldenCase) -> dict[str, Any]:
-    data = case.inputs
+    data = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "parents"}
+    basis = ("v_template", "shapedirs", "posedirs", "J_regressor", "lbs_weights", "faces")
     model = face_mesh.FaceModel(
-        **{
-            k: jnp.asarray(data[k])
-            for k in ("v_template", "shapedirs", "posedirs", "J_regressor", "lbs_weights", "faces")
-        },
-        lmk_faces_idx=jnp.asarray(data["lmk_faces_idx"]),
-        lmk_bary=jnp.asarray(data["lmk_bary"]),
-        parents=tuple(int(p) for p in data["parents"]),
+        **{k: data.get(k) for k in (*basis, "lmk_faces_idx", "lmk_bary")},
+        parents=tuple(int(p) for p in case.inputs["parents"]),
         shape_size=data["betas"].shape[1],
     )
-    pose, camera = jnp.asarray(data["pose"]), jnp.asarray(data["cam"])
+    sizes = [n.removeprefix("landmarks_px") for n in case.wanted if n.startswith("landmarks_px")]
 
-    def compute(betas, pose, camera):
-        skinned = face_mesh.linear_blend_skinning(model, betas, pose)
-        points = face_mesh.vertices_to_landmarks(
-            skinned.vertices, model.faces, model.lmk_faces_idx, model.lmk_bary
-        )
-        projected = face_mesh.project(points, camera)
-        return {
+    def compute(data):
+        skinned = face_mesh.linear_blend_skinning(model, data["betas"], data["pose"])
+        found = {
             "vertices": skinned.vertices,
             "joints": skinned.joints,
-            "landmarks": points,
-            "landmarks_proj": projected,
-            "landmarks_px224": face_mesh.to_pixels(projected, 224),
-            "rotmats": face_mesh.rodrigues(pose.reshape(-1, 3)),
+            "rotmats": face_mesh.rodrigues(data["pose"].reshape(-1, 3)),
         }
+        if "lmk_bary" in data:
+            found["landmarks"] = face_mesh.vertices_to_landmarks(
+                skinned.vertices, model.faces, model.lmk_faces_idx, model.lmk_bary
+            )
+            if "cam" in data:
+                projected = face_mesh.project(found["landmarks"], data["cam"])
+                found["landmarks_proj"] = projected
+                for size in sizes:
+                    found[f"landmarks_px{size}"] = face_mesh.to_pixels(projected, int(size))
+        return found
 
-    return jax.jit(compute)(jnp.asarray(data["betas"]), pose, camera)
+    return jax.jit(compute)(data)
 
 
 def _editing(case: GoldenCase) -> dict[str, Any]:
@@ -400,8 +425,10 @@ def _editing(case: GoldenCase) -> dict[str, Any]:
                 direction = data[config.pop("direction")]
                 code = data[name.removeprefix("interp_")]
                 found[name] = latent_editing.linear_interpolate(code, direction, **config)
-        found["w_norm"] = latent_editing.latent_norm(data["latents"], data["latent_avg"])
-        found["delta_loss"] = latent_editing.delta_loss(data["latents"])
+        if "latents" in data:
+            codes = data["latents"]
+            found["w_norm"] = latent_editing.latent_norm(codes, data.get("latent_avg"))
+            found["delta_loss"] = latent_editing.delta_loss(codes)
         return found
 
     return compute(case.inputs)

@@ -23,7 +23,9 @@ CHEAP = {"xla_backend_optimization_level": 0}
 
 def run(case) -> dict[str, Any]:
     """Every wanted output of the case, in PyTorch's layouts."""
-    return jax.device_get(OPERATIONS[case.model](case))
+    # What stands in parentheses explains the title.
+    named = {title.split(" (")[0]: function for title, function in OPERATIONS.items()}
+    return jax.device_get(named[case.model.split(" (")[0]](case))
 
 
 def _images(case):
@@ -63,8 +65,9 @@ def run_network(case):
     apply = functools.partial(module.apply, method="intermediates")
     forward = {}
     out = {}
-    for i, genome in enumerate(case.inputs["genes"]):
-        for side in ("left", "right"):
+    for i, genome in enumerate(np.atleast_2d(case.inputs["genes"])):
+        sides = {name.split("_")[1] for name in case.wanted if name.startswith(f"s{i}_")}
+        for side in sides & set(vitas.SIDES):
             choice = vitas.make_choice(module.space, genome, side)
             patch = choice.patch
             if patch not in forward:
@@ -78,12 +81,16 @@ def run_network(case):
             out[f"s{i}_{side}_embed_first3"] = maps["embed"][:, :3, used]
             out[f"s{i}_{side}_last_block_cls"] = maps["blocks"][-1][:, used]
             out[f"s{i}_{side}_norm"] = maps["norm"][:, used]
-    return {name: out[name] for name in case.wanted}
+    return out
 
 
 def _train(case):
     module, variables = _superformer(case)
-    sides = [vitas.make_choice(module.space, case.inputs["genes"], s) for s in ("left", "right")]
+    genome = np.ravel(case.inputs["genes"])
+    both = "sum_logits" in case.wanted
+    sides = [
+        vitas.make_choice(module.space, genome, side) for side in vitas.SIDES[: 2 if both else 1]
+    ]
 
     @functools.partial(jax.jit, compiler_options=CHEAP)
     def step(params):
@@ -96,19 +103,20 @@ def _train(case):
     (loss, logits), gradients = step(variables["params"])
     tensors = export("search.vitas", module, {"params": gradients})
     out = {f"grad.{key}": value for key, value in tensors.items()}
-    out |= {"loss": loss, "sum_logits": logits}
+    out |= {"loss": loss, "sum_logits": logits, "logits": logits}
     out["nonzero_grad_count"] = np.array(sum(bool(np.any(v)) for v in tensors.values()))
-    return {name: out[name] for name in case.wanted}
+    return out
 
 
 def _standalone(case):
     config = case.config["model"]
+    config = {"channel_percent": case.config.get("channel_percent"), **config}
     space = vitas_space.from_official(config)
     genome = vitas_space.official_genome(config)
     module, variables = jaxmodels.load(
         "search.vitas:ViTAS",
         case.weights,
-        drop_path_rate=config["drop_path_rate"],
+        drop_path_rate=config.get("drop_path_rate", 0.0),
         **vitas_nets.standalone_arguments(space, genome),
     )
     apply = functools.partial(module.apply, method="intermediates")
@@ -213,7 +221,10 @@ def run_twins(case):
     config = dict(case.config)
     renamed = {"img_size": "image_size", "wss": "windows", "embed_dims": "dims"}
     renamed |= {"num_heads": "heads", "norm_eps": "epsilon", "num_classes": "classes"}
-    config = {renamed.get(k, k): v for k, v in config.items()}
+    renamed |= {"in_chans": "channels"}
+    # Dropout does nothing here, and None stands for the usual scale.
+    unused = {"drop_rate", "attn_drop_rate", *(k for k in ("qk_scale",) if config.get(k) is None)}
+    config = {renamed.get(k, k): v for k, v in config.items() if k not in unused}
     module, variables = jaxmodels.load("search.twins", case.weights, **config)
     apply = functools.partial(module.apply, method="intermediates")
     maps = jax.jit(apply, compiler_options=CHEAP)(variables, _images(case))

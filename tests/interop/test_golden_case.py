@@ -92,6 +92,8 @@ def test_label_images_are_compared_as_partitions_with_the_background_fixed(make)
     nearly = labels.copy()
     nearly[0] = 3
     assert golden_case.differences(case, {"labels": nearly, "counts": counts + 1}) == []
+    nearly[0] = 4  # a further label, so that there are more counts
+    assert golden_case.differences(case, {"labels": nearly, "counts": np.arange(5)}) == []
 
 
 def test_attacked_images_are_compared_by_the_share_of_pixels(make):

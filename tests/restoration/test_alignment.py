@@ -42,6 +42,17 @@ def test_zero_offsets_are_a_convolution_and_whole_offsets_a_shifted_one():
     np.testing.assert_allclose(got[inside], plain_conv(shifted, kernel)[inside], atol=1e-5)
 
 
+def test_rows_and_columns_may_differ_in_stride_padding_and_dilation():
+    x, kernel = tiny.image(1, 9, 8, 2), tiny.image(3, 2, 2, 3, seed=1)
+    options = dict(stride=(2, 1), padding=(1, 2), dilation=(1, 3))
+    got = modulated_deform_conv2d(x, np.zeros((1, 5, 9, 12), np.float32), None, kernel, **options)
+    wanted = jax.lax.conv_general_dilated(
+        x, kernel, (2, 1), ((1, 1), (2, 2)), rhs_dilation=(1, 3),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
 def test_the_gradient_of_offsets_masks_and_pixels_matches_finite_differences():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

@@ -229,6 +229,48 @@ def test_a_superformers_file_is_no_stand_alone_network(variables):
         jaxmodels.load("search.vitas", single, **ARGUMENTS)
 
 
+def test_width_genes_are_checked_where_they_are_used():
+    # Attention rows 12, 24, 36, 48 and 60; only 36 divides by 3 x 3 heads.
+    space = Space(**{**ARGUMENTS, "attention": 60})
+    genome = np.array([1, 3, 2, 3, 0, 0, 2, 2, 2, 0, 0, 0, 0])
+    choice = vitas.make_choice(space, genome, "left")  # gene 2 serves the only block
+    assert (int(choice.qk[1]), int(choice.v[1])) == (24, 12)
+    with pytest.raises(ValueError, match="block 1: attention width 12 is not divisible by 3 x 3"):
+        vitas.make_choice(space, genome, "left", "corrected")
+    with pytest.raises(ValueError, match="block 1: attention width 12 is not divisible by 3 x 3"):
+        space.check(genome)
+
+
+def test_only_cyclic_sharing_needs_widths_that_differ():
+    space = Space(**{**ARGUMENTS, "percent": (0.78, 0.8, 1.0)})  # 15.6 and 16 of 20 tokens
+    genome = np.array([1, 0, 3, 3, 0, 0, 0, 2, 2, 2, 2, 2, 2])
+    assert int(vitas.make_choice(space, genome, "right").offset) == 4
+    with pytest.raises(ValueError, match="without repetition"):
+        vitas.make_choice(space, genome, "cyclic")
+
+
+def test_official_configurations_may_name_fewer_heads_than_ops():
+    config = {
+        "backbone": {
+            "init_stem": [1, 3, [4, 8], [], 20, [], [], True, ["Patch_init"]],
+            "Block": [2, 20, [1, 2], 90, 20, 24, 20, True, ["Block", "id"]],
+            "FC": [1, 20, [], [], 4, [], [], False, ["FC"]],
+        },
+        "image_size": 16,
+        "heads_share": True,
+        "net_id": "1 9 3 0 0 0 0 0 0 0",
+    }
+    assert vitas_space.from_official(config).heads == (1, 2, 2, 2)
+    assert vitas_space.official_genome(config)[:3].tolist() == [1, 4, 3]
+
+
+def test_a_cut_box_is_that_of_double_precision():
+    from train.data.image_mixing import cut_box
+
+    box, share = cut_box((20, 20), 0.91, 10, 10)  # 20 sqrt(0.09), just below 6
+    assert [int(n) for n in box] == [8, 12, 8, 12] and float(share) == pytest.approx(0.96)
+
+
 def test_twins_has_the_published_number_of_parameters():
     from jaxmodels.interop import catalog
 
@@ -244,6 +286,17 @@ def test_windows_that_do_not_tile_a_map_are_named():
         jax.eval_shape(
             functools.partial(TwinsSVT().init, jax.random.key(0)), jnp.zeros((1, 64, 64, 3))
         )
+
+
+def test_windows_of_single_tokens_become_global_attention():
+    from jaxmodels.search.twins import TwinsSVT
+
+    module = TwinsSVT(
+        dims=(8,), heads=(2,), mlp_ratios=(2,), depths=(1,), windows=(1,), sr_ratios=(2,),
+        classes=3, image_size=(16, 24),
+    )  # fmt: skip
+    names = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
+    assert {"blocks.0.0.attn.q", "blocks.0.0.attn.kv", "blocks.0.0.attn.sr"} <= set(names)
 
 
 TWINS = dict(

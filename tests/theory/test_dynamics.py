@@ -236,3 +236,4 @@ def test_alpha_below_the_start_of_the_flow_gives_the_known_half_rise_time():
     assert closed_form.separability((1.0, 0.9), 2, 1e-2) < 0.8
     null = closed_form.null_mode_flow(np.array([0.0, 50.0]), 1e-2, 2)
     np.testing.assert_allclose(null, [1e-2, 1 / (1 / 1e-2 + 2 * 50.0)])
+    np.testing.assert_array_equal(closed_form.mode_flow([0.0, 50.0], 1e-2, 0.0, 2), null)

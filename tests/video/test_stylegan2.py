@@ -216,6 +216,14 @@ def test_conv_clamp_bounds_every_layer():
     assert jnp.abs(maps["rgb_b4"]).max() <= 0.5
 
 
+def test_conv_clamp_leaves_a_critics_shortcut_alone():
+    block, x = stylegan2.DiscriminatorBlock(4, 5, conv_clamp=1e-6), jnp.ones((1, 8, 8, 4))
+    y, variables = block.init_with_output(jax.random.key(0), x, None)
+    skip = ufd.upfirdn2d(x, ufd.setup_filter(ufd.BINOMIAL), down=2, padding=1)
+    skip = skip @ variables["params"]["skip"]["kernel"][0, 0] / 2 * np.sqrt(0.5)
+    np.testing.assert_allclose(y, skip, atol=1e-5)
+
+
 def test_random_noise_needs_a_key_and_given_maps_replace_the_buffers():
     module, variables = tiny()
     variables = jax.tree.map(jnp.asarray, variables)

@@ -10,7 +10,7 @@ import pytest
 import jaxmodels
 from jaxmodels.cost import count_cost
 from jaxmodels.interop import catalog
-from jaxmodels.video import face_mesh, latent_editing, video_encoder
+from jaxmodels.video import face_mesh, latent_editing, video_encoder, vit
 from jaxmodels.video.face_mesh import MeshCode
 from jaxmodels.video.pose_control import PoseControl, PoseEditor
 from jaxmodels.video.video_encoder import VideoEncoder
@@ -104,6 +104,18 @@ def test_codes_start_at_the_mean_latent_and_scanned_blocks_are_the_same_network(
     np.testing.assert_allclose(
         jax.jit(scanned.apply)(stacked, frames), module.apply(variables, frames), atol=1e-5
     )
+
+
+def test_images_need_be_neither_square_nor_colored():
+    module = vit.ViT(
+        image_size=[8, 12], patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    tokens, variables = module.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 12, 1)))
+    assert tokens.shape == (1, 7, 8)
+    assert variables["params"]["embeddings"]["position_embeddings"].shape == (1, 7, 8)
+    with pytest.raises(ValueError, match=r"\[batch, 8, 12, 1\], got \(1, 12, 8, 1\)"):
+        module.apply(variables, jnp.zeros((1, 12, 8, 1)))
 
 
 def test_published_vit_weights_of_either_spelling_load_into_the_blocks():

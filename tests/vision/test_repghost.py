@@ -268,6 +268,13 @@ def test_folded_network_has_no_concatenation_and_one_depthwise_convolution_a_mod
     assert folded.count("sqrt") == 2 + 32 + strided + 2 * projections
 
 
+def test_the_squeeze_may_have_another_width():
+    shapes = shapes_of(RepGhostBottleneck(8, 16, 8, se=True, se_ratio=0.5))["params"]["se"]
+    assert shapes["conv_reduce"]["kernel"].shape == (1, 1, 16, 8)
+    shapes = shapes_of(RepGhostBottleneck(8, 16, 8, se=True))["params"]["se"]
+    assert shapes["conv_reduce"]["kernel"].shape == (1, 1, 16, 4)
+
+
 def test_gradients_reach_the_fusion_branch():
     module = RepGhostModule(4, 4)
     variables = random_variables(module)

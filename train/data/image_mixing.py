@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def mixup(images: jax.Array, lam: Any) -> jax.Array:
@@ -36,10 +37,15 @@ def cut_box(size: tuple[int, int], lam: Any, row: Any, column: Any) -> tuple[jax
     the clipped box.
     """
     height, width = size
-    ratio = jnp.sqrt(1 - jnp.asarray(lam, jnp.float32))
-    # A float32 product can fall just short of the whole number that doubles reach.
-    h = jnp.floor(height * ratio + 1e-5).astype(jnp.int32)
-    w = jnp.floor(width * ratio + 1e-5).astype(jnp.int32)
+    if isinstance(lam, float | np.floating):
+        # Doubles, whose products fall on either side of a whole number.
+        ratio = np.sqrt(1 - np.float64(lam))
+        h, w = int(height * ratio), int(width * ratio)
+    else:
+        ratio = jnp.sqrt(1 - jnp.asarray(lam, jnp.float32))
+        # A float32 product can fall just short of the whole number that doubles reach.
+        h = jnp.floor(height * ratio + 1e-5).astype(jnp.int32)
+        w = jnp.floor(width * ratio + 1e-5).astype(jnp.int32)
     y0, y1 = jnp.clip(row - h // 2, 0, height), jnp.clip(row + h // 2, 0, height)
     x0, x1 = jnp.clip(column - w // 2, 0, width), jnp.clip(column + w // 2, 0, width)
     inside = (y1 - y0) * (x1 - x0)

@@ -128,7 +128,7 @@ def plan(
         cap_batch=cap_batch,
     )
     voxels = float(np.prod(median)) * len(rows)
-    shape = [int(n) for n in median]
+    shape = [float(n) for n in median]
     found: dict[str, Any] = {}
 
     def add(name, network, own_spacing, own_shape, identifier, **more):
