@@ -12,6 +12,7 @@ import jaxmodels
 from jaxmodels.graphs import coral, review_graph, reviewer_baselines, reviewer_metrics
 from jaxmodels.graphs.graph import make_graph
 from jaxmodels.interop.conversion import to_torch
+from tests.golden_case import adapter_of
 
 # What a case says about its data and not about the network.
 ABOUT_DATA = ("queries", "num_edges", "directed", "edge_weight")
@@ -68,9 +69,7 @@ def rankings(case):
 
 
 def relational_network(case):
-    about_data = (*ABOUT_DATA, "num_nodes")
-    config = {k: v for k, v in case.config.items() if k not in about_data}
-    config["in_features"] = config.pop("in")
+    config = adapter_of("meguide").network_arguments(case)
     module, variables = jaxmodels.load("graphs.gnn", case.weights, **config)
     graph = make_graph(
         case.inputs["edge_index"],

@@ -97,7 +97,8 @@ def arguments_of(config) -> dict[str, Any]:
     arguments = {name: config[name] for name in SAME_NAMES if name in config}
     arguments["embed_dim"] = config["encoder_embed_dim"]
     arguments["activation"] = config.get("activation", "gelu").split()[0]
-    arguments["no_scale_embedding"] = config.get("embed_scale") == 1.0
+    unscaled = config.get("embed_scale") == 1.0
+    arguments["no_scale_embedding"] = config.get("no_scale_embedding", unscaled)
     arguments["pad_id"], arguments["eos_id"] = config["pad"], config["eos"]
     arguments["rel_pos_buckets"] = config.get("build", config).get("rel_pos_buckets", 32)
     return arguments
@@ -117,7 +118,8 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
         case.config["mask_idx"],
         weight("discriminator"),
         weight("inconsistency"),
-        criterion["label_smoothing"],
+        # Pre-training, which names no strategy, is plain cross-entropy whatever that says.
+        criterion["label_smoothing"] if "initialization_strategy" in case.config else 0.0,
         case.config.get("discriminator_sampling_temperature", 1.0),
         case.config["pad"],
     )
@@ -193,9 +195,12 @@ def _generation(case, module, variables, inputs) -> dict[str, Any]:
 
         search = jax.jit(functools.partial(_search, module, **arguments))
         found, scores = search(variables, source)
-        outputs[f"beam{i}.tokens"] = found.tokens[:, :, 1:]
+        # Ours have room for the longest output there may be, the recorded ones for theirs.
+        width = case.outputs[f"beam{i}.tokens"].shape[-1]
+        width = max(width, int(found.lengths.max()))
+        outputs[f"beam{i}.tokens"] = found.tokens[:, :, 1 : 1 + width]
         outputs[f"beam{i}.scores"] = found.scores
-        outputs[f"beam{i}.positional_scores"] = scores
+        outputs[f"beam{i}.positional_scores"] = scores[:, :, :width]
     return outputs
 
 

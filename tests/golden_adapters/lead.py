@@ -77,7 +77,9 @@ def _objective(config: dict[str, Any]) -> lead.LayerDistillation:
         "reweight": "layer_score_reweight",
         "train_teacher": "train_teacher",
     }
-    given = {ours: config[theirs] for ours, theirs in official.items() if theirs in config}
+    given = {
+        ours: config[theirs] for ours, theirs in official.items() if config.get(theirs) is not None
+    }
     return lead.LayerDistillation(own_group=short == "ce", **given)
 
 
@@ -104,6 +106,9 @@ def _loss(case) -> dict[str, Any]:
     objective = _objective(config)
     chosen = [jnp.asarray(config[f"selected_{who}_layers"]) for who in ("student", "teacher")]
     features = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "tea_doc_mask"}
+    mask = case.inputs.get("tea_doc_mask")
+    if mask is None and short == "col":  # every token is real
+        mask = np.ones((len(features["tea_d_hidden"]), features["tea_d_hidden"].shape[2]), bool)
 
     @jax.jit
     def loss_of(features):
@@ -111,9 +116,8 @@ def _loss(case) -> dict[str, Any]:
         if short == "ce":
             teacher = lead.cross_scores(features["tea_layer_scores"], chosen[1])
         elif short == "col":
-            mask = jnp.asarray(case.inputs["tea_doc_mask"])
             teacher = lead.late_scores(
-                features["tea_q_hidden"], features["tea_d_hidden"], mask, chosen[1]
+                features["tea_q_hidden"], features["tea_d_hidden"], jnp.asarray(mask), chosen[1]
             )
         else:
             teacher = lead.dual_scores(
@@ -147,11 +151,11 @@ def _end_to_end(case) -> dict[str, Any]:
             share_weight=config["share_weight"],
             **encoder_arguments(config[who], own),
         )
-        query = _states(module, variables, x["query_ids"], x["query_mask"], "query")
-        document = _states(module, variables, x["doc_ids"], x["doc_mask"], "document")
+        query = _states(module, variables, x["query_ids"], x.get("query_mask"), "query")
+        document = _states(module, variables, x["doc_ids"], x.get("doc_mask"), "document")
         outputs[f"{name}_q_hidden"], outputs[f"{name}_d_hidden"] = query, document
         outputs[f"{name}_q_emb"], outputs[f"{name}_d_emb"] = module.apply(
-            variables, x["query_ids"], x["query_mask"], x["doc_ids"], x["doc_mask"]
+            variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
         )
         chosen = jnp.asarray(config[f"selected_{who}_layers"])
         scores[who] = lead.dual_scores(query, document, chosen, config.get("embedding_scale", 1.0))

@@ -10,10 +10,11 @@ import numpy as np
 import jaxmodels
 from jaxmodels.graphs import guidance, guided_sampler
 from jaxmodels.graphs.graph import make_graph
+from jaxmodels.interop import checkpoint
 
 RENAMED = {"in": "in_features"}
-# What a case says about its data and not about the network.
-ABOUT_DATA = ("num_nodes", "num_edges", "directed", "edge_weight")
+# What a case says about its data, or the file holds (GIN's epsilon), and not about the network.
+ABOUT_DATA = ("num_nodes", "num_edges", "directed", "edge_weight", "eps", "num_layers")
 
 
 def run(case):
@@ -22,12 +23,19 @@ def run(case):
 
 
 def network_arguments(case):
-    """Constructor arguments of the case's network under our names."""
-    return {
+    """Constructor arguments of the case's network under our names; the file tells the depth."""
+    arguments = {
         RENAMED.get(name, name): value
         for name, value in case.config.items()
         if name not in ABOUT_DATA
     }
+    return {**arguments, "num_layers": layers_of(case.weights)}
+
+
+def layers_of(weights):
+    """How many layers `convs.0`, `convs.1`, ... a file holds."""
+    keys = checkpoint.read(weights).tensors
+    return len({key.split(".")[1] for key in keys if key.startswith("convs.")})
 
 
 def run_network(case):
