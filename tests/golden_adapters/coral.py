@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -60,7 +61,8 @@ def rankings(case):
             for r in config["history"]
         ]
     )
-    outputs = {"first_rank": ranks, **reviewer_metrics.ranking_metrics(ranks)}
+    top = [int(name[3:]) for name in case.wanted if re.fullmatch(r"top\d+", name)]
+    outputs = {"first_rank": ranks, **reviewer_metrics.ranking_metrics(ranks, top)}
     for q, query in enumerate(config["queries"]):
         outputs[f"rule_ranking.{q}"] = model.rank(query["author"], query["files"])
         scores = model.scores(query["author"], query["files"])

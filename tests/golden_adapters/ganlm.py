@@ -101,7 +101,15 @@ def arguments_of(config) -> dict[str, Any]:
     arguments["no_scale_embedding"] = config.get("no_scale_embedding", unscaled)
     arguments["pad_id"], arguments["eos_id"] = config["pad"], config["eos"]
     arguments["rel_pos_buckets"] = config.get("build", config).get("rel_pos_buckets", 32)
+    if _pretrains(config):
+        arguments["initialization_strategy"] = "pretraining"
     return arguments
+
+
+def _pretrains(config) -> bool:
+    """Pre-training's cases name that task, or neither a task nor a strategy."""
+    given = config.get("task") or config.get("initialization_strategy", "pretraining")
+    return given == "pretraining"
 
 
 def _passes(case, module, variables, inputs) -> dict[str, Any]:
@@ -110,16 +118,16 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
     def weight(name):
         return LossWeight(
             criterion[f"{name}_weight"],
-            criterion[f"{name}_warmup_steps"],
-            criterion[f"{name}_start_warmup_steps"],
+            criterion.get(f"{name}_warmup_steps", -1),
+            criterion.get(f"{name}_start_warmup_steps", 0),
         )
 
     objective = Objective(
         case.config["mask_idx"],
         weight("discriminator"),
         weight("inconsistency"),
-        # Pre-training, which names no strategy, is plain cross-entropy whatever that says.
-        criterion["label_smoothing"] if "initialization_strategy" in case.config else 0.0,
+        # Pre-training is plain cross-entropy whatever that says.
+        0.0 if _pretrains(case.config) else criterion.get("label_smoothing", 0.0),
         case.config.get("discriminator_sampling_temperature", 1.0),
         case.config["pad"],
     )
@@ -134,7 +142,7 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
             inputs["prev_output_tokens"],
             targets,
             objective,
-            update=case.config["update_num"],
+            update=case.config.get("update_num", 0),
             draws=draws,
         )
         return loss_per_token(total, outputs), outputs

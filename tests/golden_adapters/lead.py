@@ -13,7 +13,7 @@ from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import lead
 from tests.golden_adapters.dense_retrieval_common import encoder_arguments
 from train.data.candidates import CandidateRows, choose_candidates
-from train.data.wordpiece import WordPiece
+from train.data.wordpiece import WordPiece, cross_row
 
 # Official short name -> (our kind, name of the teacher's own loss).
 TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
@@ -44,7 +44,8 @@ def _batch(case) -> dict[str, Any]:
         )
     documents = [document for group in groups for document in group]
     # The official rows are padded to the longest of the batch, ours to one length for all batches.
-    longest = case.outputs["ce_ids"].shape[-1]
+    pairs = [(q, d) for q, own in zip(queries, groups) for d in own]
+    longest = max(len(cross_row(q, d)) for q, d in pairs)
     ids = {
         "query": rows.queries(queries),
         "doc": rows.documents(documents),

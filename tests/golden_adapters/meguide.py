@@ -63,13 +63,11 @@ def run_metrics(case):
         "node_scores": scores,
         "label_smoothness": guidance.label_smoothness(graph, y),
     }
-    curves = {
-        "label_full": {"labels": y},
-        "label_masked": {"labels": y, "mask": inputs["label_mask"]},
-        "feature": {"features": x},
-    }
+    curves = {"label_full": {"labels": y}, "feature": {"features": x}}
+    if "label_mask" in inputs:
+        curves["label_masked"] = {"labels": y, "mask": inputs["label_mask"]}
     for name, similarity in curves.items():
-        for suffix, tau in (("", 0.0), ("_tau", config["tau"])):
+        for suffix, tau in (("", 0.0), ("_tau", config.get("tau", 0.0))):
             found = guidance.connection_failure_distance(
                 graph, **similarity, k_max=config["k_max"], tau=tau
             )
@@ -78,7 +76,7 @@ def run_metrics(case):
     guided = guidance.subgraph_size(graph, int(out["cfd_label_full"]), limits=None)
     out |= {"hop_cap": np.int64(guided.hop_cap), "subgraph_size": np.int64(guided.size)}
     out["ball_size"] = guided.ball_sizes.astype(np.int64)
-    for i, sample in enumerate(config["samples"]):
+    for i, sample in enumerate(config.get("samples", ())):
         nodes, steps = _sampled(graph.graph, scores, inputs["gumbel"], sample)
         inside = guided_sampler.induced_edges(edges, nodes, config["num_nodes"])
         out[f"sample{i}.nodes"], out[f"sample{i}.steps"] = nodes, steps
