@@ -301,6 +301,7 @@ class RGCNConv(nn.Module):
         if blocks:
             parts = x.reshape(*x.shape[:-1], blocks, shape[2])
             table = jnp.einsum("...nbi,rbio->...rnbo", parts, weight)
+            table = table.reshape(*table.shape[:-2], self.features)
         elif bases:
             comp = self.param("comp", glorot, (relations, bases), self.param_dtype)
             # N x bases products instead of N x relations, then the cheap combination.

@@ -204,7 +204,8 @@ def three_passes(
     Returns: (loss, outputs). The loss is a sum in nats over the batch; `loss_per_token` gives
       it the gradient's scale. `outputs` has every
       logit, token and loss by name; `logged_*` are the configured weights times the extra losses,
-      as the official log prints them, whatever the schedule says. Counts are float32.
+      as the official log prints them, whatever the schedule says. Counts are float32. While a
+      schedule's weight is 0 its loss is off, as in the original: that loss and its counts are 0.
     """
     drop_rng, draw_rng = (None, None) if rng is None else jax.random.split(rng)
     logits, verdicts, denoised, outputs = module.apply(
@@ -233,14 +234,16 @@ def three_passes(
     generation = generator_loss(logits)
     denoising = jnp.zeros(()) if denoised is None else generator_loss(denoised)
     weights = objective.discriminator(update), objective.denoising(update)
+    detects, denoises = (w > 0 for w in weights)
+    detection = jnp.where(detects, detection, 0)
+    denoising = jnp.where(denoises, denoising, 0)
     loss = generation + weights[0] * detection + weights[1] * denoising
 
     gold = outputs["verdicts"]
     wrong = outputs["misjudged"]
-    none = denoised is None
 
-    def count(positions):
-        return positions.sum().astype(jnp.float32)
+    def count(positions, when):
+        return jnp.where(when, positions.sum(), 0).astype(jnp.float32)
 
     outputs |= {
         "masked": masked,
@@ -255,12 +258,12 @@ def three_passes(
         "denoising_weight": weights[1],
         "tokens": tokens,
         "words": words,
-        "true_positive": count(masked & same & gold),
-        "false_negative": count(masked & same & ~gold),
-        "true_negative": count(masked & ~same & ~gold),
-        "false_positive": count(masked & ~same & gold),
-        "accepted": jnp.zeros(()) if none else count(wrong.accepted),
-        "rejected": jnp.zeros(()) if none else count(wrong.rejected),
+        "true_positive": count(masked & same & gold, detects),
+        "false_negative": count(masked & same & ~gold, detects),
+        "true_negative": count(masked & ~same & ~gold, detects),
+        "false_positive": count(masked & ~same & gold, detects),
+        "accepted": count(wrong.accepted, denoises),
+        "rejected": count(wrong.rejected, denoises),
     }
     outputs["misjudged_count"] = outputs["accepted"] + outputs["rejected"]
     return loss, outputs

@@ -71,8 +71,7 @@ def _face_attacks(case) -> dict[str, Any]:
     out = {"feat_x": embed(x), "feat_y": embed(y)}
     for name in case.wanted:
         if name.startswith("ti_kernel"):
-            length, sigmas = map(int, name.split("_")[2:])
-            out[name] = gaussian_kernel(length, sigmas)
+            out[name] = gaussian_kernel(*_ti_kernel(case))
         goal, *rest = name.split("_")
         if goal not in ("impersonate", "dodging"):
             continue
@@ -90,6 +89,8 @@ def _face_attacks(case) -> dict[str, Any]:
             momentum=config["mu"],
             high=config["pixel_range"][1],
         )
+        if rest[1] == "TIM":
+            options |= dict(zip(("kernel_size", "sigmas"), _ti_kernel(case)))
         one = jax.jit(
             lambda x, t, options=options: attacks.face_attack(
                 jax.random.key(0), embed, x, t, **options
@@ -97,6 +98,12 @@ def _face_attacks(case) -> dict[str, Any]:
         )
         out[name] = _nchw(one(start, target))
     return jax.device_get(out)
+
+
+def _ti_kernel(case) -> tuple[int, ...]:
+    """Length and standard deviations of the kernel that the case records, RobFR's otherwise."""
+    found = [name for name in case.wanted if name.startswith("ti_kernel")]
+    return tuple(map(int, found[0].split("_")[2:])) if found else (7, 3)
 
 
 def _margins(case) -> dict[str, Any]:

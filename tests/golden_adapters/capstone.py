@@ -101,9 +101,10 @@ def _batch(case):
         ]
         positive.append(len(rows))
         rows += documents
-        joined = [cross_row(query, d, last=True) for d in documents]
-        cross.append(padded(joined, query_length + length - 1))
-    query_ids, doc_ids, cross = padded(queries, query_length), padded(rows, length), np.stack(cross)
+        cross += [cross_row(query, d, last=True) for d in documents]
+    # The official rows are padded to the longest of the batch, ours to one length for all batches.
+    query_ids, doc_ids, cross = (padded(r, max(map(len, r))) for r in (queries, rows, cross))
+    cross = cross.reshape(len(queries), -1, cross.shape[-1])
     return {
         "query_ids": query_ids,
         "query_mask": (query_ids != 0).astype(np.int64),

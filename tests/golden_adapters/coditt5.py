@@ -41,10 +41,8 @@ def run(case) -> dict[str, Any]:
 def _t5(case) -> dict[str, Any]:
     arguments = {k: v for k, v in case.config.items() if k not in NOT_ARGUMENTS}
     module, variables = jaxmodels.load("language.t5", case.weights, **arguments)
-    ids, mask, labels = (
-        jnp.asarray(case.inputs[name], jnp.int32)
-        for name in ("input_ids", "attention_mask", "labels")
-    )
+    ids, labels = (jnp.asarray(case.inputs[k], jnp.int32) for k in ("input_ids", "labels"))
+    mask = jnp.asarray(case.inputs.get("attention_mask", np.ones(ids.shape)), jnp.int32)
     start, pad = arguments["decoder_start_token_id"], arguments["pad_token_id"]
     decoder_ids = t5.shift_right(labels, start, pad)
     outputs = jax.jit(functools.partial(module.apply, method="intermediates"))(
@@ -58,7 +56,7 @@ def _t5(case) -> dict[str, Any]:
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(variables["params"])
     buckets = functools.partial(
         relative_buckets,
-        jnp.asarray(case.inputs["rel"]),
+        jnp.asarray(case.inputs.get("rel", np.zeros(0, int))),
         buckets=arguments["relative_attention_num_buckets"],
         max_distance=arguments["relative_attention_max_distance"],
     )
@@ -73,7 +71,7 @@ def _t5(case) -> dict[str, Any]:
     }
     rules = t5.TORCH_RULES(module)
     outputs |= {f"grad.{k}": v for k, v in to_torch({"params": grads}, rules).items()}
-    for n, settings in enumerate(case.config["generate"]):
+    for n, settings in enumerate(case.config.get("generate", ())):
         outputs |= _generated(f"gen{n}", module, variables, ids, mask, settings)
     return outputs
 

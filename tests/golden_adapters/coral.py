@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jaxmodels
 from jaxmodels.graphs import coral, review_graph, reviewer_baselines, reviewer_metrics
 from jaxmodels.graphs.graph import make_graph
 from jaxmodels.interop.conversion import to_torch
+from tests.golden_case import adapter_of
 
 # What a case says about its data and not about the network.
 ABOUT_DATA = ("queries", "num_edges", "directed", "edge_weight")
@@ -59,7 +61,8 @@ def rankings(case):
             for r in config["history"]
         ]
     )
-    outputs = {"first_rank": ranks, **reviewer_metrics.ranking_metrics(ranks)}
+    top = [int(name[3:]) for name in case.wanted if re.fullmatch(r"top\d+", name)]
+    outputs = {"first_rank": ranks, **reviewer_metrics.ranking_metrics(ranks, top)}
     for q, query in enumerate(config["queries"]):
         outputs[f"rule_ranking.{q}"] = model.rank(query["author"], query["files"])
         scores = model.scores(query["author"], query["files"])
@@ -68,9 +71,7 @@ def rankings(case):
 
 
 def relational_network(case):
-    about_data = (*ABOUT_DATA, "num_nodes")
-    config = {k: v for k, v in case.config.items() if k not in about_data}
-    config["in_features"] = config.pop("in")
+    config = adapter_of("meguide").network_arguments(case)
     module, variables = jaxmodels.load("graphs.gnn", case.weights, **config)
     graph = make_graph(
         case.inputs["edge_index"],

@@ -17,6 +17,7 @@ from jaxmodels.retrieval import losses, metrics
 
 MODELS = {
     "HFBertEncoder": "language.bert",
+    "HFDistilBertEncoder": "language.bert",
     "BiBertEncoder": "retrieval.dual_encoder",
     "Reranker": "retrieval.cross_encoder",
 }
@@ -156,9 +157,10 @@ def _metrics(case) -> dict[str, Any]:
             ours, level = f"mrr@{found[1]}", int(found[2])
             every = metrics.evaluate(run_, judgments, [ours], relevance_level=level)
             outputs[name] = np.array([every.per_query[q][ours] for q in queries])
-    rank = np.full_like(case.outputs["trec_rank"], -1)
-    for q, query in enumerate(queries):
-        order = [rows[d] for d in metrics.ranking(run_[query])]
-        rank[q, : len(order)] = order
-    outputs["trec_rank"] = rank
+    if "trec_rank" in case.outputs:
+        rank = np.full_like(case.outputs["trec_rank"], -1)
+        for q, query in enumerate(queries):
+            order = [rows[d] for d in metrics.ranking(run_[query])]
+            rank[q, : len(order)] = order
+        outputs["trec_rank"] = rank
     return outputs

@@ -97,10 +97,19 @@ def arguments_of(config) -> dict[str, Any]:
     arguments = {name: config[name] for name in SAME_NAMES if name in config}
     arguments["embed_dim"] = config["encoder_embed_dim"]
     arguments["activation"] = config.get("activation", "gelu").split()[0]
-    arguments["no_scale_embedding"] = config.get("embed_scale") == 1.0
+    unscaled = config.get("embed_scale") == 1.0
+    arguments["no_scale_embedding"] = config.get("no_scale_embedding", unscaled)
     arguments["pad_id"], arguments["eos_id"] = config["pad"], config["eos"]
     arguments["rel_pos_buckets"] = config.get("build", config).get("rel_pos_buckets", 32)
+    if _pretrains(config):
+        arguments["initialization_strategy"] = "pretraining"
     return arguments
+
+
+def _pretrains(config) -> bool:
+    """Pre-training's cases name that task, or neither a task nor a strategy."""
+    given = config.get("task") or config.get("initialization_strategy", "pretraining")
+    return given == "pretraining"
 
 
 def _passes(case, module, variables, inputs) -> dict[str, Any]:
@@ -109,15 +118,16 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
     def weight(name):
         return LossWeight(
             criterion[f"{name}_weight"],
-            criterion[f"{name}_warmup_steps"],
-            criterion[f"{name}_start_warmup_steps"],
+            criterion.get(f"{name}_warmup_steps", -1),
+            criterion.get(f"{name}_start_warmup_steps", 0),
         )
 
     objective = Objective(
         case.config["mask_idx"],
         weight("discriminator"),
         weight("inconsistency"),
-        criterion["label_smoothing"],
+        # Pre-training is plain cross-entropy whatever that says.
+        0.0 if _pretrains(case.config) else criterion.get("label_smoothing", 0.0),
         case.config.get("discriminator_sampling_temperature", 1.0),
         case.config["pad"],
     )
@@ -132,7 +142,7 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
             inputs["prev_output_tokens"],
             targets,
             objective,
-            update=case.config["update_num"],
+            update=case.config.get("update_num", 0),
             draws=draws,
         )
         return loss_per_token(total, outputs), outputs
@@ -193,9 +203,12 @@ def _generation(case, module, variables, inputs) -> dict[str, Any]:
 
         search = jax.jit(functools.partial(_search, module, **arguments))
         found, scores = search(variables, source)
-        outputs[f"beam{i}.tokens"] = found.tokens[:, :, 1:]
+        # Ours have room for the longest output there may be, the recorded ones for theirs.
+        width = case.outputs[f"beam{i}.tokens"].shape[-1]
+        width = max(width, int(found.lengths.max()))
+        outputs[f"beam{i}.tokens"] = found.tokens[:, :, 1 : 1 + width]
         outputs[f"beam{i}.scores"] = found.scores
-        outputs[f"beam{i}.positional_scores"] = scores
+        outputs[f"beam{i}.positional_scores"] = scores[:, :, :width]
     return outputs
 
 

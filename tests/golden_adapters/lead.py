@@ -13,7 +13,7 @@ from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import lead
 from tests.golden_adapters.dense_retrieval_common import encoder_arguments
 from train.data.candidates import CandidateRows, choose_candidates
-from train.data.wordpiece import WordPiece
+from train.data.wordpiece import WordPiece, cross_row
 
 # Official short name -> (our kind, name of the teacher's own loss).
 TEACHERS = {"de": "loss_dual", "col": "loss_col", "ce": "loss_ce"}
@@ -44,7 +44,8 @@ def _batch(case) -> dict[str, Any]:
         )
     documents = [document for group in groups for document in group]
     # The official rows are padded to the longest of the batch, ours to one length for all batches.
-    longest = case.outputs["ce_ids"].shape[-1]
+    pairs = [(q, d) for q, own in zip(queries, groups) for d in own]
+    longest = max(len(cross_row(q, d)) for q, d in pairs)
     ids = {
         "query": rows.queries(queries),
         "doc": rows.documents(documents),
@@ -77,7 +78,9 @@ def _objective(config: dict[str, Any]) -> lead.LayerDistillation:
         "reweight": "layer_score_reweight",
         "train_teacher": "train_teacher",
     }
-    given = {ours: config[theirs] for ours, theirs in official.items() if theirs in config}
+    given = {
+        ours: config[theirs] for ours, theirs in official.items() if config.get(theirs) is not None
+    }
     return lead.LayerDistillation(own_group=short == "ce", **given)
 
 
@@ -104,6 +107,9 @@ def _loss(case) -> dict[str, Any]:
     objective = _objective(config)
     chosen = [jnp.asarray(config[f"selected_{who}_layers"]) for who in ("student", "teacher")]
     features = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "tea_doc_mask"}
+    mask = case.inputs.get("tea_doc_mask")
+    if mask is None and short == "col":  # every token is real
+        mask = np.ones((len(features["tea_d_hidden"]), features["tea_d_hidden"].shape[2]), bool)
 
     @jax.jit
     def loss_of(features):
@@ -111,9 +117,8 @@ def _loss(case) -> dict[str, Any]:
         if short == "ce":
             teacher = lead.cross_scores(features["tea_layer_scores"], chosen[1])
         elif short == "col":
-            mask = jnp.asarray(case.inputs["tea_doc_mask"])
             teacher = lead.late_scores(
-                features["tea_q_hidden"], features["tea_d_hidden"], mask, chosen[1]
+                features["tea_q_hidden"], features["tea_d_hidden"], jnp.asarray(mask), chosen[1]
             )
         else:
             teacher = lead.dual_scores(
@@ -147,11 +152,11 @@ def _end_to_end(case) -> dict[str, Any]:
             share_weight=config["share_weight"],
             **encoder_arguments(config[who], own),
         )
-        query = _states(module, variables, x["query_ids"], x["query_mask"], "query")
-        document = _states(module, variables, x["doc_ids"], x["doc_mask"], "document")
+        query = _states(module, variables, x["query_ids"], x.get("query_mask"), "query")
+        document = _states(module, variables, x["doc_ids"], x.get("doc_mask"), "document")
         outputs[f"{name}_q_hidden"], outputs[f"{name}_d_hidden"] = query, document
         outputs[f"{name}_q_emb"], outputs[f"{name}_d_emb"] = module.apply(
-            variables, x["query_ids"], x["query_mask"], x["doc_ids"], x["doc_mask"]
+            variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
         )
         chosen = jnp.asarray(config[f"selected_{who}_layers"])
         scores[who] = lead.dual_scores(query, document, chosen, config.get("embedding_scale", 1.0))

@@ -10,10 +10,11 @@ import numpy as np
 import jaxmodels
 from jaxmodels.graphs import guidance, guided_sampler
 from jaxmodels.graphs.graph import make_graph
+from jaxmodels.interop import checkpoint
 
 RENAMED = {"in": "in_features"}
-# What a case says about its data and not about the network.
-ABOUT_DATA = ("num_nodes", "num_edges", "directed", "edge_weight")
+# What a case says about its data, or the file holds (GIN's epsilon), and not about the network.
+ABOUT_DATA = ("num_nodes", "num_edges", "directed", "edge_weight", "eps", "num_layers")
 
 
 def run(case):
@@ -22,12 +23,19 @@ def run(case):
 
 
 def network_arguments(case):
-    """Constructor arguments of the case's network under our names."""
-    return {
+    """Constructor arguments of the case's network under our names; the file tells the depth."""
+    arguments = {
         RENAMED.get(name, name): value
         for name, value in case.config.items()
         if name not in ABOUT_DATA
     }
+    return {**arguments, "num_layers": layers_of(case.weights)}
+
+
+def layers_of(weights):
+    """How many layers `convs.0`, `convs.1`, ... a file holds."""
+    keys = checkpoint.read(weights).tensors
+    return len({key.split(".")[1] for key in keys if key.startswith("convs.")})
 
 
 def run_network(case):
@@ -55,13 +63,11 @@ def run_metrics(case):
         "node_scores": scores,
         "label_smoothness": guidance.label_smoothness(graph, y),
     }
-    curves = {
-        "label_full": {"labels": y},
-        "label_masked": {"labels": y, "mask": inputs["label_mask"]},
-        "feature": {"features": x},
-    }
+    curves = {"label_full": {"labels": y}, "feature": {"features": x}}
+    if "label_mask" in inputs:
+        curves["label_masked"] = {"labels": y, "mask": inputs["label_mask"]}
     for name, similarity in curves.items():
-        for suffix, tau in (("", 0.0), ("_tau", config["tau"])):
+        for suffix, tau in (("", 0.0), ("_tau", config.get("tau", 0.0))):
             found = guidance.connection_failure_distance(
                 graph, **similarity, k_max=config["k_max"], tau=tau
             )
@@ -70,7 +76,7 @@ def run_metrics(case):
     guided = guidance.subgraph_size(graph, int(out["cfd_label_full"]), limits=None)
     out |= {"hop_cap": np.int64(guided.hop_cap), "subgraph_size": np.int64(guided.size)}
     out["ball_size"] = guided.ball_sizes.astype(np.int64)
-    for i, sample in enumerate(config["samples"]):
+    for i, sample in enumerate(config.get("samples", ())):
         nodes, steps = _sampled(graph.graph, scores, inputs["gumbel"], sample)
         inside = guided_sampler.induced_edges(edges, nodes, config["num_nodes"])
         out[f"sample{i}.nodes"], out[f"sample{i}.steps"] = nodes, steps

@@ -91,7 +91,8 @@ def _train_step(case, module, variables, x) -> dict[str, Any]:
 
 
 def _measures(case) -> dict[str, Any]:
-    options = {"eps": case.config["eps"], "alpha0_range": tuple(case.config["alpha0_clip"])}
+    names = {"eps": "eps", "alpha0_range": "alpha0_clip"}
+    options = {k: _hashable(case.config[v]) for k, v in names.items() if v in case.config}
     with jax.enable_x64(True):
         out = _fitted(case.inputs["probs"], from_logits=False, **options)
         for name, value in uncertainty.measures(case.inputs["alpha"]).items():

@@ -17,6 +17,7 @@ from jaxmodels.graphs.graph import (
     symmetrize,
     with_tables,
 )
+from jaxmodels.graphs.layers import RGCNConv
 from jaxmodels.graphs.sharded import apply_sharded, shard_graph, shard_rows, unshard_rows
 
 N, F = 23, 5
@@ -357,3 +358,21 @@ def test_official_checkpoints_come_back_byte_for_byte():
         assert set(exported) == set(given)
         for key, array in given.items():
             assert exported[key].tobytes() == np.asarray(array).tobytes(), key
+
+
+def test_blocks_are_the_diagonal_of_full_relation_weights():
+    rng = np.random.default_rng(4)
+    edges, types = rng.integers(0, 7, (2, 20)), rng.integers(0, 3, 20)
+    graph = make_graph(edges, 7, edge_type=types)
+    x = jnp.asarray(rng.normal(size=(7, 6)), jnp.float32)
+    blocks = rng.normal(size=(3, 2, 3, 4)).astype(np.float32)
+    full = np.zeros((3, 6, 8), np.float32)
+    for r, b in np.ndindex(3, 2):
+        full[r, 3 * b : 3 * b + 3, 4 * b : 4 * b + 4] = blocks[r, b]
+    given = dict(root_weight=False, bias=False)
+    small, large = RGCNConv(6, 8, 3, num_blocks=2, **given), RGCNConv(6, 8, 3, **given)
+    got, want = (
+        module.apply({"params": {"weight": weight}}, x, graph)
+        for module, weight in ((small, blocks), (large, full))
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from jaxmodels.retrieval.lead import LayerDistillation
 from tests import golden_case
 from tests.test_golden import test_golden as check
 
@@ -20,11 +21,13 @@ def variant(tmp_path):
         with np.load(source / "io.npz") as stored:
             arrays = dict(stored)
         change(meta, arrays)
-        (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        np.savez(tmp_path / "io.npz", **arrays)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        np.savez(folder / "io.npz", **arrays)
         if (source / "weights.safetensors").exists():
-            (tmp_path / "weights.safetensors").symlink_to(source / "weights.safetensors")
-        return golden_case.GoldenCase(tmp_path, identity)
+            (folder / "weights.safetensors").symlink_to(source / "weights.safetensors")
+        return golden_case.GoldenCase(folder, identity)
 
     return make
 
@@ -120,3 +123,50 @@ LESS = {
 @pytest.mark.parametrize("identity", LESS)
 def test_a_case_may_hold_less_or_other_values(variant, identity):
     check(variant(identity, LESS[identity]))
+
+
+def test_capstones_rows_end_with_the_longest_of_the_batch(variant):
+    def longer(meta, arrays):
+        meta["config"] |= {"max_query_length": 40, "max_seq_length": 200}
+
+    found = golden_case.adapter_of("capstone").run(variant("capstone/batch_append_sep", longer))
+    for name in ("query_ids", "doc_ids", "ce_ids"):
+        lengths = (found[name] != 0).sum(-1)
+        assert lengths.max() == found[name].shape[-1] < 60
+
+
+def test_leads_coefficients_may_be_none_and_a_mask_may_be_missing(variant):
+    adapter = golden_case.adapter_of("lead")
+    assert adapter._objective({"teacher": "de", "distill_para_db": None}) == LayerDistillation()
+
+    def real(meta, arrays):
+        arrays["in.tea_doc_mask"] = np.ones_like(arrays["in.tea_doc_mask"])
+
+    def none(meta, arrays):
+        drop(arrays, "in.tea_doc_mask")
+
+    whole, missing = (
+        adapter.run(variant("lead/loss_col_teacher_masked", change)) for change in (real, none)
+    )
+    np.testing.assert_array_equal(whole["loss"], missing["loss"])
+
+
+def test_a_graph_networks_depth_is_that_of_its_file(variant):
+    case = variant("meguide/gcn_undirected", lambda meta, arrays: None)
+    arguments = golden_case.adapter_of("meguide").network_arguments(case)
+    assert arguments["num_layers"] == 2 and "num_nodes" not in arguments
+
+
+def test_recorded_beams_may_be_as_narrow_as_their_longest(variant):
+    def shortest(meta, arrays):
+        """The last sentence alone, whose hypotheses are short."""
+        meta["config"]["beams"] = meta["config"]["beams"][:1]
+        drop(arrays, r"^(?!in\.|out\.beam0)")
+        for name in arrays:
+            arrays[name] = arrays[name][2:]
+        width = int((arrays["out.beam0.tokens"] != 1).sum(-1).max())
+        assert width < arrays["out.beam0.tokens"].shape[-1]
+        for name in ("out.beam0.tokens", "out.beam0.positional_scores"):
+            arrays[name] = arrays[name][..., :width]
+
+    check(variant("ganlm/finetune_generation", shortest))

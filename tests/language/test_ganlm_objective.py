@@ -167,6 +167,27 @@ def test_weights_start_rise_and_stay():
     np.testing.assert_allclose(LossWeight(3.0)(np.array([0, 5])), [3, 3])
 
 
+def test_while_a_weight_is_zero_its_loss_and_its_counts_are(batch):
+    later = dataclasses.replace(
+        OBJECTIVE, discriminator=LossWeight(10.0, -1, 5), denoising=LossWeight(1.0, 3, 5)
+    )
+    detected = ("true_positive", "false_negative", "true_negative", "false_positive")
+    module, variables = model()
+
+    @jax.jit
+    def at_update(update):
+        key = jax.random.key(0)
+        return three_passes(module, variables["params"], *batch, later, update=update, rng=key)[1]
+
+    before, at, after = map(at_update, (4, 5, 6))
+    np.testing.assert_array_equal(before["loss"], before["generator_loss"])
+    for outputs in (before, at):
+        assert not any(outputs[k] for k in ("logged_denoising_loss", "accepted", "rejected"))
+    assert not before["logged_discriminator_loss"] and not any(before[k] for k in detected)
+    assert at["discriminator_loss"] > 0 and sum(at[k] for k in detected) == at["words"]
+    assert after["denoising_loss"] > 0 and after["misjudged_count"] > 0
+
+
 def test_smoothing_moves_mass_to_all_words():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 5)), jnp.float32)
     log_p = np.asarray(jax.nn.log_softmax(logits))[0]

@@ -119,6 +119,9 @@ def test_the_schedule_of_the_extra_losses_follows_the_update(corpus, tmp_path): 
     assert main([*words, f"--workdir={tmp_path}"]) == 0
     weights = [row["discriminator_weight"] for row in rows_of(tmp_path)]
     np.testing.assert_allclose(weights, [0, np.mean([0, 1, 2, 3, 4])], atol=1e-6)
+    # Evaluation knows no schedule: it measures every loss.
+    measured = rows_of(tmp_path, "eval")[-1]
+    assert measured["discriminator_loss"] > 0 and measured["denoising_loss"] > 0
 
 
 def gradient_step(config, devices):

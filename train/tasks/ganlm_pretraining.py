@@ -54,7 +54,10 @@ class GanlmPretraining:
         """Losses in bits a target, rates over words; padding rows hold no target."""
         pad = self.objective.pad_id
         targets = jnp.where(batch["mask"][:, None] > 0, batch["targets"], pad)
-        measured = dataclasses.replace(self.objective, denoising=LossWeight(1.0))
+        # Whatever the schedules say of the losses' weights, all three are measured.
+        measured = dataclasses.replace(
+            self.objective, discriminator=LossWeight(1.0), denoising=LossWeight(1.0)
+        )
         _, outputs = three_passes(
             self.model,
             variables["params"],
