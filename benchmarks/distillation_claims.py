@@ -27,12 +27,13 @@ from train.progression import run_progression
 SIZES = {"query_length": 16, "document_length": 32}
 # Recipe -> (teacher's changed sizes, steps). The miner is the teacher's network.
 LEAD_RECIPES: dict[str, tuple[dict, dict[str, int]]] = {
-    "deep": ({}, {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300}),
-    # A teacher that does not learn its training pairs by heart: fewer blocks, stopped earlier.
-    "wide": (
-        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2},
-        {"W_miner": 500, "W_teacher": 200, "W_student": 600, "arm": 300},
+    "deep": (
+        {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4},
+        {"W_miner": 1500, "W_teacher": 600, "W_student": 600, "arm": 300},
     ),
+    "wide": ({}, {"W_miner": 500, "W_teacher": 200, "W_student": 600, "arm": 300}),
+    # Stopped before the training pairs are learned by heart.
+    "early": ({}, {"W_miner": 250, "W_teacher": 50, "W_student": 600, "arm": 300}),
 }
 PROD_STEPS = {
     "W1_teacher": 600,

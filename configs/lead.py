@@ -1,9 +1,9 @@
 """LEAD: a small dual encoder and its teacher, distilled layer by layer, both trained.
 
 small     python -m train --config configs/lead.py --workdir runs/lead
-          API documentation: warm-up of a 4x64 dual-encoder teacher, negatives mined by it, warm-up
-          of the 2x64 student on them, LEAD from both. Not yet run to its end.
-late      the same with a late-interaction (ColBERT) teacher; cross with a cross encoder.
+          API documentation: warm-up of a 2x128 dual-encoder teacher, negatives mined by it, warm-up
+          of the 2x64 student on them, LEAD from both.
+late      the same with a late-interaction (ColBERT) teacher; cross with a 4x64 cross encoder.
 paper     python -m train --config configs/lead.py:paper --workdir DIR
               --config.data.options.path=/path/to/msmarco
           12-layer dual encoder to 6-layer DistilBERT; paper_late and paper_cross for 12CB and 12CE,
@@ -75,9 +75,14 @@ def _small(config, preset, kind):
     del preset
     shared = {**SMALL, "share_weight": True}
     config.model_args = tower(64, 2, 4, **shared)
-    teacher = tower(64, 4, 4, **(SMALL if kind == "cross" else shared))
+    # Wider, not deeper: from scratch more blocks learn the training pairs by heart.
+    miner = tower(128, 2, 4, **shared)
+    teacher = tower(64, 4, 4, **SMALL) if kind == "cross" else miner
     config.task_args.update(
-        layers=2, teacher_args=teacher, student_scale=64**-0.25, teacher_scale=64**-0.25
+        layers=2,
+        teacher_args=teacher,
+        student_scale=64**-0.25,
+        teacher_scale=teacher["hidden_size"] ** -0.25,
     )
     config.data.options.update(query_length=20, document_length=40, number_neg=1)
     if kind == "cross":
@@ -85,7 +90,6 @@ def _small(config, preset, kind):
     config.log_every = 25
     config.steps, config.batch_size = 100, 64
     config.schedule.update(peak=1e-3, warmup_steps=10)
-    miner = tower(64, 4, 4, **shared)
     _stages(config, kind, teacher, miner, {"miner": 250, "warm": 150}, 3e-3, 64**-0.5)
 
 
