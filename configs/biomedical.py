@@ -9,7 +9,8 @@ pipeline  python -m train.challenge --config configs/biomedical.py:pipeline --wo
           challenge of corrupted coins and solves that: Dice 0.972, about 5 minutes.
 brain     python -m train --config configs/biomedical.py:brain --workdir runs/brain
               [--config.data.options.wheel=nilearn-0.14.1-py3-none-any.whl]
-          gray and white matter in slices of the MNI152 template (nilearn's), lower to upper half.
+          gray and white matter in slices of the MNI152 template (nilearn's), lower to upper half:
+          Dice 0.90 (three seeds; asked 0.85), about a minute.
 brain_pipeline  python -m train.challenge --config configs/biomedical.py:brain_pipeline
               --workdir runs/brain_challenge [--config.challenge.nilearn=WHEEL]
           the same template as a challenge of half slabs; T1 standardized by pooled statistics.
@@ -85,6 +86,7 @@ def _brain(config):
     config.model_args["num_classes"] = 3
     config.data.name = "brain_slices"
     config.data.options = {"patch_size": 64}
+    config.steps = 500  # 250 end at 0.864 and 0.846
     config.eval.batch_size = 8
     config.task_args["inference_batch"] = 8
 
