@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 
+from train.building import build_task
 from train.naming import ConfigError, nearest
 
 MANIFEST = "stage.json"
@@ -319,7 +320,12 @@ def run_progression(config, workdir, *, command: str = "") -> dict[str, float]:
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    done = run_stages(stages_of(config), workdir)
+    stages = stages_of(config)
+    for name in config.order:
+        spec = config.stages[name]
+        if spec.kind == "train" and not spec.get("given"):
+            build_task(stage_config(config, name))  # a late stage's mistake is said at once
+    done = run_stages(stages, workdir)
     if done is None:
         return {}
     rows = ["| stage | seconds | metrics |", "|---|---|---|"]

@@ -203,6 +203,14 @@ def test_one_command_runs_a_progression_and_a_change_runs_only_what_hangs_on_it(
         run_progression(config, tmp_path)
 
 
+def test_a_mistake_in_a_late_stage_is_said_before_the_first_one_runs(marco, tmp_path):
+    config = short_progression(marco)
+    config.task_args.kd_type = "KD_sofmax"
+    with pytest.raises(ConfigError, match="kd_type 'KD_sofmax'"):
+        run_progression(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # -- LEAD ------------------------------------------------------------------------------------------
 
 
