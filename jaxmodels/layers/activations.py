@@ -32,11 +32,11 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 def _gelu_in_a_loop(x: jax.Array) -> jax.Array:
     """The same. XLA's CPU backend fuses it into the matrix products around it, where the error
-    function is three times slower than in a loop of its own; clamps are what it does not fuse."""
-    return _whole(_gelu(_whole(x)))
+    function is slower than in a loop of its own; clamps are what it does not fuse."""
+    return _unfused(_gelu(_unfused(x)))
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def _unfused(x: jax.Array) -> jax.Array:
     infinity = jnp.asarray(jnp.inf, x.dtype)
     return jax.lax.clamp(-infinity, x, infinity)
 
