@@ -349,6 +349,9 @@ def test_scenes_without_time_or_with_overlaps_are_refused():
             driving_simulator.check_traffic(traffic)
     with pytest.raises(ValueError, match="vehicles 0 and 1 overlap"):
         driving_simulator.check_scene(scene_of((1.0, 5.25, 0.0, 1.0)).states)
+    for vehicles, message in ((40, r"no room for 40 vehicles .* on 3 lanes"), (0, "at least one")):
+        with pytest.raises(ValueError, match=message):
+            driving_simulator.sample_scene(0, vehicles=vehicles)
 
 
 # Face rules
