@@ -10,7 +10,9 @@ face_softmax  its baseline, plain softmax; face_resnet, face_vgg: other architec
 driving     ... --config configs/ai_security.py:driving     the detector of the driving track
 paper       ... --config configs/ai_security.py:paper --config.data.options.path=DIR
             Attribution by ResNet-50 at 256 pixels on cropped faces below
-            DIR/<group>/<method>/<dataset>/*.png: protocol 1, eight known of twenty classes.
+            DIR/<group>/<method>/<dataset>/*.png: protocol 1, eight known of twenty classes. It
+            starts officially from ImageNet's ResNet-50: --config.init_from=FILE
+            --config.init_skip="(bottleneck|bnneck.|fc2)".
 paper_face  IResNet-50 with ArcFace on DIR/train/<identity>/*.jpg, DIR/test/<identity>/*.jpg.
 paper_detection  Xception on the same folders as `paper`, a method named `real` among them.
 """

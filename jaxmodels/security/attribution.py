@@ -25,6 +25,12 @@ from jaxmodels.vision.resnet import ResNet, projection_spelling
 
 # Other encoders than the ResNet, and the last map of each.
 BACKBONES = {"efficientnet": (EfficientNet, "head"), "convnext": (ConvNeXt, None)}
+# First components of an encoder's names.
+_ENCODER_PARTS = {
+    "resnet": r"conv1|bn1|layer\d",
+    "efficientnet": "conv_stem|bn1|blocks|conv_head|bn2",
+    "convnext": "stem|stages|head",
+}
 PARTS_SIDE = 3
 MARGIN, SCALE = -0.2, 1.0
 _LOG_FLOOR = -100.0  # of torch's binary cross-entropy
@@ -121,11 +127,18 @@ MODEL = AttributionNet
 
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
-    """The encoder's own classifier is not used; Lightning's prefix is found by itself."""
-    del module
+    """The encoder's own classifier is not used; Lightning's prefix is found by itself.
+
+    Files of the encoder alone (ImageNet's, where a run begins officially) have no prefix.
+    """
+    alone = _ENCODER_PARTS[getattr(module, "backbone", "resnet")]
     return {
-        "spellings": [*projection_spelling("downsample"), (r"^encoder\.encoder\.", "encoder.")],
-        "drops": [r"encoder\.(fc|classifier|head\.fc)\..*"],
+        "spellings": [
+            *projection_spelling("downsample"),
+            (r"^encoder\.encoder\.", "encoder."),
+            (rf"^(?=(?:{alone})\.)", "encoder."),
+        ],
+        "drops": [r"(encoder\.)?(fc|classifier|head\.fc)\..*"],
     }
 
 

@@ -20,6 +20,7 @@ from train.command_line import load_config
 from train.data import forgeries, forgery_folders, pipeline
 from train.naming import ConfigError
 from train.optimizers import make_schedule
+from train.tasks import face_recognition
 from train.tasks.adversarial_detection import (
     METHODS,
     AdversarialDetection,
@@ -384,6 +385,12 @@ def test_faces_are_embedded_from_folders_with_sampled_centers(tmp_path):
         "--config.eval.batch_size=5",
     )
     assert "verification_accuracy" in report and "threshold" in report
+    config = load_config(f"{SECURITY}:paper_face")
+    with config.unlocked():
+        config.data.options.path = str(tmp_path / "faces")
+        config.task_args.classes = 2
+    with pytest.raises(ConfigError, match=r"task_args\.classes: 2, the data have 3 identities"):
+        face_recognition.from_config(config)
 
 
 def test_configs_are_frozen_dataclasses_of_their_tasks():
