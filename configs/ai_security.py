@@ -169,6 +169,9 @@ def _paper_face(config):
     config.steps, config.batch_size = 20 * epoch, 1024
     config.optimizer.name = "sgd"
     config.optimizer.args = {"momentum": 0.9}
+    # What is trained of the backbone alone, not the class centers.
+    config.optimizer.clip_norm = 5.0
+    config.optimizer.clip_groups = (r"!^(margin_head\.|features\.scale$)",)
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decay_mask = "all"
     config.schedule.update(name="polynomial", peak=0.1, end=0.0, power=2.0, warmup_steps=0)

@@ -211,7 +211,8 @@ def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.Gra
     """Clipping by the global norm, of each group of parameters on its own.
 
     `groups` are regular expressions over dotted paths; the first that matches decides, and what
-    none matches is a group as well. Without any it is `optax.clip_by_global_norm`.
+    none matches is a group as well. A group written `!EXPRESSION` is left as it is. Without any it
+    is `optax.clip_by_global_norm`.
     """
     if not groups:
         return optax.clip_by_global_norm(limit)
@@ -219,13 +220,14 @@ def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.Gra
     def label(params):
         def choose(path, _):
             name = path_string(path)
-            return next((g for g in groups if re.search(g, name)), "")
+            return next((g for g in groups if re.search(g.removeprefix("!"), name)), "")
 
         return jax.tree_util.tree_map_with_path(choose, params)
 
-    return optax.multi_transform(
-        {g: optax.clip_by_global_norm(limit) for g in (*groups, "")}, label
-    )
+    def transform(group):
+        return optax.identity() if group.startswith("!") else optax.clip_by_global_norm(limit)
+
+    return optax.multi_transform({g: transform(g) for g in (*groups, "")}, label)
 
 
 def _decoupled_decay(weight_decay, schedule, mask):

@@ -163,6 +163,16 @@ def test_clipping_bounds_the_global_norm_and_frozen_parameters_stay():
     assert float(optax.global_norm(updates)) <= 0.1 + 1e-6
 
 
+def test_a_group_after_an_exclamation_mark_is_not_clipped_and_does_not_count():
+    from train.optimizers import clip_by_group_norms
+
+    clip = clip_by_group_norms(5.0, (r"!^margin_head\.",))
+    updates = {"conv": {"kernel": jnp.full(4, 5.0)}, "margin_head": {"weight": jnp.full(4, 50.0)}}
+    clipped, _ = clip.update(updates, clip.init(updates))
+    np.testing.assert_allclose(clipped["conv"]["kernel"], 2.5, rtol=1e-6)
+    np.testing.assert_array_equal(clipped["margin_head"]["weight"], 50.0)
+
+
 def test_average_of_constant_parameters_has_the_closed_form_and_covers_statistics():
     params, extra = {"w": jnp.full(2, 3.0)}, {"batch_stats": {"m": jnp.full(2, -1.0)}}
     start = create_state({"w": jnp.zeros(2)}, {"batch_stats": {"m": jnp.zeros(2)}},
