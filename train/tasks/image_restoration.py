@@ -121,7 +121,7 @@ class ImageRestoration:
             sr = metrics.to_uint8(self.restore(variables, lr / np.float32(255), ensemble))
             base = family.upsample(lr, self.scale)
             row = {"psnr": metrics.psnr(sr, hr, crop), "bicubic_psnr": metrics.psnr(base, hr, crop)}
-            row["gain"] = row["psnr"] - row["bicubic_psnr"]
+            row["gain"] = metrics.gain(row["psnr"], row["bicubic_psnr"])
             if full:
                 row["ssim"] = metrics.ssim(sr, hr, crop)
                 row["psnr_b"] = metrics.psnr_b(sr, hr, crop)
@@ -178,7 +178,7 @@ class ImageRestoration:
             hr = hr[: sr.shape[0], : sr.shape[1]]
             base = family.upsample(lr, self.scale)
             strips.mkdir(exist_ok=True)
-            ours, theirs = metrics.psnr(sr, hr), metrics.psnr(base, hr)
+            ours, theirs = (metrics.psnr(x, hr, self.border) for x in (sr, base))
             save_strip(strips / f"{stem}.png", base, sr, hr, (theirs, ours))
             rows.append((stem, ours, theirs))
         said = f"{count} pictures in {folder}"
@@ -249,6 +249,11 @@ def from_config(config) -> ImageRestoration:
         built = build_named(
             config, first, arguments.pop("first_args", {}), "config.task_args.first"
         )
+        if built.upscale != 1:
+            raise ConfigError(
+                f"config.task_args.first: {first} enlarges by {built.upscale}; the first stage "
+                "removes artifacts and has upscale 1 (jpeg_color, jpeg_gray)"
+            )
         arguments.update(first=built, first_name=first)
     task = ImageRestoration(model=model, **arguments)
     if task.pixel not in PIXEL_LOSSES:
