@@ -162,6 +162,15 @@ def test_a_crop_pasted_back_leaves_the_frame_as_it_was():
     assert jnp.array_equal(changed[:8], frame[:8])
 
 
+def test_a_large_crop_is_averaged_into_a_small_place():
+    crop = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3)).astype(np.float32)
+    place = face_alignment.Quad(*(np.array(a, float) for a in ([16, 16], [8, 0], [0, 8])))
+    pasted = np.asarray(face_alignment.paste_quad(jnp.zeros((32, 32, 3)), crop, place, 0.0))
+    # Each pixel shows 4x4 of the crop, not the nearest few: a sixteenth of the variance.
+    np.testing.assert_allclose(pasted[10:22, 10:22].std(), crop.std() / 4, rtol=0.2)
+    assert (pasted[:6] == 0).all()
+
+
 def test_smoothing_steadies_centers_and_keeps_still_clips():
     shaky = landmarks(20) + np.random.default_rng(0).normal(0, 2, (20, 1, 2))
     quads = face_alignment.ffhq_quads(shaky)
