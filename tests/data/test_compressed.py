@@ -155,6 +155,22 @@ def test_gray_pictures_serve_gray_models(tmp_path):
     write(tmp_path / "DIV2K_train_HR", "a.png", mode="L")
     batch = batch_of({"path": str(tmp_path), "gray": True, "scale": 1, "quality": (10, 40)})
     assert batch["lr"].shape == batch["hr"].shape == (2, 8, 8, 1)
+    # Published results of color sets in gray are measured on studio-range luma.
+    folder = tmp_path / "color"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "a.png")
+    assert image_pairs.read_rgb(folder / "a.png", gray=True).max() == 235
+    options = {"path": str(tmp_path), "hr": "color", "gray": True, "scale": 1, "crops": 32}
+    family, options = pipeline.resolve({"name": "compressed_images", "options": options})
+    transform, pair = (
+        family.train_transform({**options, "patch": 8}),
+        family.source("train", options)[0],
+    )
+    whites = {
+        round(255 * float(transform(pair, np.random.default_rng(seed))["hr"].max()))
+        for seed in range(16)
+    }
+    assert whites == {235, 255}
 
 
 def video_batch(options):

@@ -126,7 +126,10 @@ class ImageRestoration:
                 row["ssim"] = metrics.ssim(sr, hr, crop)
                 row["psnr_b"] = metrics.psnr_b(sr, hr, crop)
                 if hr.shape[-1] == 3:
-                    row["psnr_y_cropped"] = metrics.psnr(sr, hr, self.scale, y_channel=True)
+                    # The Swin2SR script crops what a larger picture's border has, JPEG's nothing.
+                    border = self.scale if self.scale > 1 else 0
+                    row["psnr_y_cropped"] = metrics.psnr(sr, hr, border, y_channel=True)
+                    row["ssim_y_cropped"] = metrics.ssim(sr, hr, border, y_channel=True)
             for key, value in row.items():
                 scores.setdefault(key, []).append(value)
         return scores
