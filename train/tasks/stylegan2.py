@@ -227,6 +227,7 @@ class StyleGAN2:
 
     def _distance(self, variables, real: np.ndarray) -> float:
         z = jax.random.normal(jax.random.key(0), (_SAMPLES, self.model.z_dim))
+        variables = jax.device_put(variables)
         sample = jax.jit(lambda v, z: self.model.apply(v, z))
         size = min(_SAMPLES, 16 if self.model.img_resolution > 64 else _SAMPLES)
         images = [np.asarray(sample(variables, z[i : i + size])) for i in range(0, len(z), size)]
