@@ -8,7 +8,7 @@ of the example, for negatives as well.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -122,6 +122,24 @@ def stages(options: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         options["curriculum_steps"], options["n_parts"], options["expansion"] == "gradual-gold"
     )
     return [(step, {**options, "part": part}) for step, part in parts]
+
+
+_TOLD: set[tuple] = set()
+
+
+def tell_spread(
+    options: Mapping[str, Any], spread: Callable[[], Sequence[tuple[float, float, float]]]
+) -> None:
+    """Prints, once, how similar each part's pseudo queries are: without range, no curriculum."""
+    key = (options["path"], options["n_parts"], options["filter_threshold"])
+    if not str(options["expansion"]).startswith("gradual") or key in _TOLD:
+        return
+    _TOLD.add(key)
+    parts = (
+        f"part {number} {mean:.3f} ({low:.3f} to {high:.3f})"
+        for number, (mean, low, high) in enumerate(spread(), 1)
+    )
+    print(f"ROUGE-L of pseudo queries with the real query: {', '.join(parts)}")
 
 
 def hard_negatives(negatives: Sequence[int], count: int) -> list[int]:
