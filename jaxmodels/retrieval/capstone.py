@@ -213,7 +213,8 @@ class Selection:
             case "batch-uniform":
                 return sample_index % m + 1
             case "batch-uniform-gold":
-                return sample_index % (m + 1)
+                rank = sample_index % (m + 1) + 1
+                return rank if rank <= m else 0
             case _:
                 raise ValueError(f"{self.strategy} is not chosen by rank")
 

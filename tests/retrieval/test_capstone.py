@@ -54,13 +54,18 @@ def test_draws_of_a_part_are_uniform_and_more_similar_from_part_to_part():
         ("4-th", {4}),
         ("2-part", {4, 5, 6}),
         ("batch-uniform", {8}),
-        ("batch-uniform-gold", {7}),
+        ("batch-uniform-gold", {8}),
     ],
 )
 def test_every_strategy_draws_its_ranks(text, ranks):
     selection = Selection.parse(text, n_parts=3)
     rng = np.random.default_rng(1)
     assert {selection.rank(rng, 10, sample_index=7) for _ in range(300)} == ranks
+
+
+def test_uniform_over_the_batch_with_gold_takes_ranks_in_turn_and_the_real_query_last():
+    selection, rng = Selection.parse("batch-uniform-gold"), np.random.default_rng(0)
+    assert [selection.rank(rng, 3, sample_index=i) for i in range(8)] == [1, 2, 3, 0] * 2
 
 
 def test_the_real_query_is_an_expansion_always_or_never():
