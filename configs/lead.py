@@ -6,6 +6,8 @@ small     python -m train --config configs/lead.py --workdir runs/lead
 late      the same with a late-interaction (ColBERT) teacher; cross with a 4x64 cross encoder.
 paper     python -m train --config configs/lead.py:paper --workdir DIR
               --config.data.options.path=/path/to/msmarco
+              --config.stages.W_student.changes.task_args.start_from=distilbert-base-uncased.bin ...
+          (W_miner and W_teacher from co-condenser-marco.bin; without files they begin untrained)
           12-layer dual encoder to 6-layer DistilBERT; paper_late and paper_cross for 12CB and 12CE,
           paper_large for 24CB to 12 layers (published MRR@10: 12CB to 6 37.8, 24CB to 12 40.4).
 
@@ -22,6 +24,7 @@ L            LEAD
 """
 
 from configs.distilled_encoders import (
+    ERNIE,
     SMALL,
     mining,
     stage,
@@ -98,7 +101,7 @@ def _paper(config, preset, kind):
     bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True, "scan_layers": True}
     if large:
         config.model_args = tower(768, 12, 12, **bert, share_weight=True)
-        teacher = tower(1024, 24, 16, **bert, type_vocab_size=4)
+        teacher = tower(1024, 24, 16, **bert, **ERNIE)
     else:
         config.model_args = tower(768, 6, 12, **bert, architecture="distilbert", share_weight=True)
         teacher = tower(768, 12, 12, **bert)
