@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxmodels.retrieval.index import ExactIndex
@@ -57,24 +57,23 @@ class Ranker:
     def encoder(self, side: str) -> Encoder:
         """Vectors of token rows; `side` is queries | documents, or pairs: a cross encoder's [1].
 
-        All devices of this process share the rows.
+        All devices of this process share the rows; others are not waited for.
         """
         query, document = (int(self.options[f"{k}_length"]) for k in ("query", "document"))
         longest = {"queries": query, "documents": document, "pairs": query + document}[side]
-        step, variables = _encode(self.model, side), {"params": self.params}
-        return Encoder(step, variables, longest, _BATCH, _mesh_of(self.params))
+        mesh, variables = self._placed
+        return Encoder(_encode(self.model, side), variables, longest, _BATCH, mesh)
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Mesh, Any]:
+        """The mesh of this process's devices, and the parameters on every one of them."""
+        mesh = Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
+        variables = {"params": jax.device_get(self.params)}
+        return mesh, jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
     def retrieval_set(self, split: str) -> RetrievalSet:
         """The whole collection with a split's queries."""
         return ranked_lists.retrieval_set(self.options, split)
-
-
-def _mesh_of(params) -> Mesh:
-    """The mesh where a run keeps parameters; all devices for those of a checkpoint."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        return sharding.mesh
-    return Mesh(np.array(jax.devices()).reshape(-1, 1, 1), AXES)
 
 
 @functools.lru_cache(maxsize=32)

@@ -61,6 +61,9 @@ class RankedDocuments(Documents, Protocol):
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of the pseudo queries by rank against a real query, which itself is left out."""
 
+    def count(self, query: int, row: int) -> int:
+        """How many there were to rank, before the filter."""
+
 
 def check_options(options: Mapping[str, Any]) -> capstone.Selection | None:
     """The selection that options ask for, None without expansion.
@@ -261,7 +264,7 @@ class RetrievalExamples:
         if self.selection.strategy == "gold":
             return self.layout.row(fields, self.queries[query])
         order = self.documents.order(query, row)
-        chosen = self.selection.choose(rng, order, query)
+        chosen = self.selection.choose(rng, order, query, self.documents.count(query, row))
         pseudo = self.queries[query] if chosen < 0 else self.documents.pseudo(row)[chosen]
         return self.layout.row(fields, pseudo)
 
@@ -317,6 +320,7 @@ class RankTable:
             1,
         )
         self.order = np.full((len(pairs), most), -1, np.int8)
+        self.totals = np.zeros(len(pairs), np.int8)
         self.scores = np.zeros((len(pairs), most), np.float32)
         for start in range(0, len(pairs), max(_PAIRS // most, 1)):
             part = pairs[start : start + max(_PAIRS // most, 1)]
@@ -332,6 +336,7 @@ class RankTable:
                 raise ValueError(
                     f"document row {document}: no pseudo queries but the real query {query}"
                 )
+            self.totals[start : start + len(part)] = keep.sum(1)
             kept = keep & (f <= filter_threshold)
             empty = ~kept.any(1)
             lowest = np.where(keep, f, np.inf).argmin(1)
@@ -344,21 +349,28 @@ class RankTable:
 
     def __call__(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank. Raises ValueError for a pair not in the table."""
+        order = self.order[self._pair(query, row)]
+        return order[order >= 0]
+
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return int(self.totals[self._pair(query, row)])
+
+    def _pair(self, query: int, row: int) -> int:
         slot = np.flatnonzero(self.candidates[query] == row)
         if not len(slot):
             raise ValueError(f"document {row} is no candidate of query {query}")
-        order = self.order[query * self.candidates.shape[1] + int(slot[0])]
-        return order[order >= 0]
+        return query * self.candidates.shape[1] + int(slot[0])
 
     def spread(self, n_parts: int) -> list[tuple[float, float, float]]:
         """(mean, least, largest) score of each part, 1 to N, over all pairs."""
         rows: list[list[np.ndarray]] = [[] for _ in range(n_parts)]
-        counts = (self.order >= 0).sum(1)
-        for m in np.unique(counts):
-            scores = self.scores[counts == m]
+        counts = np.stack([self.totals, (self.order >= 0).sum(1)], 1)
+        for total, m in np.unique(counts, axis=0).tolist():
+            scores = self.scores[(counts == (total, m)).all(1)]
             for part in range(1, n_parts + 1):
-                first, last = capstone.part_range(int(m), n_parts, part)
-                rows[part - 1].append(scores[:, first - 1 : last].ravel())
+                first, last = capstone.part_range(total, n_parts, part)
+                rows[part - 1].append(scores[:, min(first, m) - 1 : min(last, m)].ravel())
         joined = [np.concatenate(r) for r in rows]
         return [(float(r.mean()), float(r.min()), float(r.max())) for r in joined]
 
@@ -384,3 +396,7 @@ class Ranked:
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank."""
         return self.table(query, row)
+
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return self.table.count(query, row)

@@ -138,9 +138,13 @@ class Collection:
 
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank against a training query."""
-        return self._order(int(query), int(row))
+        return self._order(int(query), int(row))[0]
 
-    def _ranked(self, query: int, row: int) -> np.ndarray:
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return self._order(int(query), int(row))[1]
+
+    def _ranked(self, query: int, row: int) -> tuple[np.ndarray, int]:
         texts = self.pseudo_texts(row)
         ranked = rank_pseudo_queries(
             # As it is tokenized: a pseudo query that differs by its apostrophe is the real one.
@@ -150,7 +154,8 @@ class Collection:
             document=self.corpus.ids[row],
         )
         places = {text: i for i, text in enumerate(texts)}
-        return np.array([places[ranked.queries[j]] for j in ranked.order], np.int8)
+        order = [places[ranked.queries[j]] for j in ranked.order]
+        return np.array(order, np.int8), ranked.total
 
     @functools.cached_property
     def training(self) -> Training:
@@ -321,7 +326,8 @@ def relevance_spread(
         )
         ordered = ranked.scores[ranked.order]
         for part in range(n_parts):
-            first, last = part_range(len(ordered), n_parts, part + 1)
+            first, last = part_range(ranked.total, n_parts, part + 1)
+            first, last = min(first, len(ordered)), min(last, len(ordered))
             parts[part].append(ordered[first - 1 : last])
     joined = [np.concatenate(p) for p in parts]
     return [(float(p.mean()), float(p.min()), float(p.max())) for p in joined]
