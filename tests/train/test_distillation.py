@@ -284,6 +284,14 @@ def test_every_network_of_a_small_preset_is_small(configs, preset):
                     assert arguments.hidden_size <= 128 and arguments.num_hidden_layers <= 4, name
 
 
+@pytest.mark.parametrize(("preset", "blocks"), [("student", 6), ("student_large", 12)])
+def test_both_of_leads_students_can_be_read_alone(preset, blocks):
+    config = lead_configs.get_config(preset)
+    assert (config.task, config.order) == ("ranking", ())
+    assert config.model_args.num_hidden_layers == blocks and config.model_args.share_weight
+    assert (config.model_args.get("architecture") == "distilbert") == (blocks == 6)
+
+
 def test_each_model_is_clipped_on_its_own():
     from train.optimizers import clip_by_group_norms
 
