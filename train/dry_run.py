@@ -127,7 +127,8 @@ def compile_step(config, devices):
             "config.dry_run: compiles the jit mode; leave config.parallel.mode at jit"
         )
     try:
-        compiled = plan.run.step.lower(plan.like, batch).compile()
+        lowered = plan.run.step.lower(plan.like, batch)
+        compiled = lowered.compile()
     except Exception as error:
         text = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in text and "Oom" not in text:
@@ -140,7 +141,7 @@ def compile_step(config, devices):
             f"batch {config.batch_size} on {plan.mesh.size} chips ({_axes(plan.mesh)}) does not "
             f"fit: {sizes}"
         ) from None
-    return plan, batch, compiled
+    return plan, batch, lowered, compiled
 
 
 def _axes(mesh) -> str:
@@ -154,7 +155,7 @@ def collectives(text: str) -> dict[str, int]:
 
 def measure(config, devices) -> dict:
     """The numbers of a dry run: per-chip HBM, FLOPs, bytes, collectives, and the compile's plan."""
-    plan, batch, compiled = compile_step(config, devices)
+    plan, batch, lowered, compiled = compile_step(config, devices)
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
@@ -168,6 +169,7 @@ def measure(config, devices) -> dict:
         - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "flops": float(cost.get("flops", float("nan"))),
+        "whole_flops": float((lowered.cost_analysis() or {}).get("flops", float("nan"))),
         "bytes": float(cost.get("bytes accessed", float("nan"))),
         "collectives": collectives(compiled.as_text()),
     }
@@ -193,7 +195,11 @@ def describe(config, devices, kind: str | None) -> str:
         "bytes per device and step": f"{m['bytes']:.4g}",
         "collectives": ", ".join(f"{n} {c}" for c, n in m["collectives"].items() if n) or "none",
     }
-    if kind is not None:
+    if kind is None:
+        # Well below 1: devices repeat each other's work. Unknown where the compiler is not at home.
+        share = m["whole_flops"] / m["flops"] / plan.mesh.size
+        rows["parallel efficiency"] = f"{share:.2f} (FLOPs of the step / of all devices together)"
+    else:
         peak, bandwidth, _, _ = CHIPS[kind]
         compute, traffic = m["flops"] / peak / 1e9, m["bytes"] / bandwidth / 1e6
         rate = config.batch_size / max(compute, traffic) * 1e3

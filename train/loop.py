@@ -47,6 +47,8 @@ class Plan:
             raise ConfigError("config.steps and config.batch_size: both must be at least 1")
         if config.parallel.mode not in ("jit", "pmap"):
             raise ConfigError(f"config.parallel.mode: {config.parallel.mode!r}; known: jit, pmap")
+        if config.checkpoint.report_best and not config.checkpoint.best_metric:
+            raise ConfigError("config.checkpoint.report_best: set checkpoint.best_metric as well")
         self.config = config
         if config.init_from and not os.path.exists(config.init_from):
             raise ConfigError(f"config.init_from: no file or directory {config.init_from!r}")
@@ -347,8 +349,6 @@ class Patience:
     """
 
     def __init__(self, config, saved):
-        if config.report_best and not config.best_metric:
-            raise ConfigError("config.checkpoint.report_best: set checkpoint.best_metric as well")
         if config.patience < 0 or (config.patience and not config.best_metric):
             raise ConfigError(
                 f"config.checkpoint.patience: {config.patience}; wanted a number of evaluations "

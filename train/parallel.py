@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels.layers.partitioning import ROW_AXES
 from train.naming import ConfigError
 from train.optimizers import path_string
 
@@ -66,7 +67,7 @@ def make_mesh(config, devices=None) -> Mesh:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp` together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -78,7 +78,8 @@ def make_train_step(
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         if hasattr(task, "update"):
-            new, loss, metrics = task.update(state, batch, rng)
+            whole = state.replace(params=gather(state.params))
+            new, loss, metrics = task.update(whole, batch, rng)
             finite = jnp.isfinite(loss)
             metrics = {"loss": loss, **metrics}
         else:
@@ -139,12 +140,17 @@ def execute_jit(step: Callable, mesh: Mesh, sharding) -> Execution:
     """One program over the whole mesh; XLA puts in the communication."""
     rows = batch_sharding(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
     return Execution(
         place=lambda state: jax.device_put(state, sharding),
         whole=lambda state: state,
         put=lambda batch: global_batch(batch, rows),
         step=jax.jit(
-            step,
+            on_mesh,
             in_shardings=(sharding, rows),
             out_shardings=(sharding, everywhere),
             donate_argnums=0,

@@ -25,6 +25,7 @@ from jaxmodels.graphs.graph import Graph, check_edges, make_graph
 from jaxmodels.graphs.layers import RGCNConv
 from jaxmodels.graphs.message_passing import aggregate_sum, relational_graph
 from jaxmodels.graphs.review_graph import DEFAULT_RELATIONS, check_relations
+from jaxmodels.layers.partitioning import everywhere, over_rows
 from jaxmodels.spelling import did_you_mean
 
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "tanh": jnp.tanh}
@@ -270,13 +271,15 @@ class Coral(nn.Module):
         table = getattr(self, f"layers.{k}.rel.*.lin")().astype(self.dtype)
         own = getattr(self, f"layers.{k}.self")().astype(self.dtype)
         if x is not None:
-            table, own = jnp.einsum("ni,rio->rno", x, table), x @ own
+            table, own = jnp.einsum("ni,rio->rno", over_rows(x), table), over_rows(x) @ own
         rows = table.reshape(-1, table.shape[-1])
-        return aggregate_sum(operator, rows).astype(self.dtype) + own
+        # Reads out of order: of the rows here, of their gradients on the way back.
+        total = everywhere(aggregate_sum(operator, everywhere(rows)))
+        return over_rows(total.astype(self.dtype)) + own
 
     def intermediates(self, graph: Graph) -> dict[str, jax.Array]:
         """`h1` [N, dims[0]] after its ReLU and `z` [N, dims[1]]."""
-        operator = self.prepare(graph)
+        operator = spread(self.prepare(graph))
         x = None if self.input == "onehot" else self.table().astype(self.dtype)
         h1 = nn.relu(self._layer(0, x, operator))
         z = ACTIVATIONS[self.final_activation](self._layer(1, h1, operator))
@@ -327,6 +330,19 @@ class Coral(nn.Module):
         h, same = self._scaled(h1, degrees, queries)
         kernel, _ = self._last_kernel()
         return jnp.einsum("qkd,qkr,rde->qke", h, same, kernel)
+
+
+def spread(operator: Graph) -> Graph:
+    """The same graph, every device adding up the messages of its share of the nodes."""
+    if operator.incoming is None:
+        names = ("senders", "receivers", "weight")
+        return operator.replace(**{n: over_rows(getattr(operator, n)) for n in names})
+
+    def of(tables):
+        names = ("neighbors", "weight", "edges", "nodes")
+        return tables.replace(**{n: over_rows(getattr(tables, n)) for n in names})
+
+    return operator.replace(incoming=of(operator.incoming), outgoing=of(operator.outgoing))
 
 
 def pair_logits(z: jax.Array, pairs: jax.Array) -> jax.Array:

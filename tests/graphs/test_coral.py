@@ -2,10 +2,12 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmodels
 from jaxmodels.graphs import coral
@@ -20,6 +22,8 @@ from jaxmodels.graphs.reviewer_recommendation import (
 from jaxmodels.interop import catalog
 from jaxmodels.interop.conversion import CheckpointMismatch, to_torch
 from train.data.review_simulator import simulate_reviews
+from train.defaults import default_config
+from train.parallel import make_mesh
 
 RELATIONS = ("pr_user", "pr_file", "pr_word")
 
@@ -375,3 +379,34 @@ def test_a_query_must_not_tell_its_reviewers():
 
 def test_ties_go_to_the_lower_node():
     assert coral.ranking([1.0, 2.0, 1.0, 2.0], [5, 9, 3, 4], without=9).tolist() == [4, 3, 5]
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_the_devices_of_a_mesh_share_the_nodes(tables):
+    module, variables = model_of(graph(), dims=(32, 32), embed=32)
+    operator = module.prepare(typed(graph(), module))
+    if not tables:
+        operator = operator.replace(incoming=None, outgoing=None)
+
+    def gradient(params):
+        def loss(params):
+            return jnp.square(module.apply({"params": params}, operator)).mean()
+
+        return jax.grad(loss)(params)
+
+    def work(count):
+        mesh = make_mesh(default_config().parallel, jax.devices()[:count])
+
+        def on_mesh(params):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return gradient(params)
+
+        place = NamedSharding(mesh, PartitionSpec())
+        params = jax.device_put(variables["params"], place)
+        compiled = jax.jit(on_mesh, out_shardings=place).lower(params).compile()
+        return compiled.cost_analysis()["flops"], compiled(params)
+
+    whole, grads = work(1)
+    share, shared = work(8)
+    assert share < whole / 4
+    chex.assert_trees_all_close(shared, grads, rtol=1e-4, atol=1e-6)

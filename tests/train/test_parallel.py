@@ -1,12 +1,24 @@
 """One run, many ways to spread it: the losses are the same."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from ml_collections import ConfigDict
 
+from jaxmodels.layers.partitioning import over_rows
 from tests.train.tiny import tiny_config, trajectory
 from train.naming import ConfigError
-from train.parallel import check_batch, leaf_spec, make_mesh
+from train.parallel import (
+    check_batch,
+    gather_over_fsdp,
+    leaf_spec,
+    make_mesh,
+    state_sharding,
+)
+from train.state import create_state
+from train.step import execute_jit, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +113,38 @@ def _parallel(data, fsdp, model):
     config = tiny_config().parallel
     config.update(data=data, fsdp=fsdp, model=model)
     return config
+
+
+class _Drawing:
+    """A task whose step draws all of its rows itself, as generative adversarial networks do."""
+
+    def update(self, state, batch, rng):
+        def loss_of(params):
+            rows = over_rows(jax.random.normal(rng, (len(batch["image"]), 64)))
+            return jnp.tanh(rows @ params["kernel"]).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(state.params)
+        return state.replace(params=optax.apply_updates(state.params, grads)), loss, {}
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_rows_that_a_step_draws_are_shared_by_the_devices(fsdp):
+    def run(devices, fsdp):
+        mesh = make_mesh(ConfigDict({"data": -1, "fsdp": fsdp, "model": 1}), devices)
+        optimizer = optax.sgd(0.1)
+        params = {"kernel": jnp.ones((64, 128))}
+        state = create_state(params, {}, optimizer, jax.random.key(0), ema=False)
+        sharding = state_sharding(state, mesh)
+        step = make_train_step(_Drawing(), optimizer, gather=gather_over_fsdp(mesh))
+        execution = execute_jit(step, mesh, sharding)
+        batch = execution.put({"image": np.zeros((32, 1), np.float32)})
+        state = execution.place(state)
+        flops = execution.step.lower(state, batch).compile().cost_analysis()["flops"]
+        state, metrics = execution.step(state, batch)
+        return flops, metrics["loss"], np.asarray(state.params["kernel"])
+
+    whole, loss, kernel = run(jax.devices()[:1], 1)
+    share, shared_loss, shared_kernel = run(jax.devices(), fsdp)
+    assert share < 1.5 * whole / 8
+    np.testing.assert_allclose(shared_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(shared_kernel, kernel, rtol=1e-5)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.video import stylegan2_losses as losses
 from train.building import build_model, build_named
 from train.naming import ConfigError
@@ -74,8 +75,8 @@ class StyleGAN2:
     def _codes(self, variables, rng, batch: int, update_average: bool = False):
         """(W+ of two mixed styles, new buffers)."""
         first, second, cut = jax.random.split(rng, 3)
-        z = jax.random.normal(first, (batch, self.model.z_dim))
-        z2 = jax.random.normal(second, (batch, self.model.z_dim))
+        z = over_rows(jax.random.normal(first, (batch, self.model.z_dim)))
+        z2 = over_rows(jax.random.normal(second, (batch, self.model.z_dim)))
         layers = self.model.num_latents
         w, moved = self.model.apply(
             variables, z, update_average, method="to_w", mutable=["buffers"]
