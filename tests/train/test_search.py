@@ -113,6 +113,10 @@ def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path
 )
 def test_supernets_train_alike_on_eight_devices(file, axes, imagenet):
     config = reduced(file, "paper", imagenet, steps=1)
+    if file == SCALENET:  # one stage and one kernel: what compiles in seconds
+        ops = ("id", "ir_3x3_se")
+        with config.unlocked():
+            config.model_args.backbone = scalenet_space.backbone((4, 6), (2,), (2,), 2, 8, ops)
     losses = []
     for devices in ({"data": 1}, axes):
         with config.unlocked():
@@ -132,7 +136,7 @@ def test_the_search_command_finds_resumes_and_reports(paper_run, tmp_path):
     config, workdir, _ = paper_run
     task, variables = build_task(config), load_params(workdir, ema=True)
     with config.unlocked():
-        config.search.update(population=4, generations=1, chunk=4, compare=False)
+        config.search.update(population=4, generations=1, chunk=4, compare=False, batch_size=4)
         if config.search.kind == "mcea":
             config.search.update(budget=21_000.0, base_error=9_000.0, scale_error=9_000.0,
                                  base_models=2, iterations=1)  # fmt: skip

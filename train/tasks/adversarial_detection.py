@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.security import attacks, prior_networks, uncertainty
 from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
 from jaxmodels.security.ensembles import each_member
@@ -108,7 +109,7 @@ class AdversarialDetection:
             return losses.sum(), ({**extra, **updated}, _accuracy(logits.mean(0), labels))
         if self.method.startswith("dpn"):
             outside = noise_images(noise, x)
-            both = jnp.concatenate([_scaled(x), _scaled(outside)])
+            both = over_rows(jnp.concatenate([_scaled(x), _scaled(over_rows(outside))]))
             logits, updated = self._train_apply(params, extra, both, dropout)
             natural, foreign = jnp.split(logits, 2)
             loss = prior_networks.prior_network_loss(
