@@ -109,6 +109,8 @@ def _paper(config, preset):
     config.schedule.hold_for = epoch
     config.task_args = {"eval_beams": 5, "test_beams": 20, "example_mean": True}
     if pretraining:
+        # It has no test split.
+        config.task_args.report_split = ""
         # 64 rows at a time: the logits of more fill 16 chips of 16 GiB. Blocks are not recomputed
         # (`model_args.remat`): libtpu's compiler ends in a stack overflow on them.
         config.optimizer.accumulate = 16

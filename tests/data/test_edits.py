@@ -208,6 +208,11 @@ def test_published_files_are_read_line_by_line_and_mistakes_are_named(tmp_path):
     # Line ends inside strings, and bytes that are no text, end no line.
     (folder / "test.bf-small.seq").write_bytes(b"a\r;\nb \xff\n" + 4 * b"c\n")
     assert edit_sources.published(tmp_path, "bf-small", "test")[2][:2] == ["a\r;", "b \ufffd"]
+    # Training needs no `.seq`: the new text stands behind the plan.
+    for split in ("train", "valid"):
+        whole = edit_sources.published(tmp_path, "bf-small", split)
+        (folder / f"{split}.bf-small.seq").unlink()
+        assert edit_sources.published(tmp_path, "bf-small", split) == whole
     without = pipeline.resolve({"name": "edits:published"})[1]
     assert edits.split_sizes(without)["train"] == 46680
     with pytest.raises(ValueError, match=r"data\.options\.target: no 'plans'; did you mean 'plan'"):

@@ -13,13 +13,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxmodels.language import edit_plans
 from train.data import python_sources
 from train.naming import nearest
 
 SPLITS = ("train", "valid", "test")
-# Endings of an example's files: as published for training, and the raw ones that those are made of.
-ENDINGS = {"published": ("buggy", "fixed", "seq"), "raw": ("buggy", "fixed")}
-_FOLDERS = {"published": "CoditT5", "raw": "raw_data"}
+# Endings of a split's files: input and output, as published for training or raw; what is published
+# may have the new text beside them.
+ENDINGS = ("buggy", "fixed")
+NEW = "seq"
+FOLDERS = {"published": "CoditT5", "raw": "raw_data"}
 DATASETS = ("comment-update", "code-review", "bf-small", "bf-medium", "pretrain")
 _LAYOUT = {
     tokenize.COMMENT,
@@ -203,7 +206,7 @@ def _git(repository: str | Path, *arguments: str) -> str:
 def split_files(
     path: str | Path | None, dataset: str, split: str, kind: str = "published"
 ) -> list[Path]:
-    """The files `{dataset}/{split}.{dataset}.ENDING` of a split, all of which are there.
+    """The files `{dataset}/{split}.{dataset}.ENDING` of a split, that of `NEW` where it is there.
 
     They are below `path`, or below its folder `CoditT5` (kind "published") or `raw_data` ("raw").
 
@@ -213,24 +216,27 @@ def split_files(
         raise ValueError(f"data.options.dataset: no {dataset!r}; {nearest(dataset, DATASETS)}")
     if not path:
         raise FileNotFoundError(
-            f"data.options.path: the folder of the {kind} data is wanted ({_FOLDERS[kind]}/ "
+            f"data.options.path: the folder of the {kind} data is wanted ({FOLDERS[kind]}/ "
             "inside it)"
         )
-    homes = [Path(path) / _FOLDERS[kind] / dataset, Path(path) / dataset]
+    homes = [Path(path) / FOLDERS[kind] / dataset, Path(path) / dataset]
     home = next((h for h in homes if h.is_dir()), None)
     if home is None:
         raise FileNotFoundError(f"data.options.path {path}: neither {homes[0]} nor {homes[1]}")
-    files = [home / f"{split}.{dataset}.{ending}" for ending in ENDINGS[kind]]
+    files = [home / f"{split}.{dataset}.{ending}" for ending in ENDINGS]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
-    return files
+    beside = home / f"{split}.{dataset}.{NEW}"
+    return [*files, beside] if kind == "published" and beside.is_file() else files
 
 
 def published(
     path: str | Path | None, dataset: str, split: str, kind: str = "published"
 ) -> tuple[list[str], ...]:
     """(inputs, plans with targets, targets), one line an example; of raw data (inputs, targets).
+
+    Targets without a file of their own are what stands behind the plans.
 
     Raises ValueError for an unknown data set and for files of different length, FileNotFoundError.
     """
@@ -242,11 +248,14 @@ def published(
             f"{files[0].parent}: line counts differ: "
             + ", ".join(f"{n} in {f}" for f, n in counts.items())
         )
-    return tuple(lines.values())
+    found = list(lines.values())
+    if kind == "published" and len(found) == len(ENDINGS):
+        found.append([" ".join(edit_plans.split_prediction(line)[0]) for line in found[1]])
+    return tuple(found)
 
 
 def lines_of(path: str | Path) -> list[str]:
-    """Lines of a file. Only "\n" ends one: sources hold other separators inside strings.
+    """Lines of a file. Only a newline ends one: sources hold other separators inside strings.
 
     Bytes that are no UTF-8 become U+FFFD, as in the published reader.
     """

@@ -25,7 +25,7 @@ from train.data.code_tokenizer import CodeTokenizer
 from train.naming import nearest
 
 # Tasks whose examples stand in files; the others make theirs.
-FILES = tuple(edit_sources.ENDINGS)
+FILES = tuple(edit_sources.FOLDERS)
 TASKS = ("repairs", "pretraining", "git", *FILES)
 TARGETS = ("plan", "sequence")
 OPTIONS: dict[str, Any] = {
