@@ -92,15 +92,19 @@ def path_string(path) -> str:
 
 
 def decay_mask(rule: str) -> Callable:
-    """Which parameters decay: `all`, `matrices` (ndim > 1, as in timm), or a regex on paths."""
+    """Which parameters decay: `all`, `matrices` (ndim > 1, as in timm), or a regex on paths.
+
+    Layers that a scan stacks (a name with "*") have an axis more, which does not count.
+    """
 
     def mask(params):
         def choose(path, leaf):
             if rule == "all":
                 return True
+            name = path_string(path)
             if rule == "matrices":
-                return leaf.ndim > 1
-            return re.search(rule, path_string(path)) is not None
+                return leaf.ndim - ("*" in name) > 1
+            return re.search(rule, name) is not None
 
         return jax.tree_util.tree_map_with_path(choose, params)
 

@@ -219,6 +219,12 @@ BAD = {
     "must lie in [0, 1], got 0 to 2": lambda: attacks.attack(
         KEY, victim(), np.array([[[[0.0, 2.0, 1.0]]]]), data()[1], attacks.make("pgd")
     ),
+    "labels must lie in [0, 5), got 0 to 5": lambda: attacks.attack(
+        KEY, victim(), data()[0][:2], np.array([0, 5]), attacks.make("bim", steps=1)
+    ),
+    "labels must be integers, got float32": lambda: attacks.attack(
+        KEY, victim(), data()[0][:2], np.zeros(2, np.float32), attacks.make("deepfool")
+    ),
     "pixels of 0..1 where high=255": lambda: perturbations.check_pixels(
         np.ones((1, 2, 2, 3)), 0, 255, 8.0
     ),

@@ -203,6 +203,32 @@ def test_labels_beyond_the_networks_classes_are_refused():
         task.detection(variables, images, np.asarray([1, 4]), batch_size=2)
 
 
+def test_options_that_do_not_fit_the_network_or_the_data_are_named():
+    from train.building import build_task
+    from train.command_line import load_config
+
+    config = load_config(f"{MHUI}:paper")
+    with config.unlocked():
+        config.data.name = "cifar:cifar100"
+    with pytest.raises(ConfigError, match=r"num_classes: 10, .* cifar:cifar100 has 100 classes"):
+        build_task(config)
+    model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
+    task = AdversarialDetection(model, head_weights=(1.0,), attacks=())
+    batch = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros(2, jnp.int32)}
+    key = jax.random.key(0)
+    with pytest.raises(ConfigError, match="head_weights: 1 for 4 heads"):
+        jax.eval_shape(task.loss, *jax.eval_shape(task.init, key, batch), batch, key)
+    with pytest.raises(ConfigError, match="prediction: 'final_head'; softmax knows: mean"):
+        AdversarialDetection(model, "softmax", prediction="final_head")
+
+
+def test_the_class_can_be_the_last_heads():
+    outputs = jnp.asarray([[[0.0, 3.0, 0.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]])
+    for prediction, label in (("mean", 1), ("final_head", 0)):
+        task = AdversarialDetection(None, prediction=prediction, attacks=())
+        assert int(task.probabilities(outputs).argmax(-1)[0]) == label
+
+
 def test_noise_is_of_three_kinds_within_the_pixel_range():
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (64, 8, 8, 3)), jnp.float32)
     noise = noise_images(jax.random.key(0), x)
