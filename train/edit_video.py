@@ -243,11 +243,11 @@ class _Control:
         expression = None
         if edit.expression:
             expression = _vector(edit, "expression")
-            size = task.face.expression_size
-            if expression.shape != (size,):
+            wanted = task.face.expression_size
+            if expression.shape != (wanted,):
                 raise ConfigError(
                     f"config.edit.expression: {list(expression.shape)} numbers, the face model has "
-                    f"{size} directions of expression"
+                    f"{wanted} directions of expression"
                 )
 
         def mesh_of(critics, frame):
