@@ -1,6 +1,5 @@
 """LEAD and PROD as runs: published file formats, joint training, frozen models, resuming."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from configs import lead as lead_configs
 from configs import prod as prod_configs
-from jaxmodels.retrieval.dual_encoder import DualEncoder
 from tests.train import retrieval_files
 from tests.train.stoppable_runs import assert_bit_identical, state_of
 from train.data import pipeline
@@ -21,7 +19,7 @@ from train.loop import Plan, fit
 from train.naming import ConfigError
 from train.progression import run_progression, stage_config
 from train.step import make_train_step
-from train.tasks import prod
+from train.tasks import lead, prod, ranking
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -454,16 +452,16 @@ def test_marcos_documents_are_one_text_without_a_title(tmp_path):
     assert rows.texts.judgments["validation"] == {"2": {"D8": 1}}
 
 
-def test_evaluation_scales_vectors_as_training_does(marco):
-    from jaxmodels.interop import catalog
-
-    config = prod_stage(marco, **{"task_args.embedding_scale": 1e-9})
-    task = prod.from_config(config)
-    model = DualEncoder(**{**retrieval_files.TOWER, "num_hidden_layers": 1})
-    batch = {**batch_of(config), "mask": jnp.ones(config.batch_size)}
-    sums = dataclasses.replace(task, model=model).evaluate(catalog.initialize(model), batch)
-    group = batch["doc_ids"].shape[1]
-    assert sums["loss"] / sums["count"] == pytest.approx(np.log(group), rel=1e-5)
+def test_evaluation_scales_vectors_as_training_does(marco, psgs, monkeypatch):
+    vectors = jnp.ones((4, 3)), jnp.arange(36.0).reshape(12, 3)
+    monkeypatch.setattr(ranking, "vectors_of", lambda *_: vectors)
+    nearly_none = {"task_args.embedding_scale": 1e-9}, {"task_args.student_scale": 1e-9}
+    for task in (
+        prod.from_config(prod_stage(marco, **nearly_none[0])),
+        lead.from_config(lead_config(psgs, "paper", **nearly_none[1])),
+    ):
+        sums = task.evaluate({"params": {}}, {"mask": jnp.ones(4)})
+        assert sums["loss"] / sums["count"] == pytest.approx(np.log(3), rel=1e-5)
 
 
 # -- mistakes --------------------------------------------------------------------------------------
