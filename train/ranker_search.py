@@ -33,11 +33,15 @@ _CHUNK = 16384  # rows of tokens held at a time
 
 @dataclasses.dataclass(frozen=True)
 class Ranker:
-    """A model, its parameters, and how its texts become rows."""
+    """A model, its parameters, and how its texts become rows.
+
+    `devices`: how many of this process's devices to use; 0: all.
+    """
 
     model: Any
     params: Any
     data: dict[str, Any]
+    devices: int = 0
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -57,7 +61,7 @@ class Ranker:
     def encoder(self, side: str) -> Encoder:
         """Vectors of token rows; `side` is queries | documents, or pairs: a cross encoder's [1].
 
-        All devices of this process share the rows; others are not waited for.
+        Devices of this process share the rows; other processes are not waited for.
         """
         query, document = (int(self.options[f"{k}_length"]) for k in ("query", "document"))
         longest = {"queries": query, "documents": document, "pairs": query + document}[side]
@@ -67,13 +71,21 @@ class Ranker:
     @functools.cached_property
     def _placed(self) -> tuple[Mesh, Any]:
         """The mesh of this process's devices, and the parameters on every one of them."""
-        mesh = Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
+        devices = jax.local_devices()[: self.devices or None]
+        mesh = Mesh(np.array(devices).reshape(-1, 1, 1), AXES)
         variables = {"params": jax.device_get(self.params)}
         return mesh, jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
     def retrieval_set(self, split: str) -> RetrievalSet:
         """The whole collection with a split's queries."""
         return ranked_lists.retrieval_set(self.options, split)
+
+
+def _of_config(model, params, config) -> Ranker:
+    """A ranker on as many devices as the run's `config.parallel` asks for, of this process."""
+    sizes = [int(config.parallel[axis]) for axis in AXES]
+    devices = 0 if min(sizes) < 1 else int(np.prod(sizes))
+    return Ranker(model, params, config.data.to_dict(), devices)
 
 
 @functools.lru_cache(maxsize=32)
@@ -91,7 +103,7 @@ def ranker_of_run(run: str | os.PathLike) -> Ranker:
         raise ConfigError(f"{run}: no config.json, so no run directory of ours")
     config = ConfigDict(json.loads(file.read_text(encoding="utf-8")))
     params = load_params(run, ema=True)["params"]
-    return Ranker(build_model(config), params, config.data.to_dict())
+    return _of_config(build_model(config), params, config)
 
 
 def search(ranker: Ranker, queries: Sequence[Sequence[int]], depth: int) -> np.ndarray:
@@ -148,7 +160,7 @@ def report_of(model, params, config) -> dict[str, float]:
     """Final numbers of a dual encoder's run: measures on the test queries, BM25's beside them."""
     if config.data.name.split(":")[0] != "ranked_lists" or kind_of(model) != "dual":
         return {}
-    ranker = Ranker(model, params, config.data.to_dict())
+    ranker = _of_config(model, params, config)
     split = evaluation_split(ranker.texts)
     if not any(ranker.texts.judgments[split].values()):
         return {}
@@ -163,7 +175,7 @@ def predict_rows(model, params, path, config, depth: int = 10):
 
     Raises ConfigError for a model that is no dual encoder.
     """
-    ranker = Ranker(model, params, config.data.to_dict())
+    ranker = _of_config(model, params, config)
     with open(path, encoding="utf-8") as file:
         texts = [line.strip() for line in file if line.strip()]
     scores, rows = _search(ranker, [ranker.rows.rows.query(t) for t in texts], depth)

@@ -19,6 +19,7 @@ from train.loop import Plan, fit
 from train.naming import ConfigError
 from train.progression import run_progression, stage_config
 from train.step import make_train_step
+from train.tasks import lead, prod, ranking
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -337,14 +338,20 @@ def test_a_mesh_of_eight_computes_what_one_device_does(psgs):
 # -- collections -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mined(psgs, tmp_path_factory):
-    """LEAD's negative miner, two steps of it, and the negatives that it finds."""
-    workdir = tmp_path_factory.mktemp("mined")
-    config = retrieval_files.reduce(lead_configs.get_config("paper"), psgs)
+def mining_config(folder):
+    """LEAD's first stages: the negative miner, two steps of it, and the negatives that it finds."""
+    config = retrieval_files.reduce(lead_configs.get_config("paper"), folder)
     config.order = ("W_miner", "M")
     config.stages.M.changes.update(depth=12, count=6)
-    return workdir, run_progression(config, workdir)
+    arguments = config.stages.W_miner.changes.model_args
+    arguments.update(num_hidden_layers=1, scan_layers=False)
+    return config
+
+
+@pytest.fixture(scope="module")
+def mined(psgs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("mined")
+    return workdir, run_progression(mining_config(psgs), workdir)
 
 
 def test_leads_negatives_are_mined_for_the_queries_of_its_training_file(mined):
@@ -413,8 +420,7 @@ def test_answers_are_looked_for_in_texts_and_not_in_titles(mined, tmp_path, monk
     answers = [f"w{i}" for i in range(4)]
     lines = [f"{q}\t['{a}']\t{i}" for i, (q, a) in enumerate(zip(queries, answers))]
     (tmp_path / "qa.csv").write_text("\n".join(lines) + "\n")
-    whole = retrieval_files.reduce(lead_configs.get_config("paper"), folder)
-    config = stage_config(whole, "W_miner")
+    config = stage_config(mining_config(folder), "W_miner")
     config.data.options.collection = "nq"
     config.retrieve.answers = str(tmp_path / "qa.csv")
     paths = {"checkpoint": str(mined[0] / "W_miner"), "output": str(tmp_path / "out")}
@@ -446,13 +452,16 @@ def test_marcos_documents_are_one_text_without_a_title(tmp_path):
     assert rows.texts.judgments["validation"] == {"2": {"D8": 1}}
 
 
-def test_evaluation_scales_vectors_as_training_does(marco):
-    task = Plan(prod_stage(marco, **{"task_args.embedding_scale": 1e-9})).task
-    config = prod_stage(marco)
-    batch = {**batch_of(config), "mask": jnp.ones(config.batch_size)}
-    sums = task.evaluate({"params": task.init(jax.random.key(0), batch)[0]}, batch)
-    group = batch["doc_ids"].shape[1]
-    assert sums["loss"] / sums["count"] == pytest.approx(np.log(group), rel=1e-5)
+def test_evaluation_scales_vectors_as_training_does(marco, psgs, monkeypatch):
+    vectors = jnp.ones((4, 3)), jnp.arange(36.0).reshape(12, 3)
+    monkeypatch.setattr(ranking, "vectors_of", lambda *_: vectors)
+    nearly_none = {"task_args.embedding_scale": 1e-9}, {"task_args.student_scale": 1e-9}
+    for task in (
+        prod.from_config(prod_stage(marco, **nearly_none[0])),
+        lead.from_config(lead_config(psgs, "paper", **nearly_none[1])),
+    ):
+        sums = task.evaluate({"params": {}}, {"mask": jnp.ones(4)})
+        assert sums["loss"] / sums["count"] == pytest.approx(np.log(3), rel=1e-5)
 
 
 # -- mistakes --------------------------------------------------------------------------------------
