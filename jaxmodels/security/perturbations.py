@@ -165,9 +165,11 @@ def check_mask(mask: Any, budget: float | None = None) -> float:
     if not np.isin(mask, (0, 1)).all():
         odd = float(mask[~np.isin(mask, (0, 1))].flat[0])
         raise ValueError(f"a patch mask holds only 0 and 1, got {odd:g}")
-    area = float(mask.mean(axis=(-3, -2, -1)).max()) if mask.ndim >= 3 else float(mask.mean())
-    if not area:
-        raise ValueError("the patch mask is empty (area 0 %)")
+    areas = np.atleast_1d(mask.mean(axis=(-3, -2, -1)) if mask.ndim >= 3 else mask.mean())
+    area = float(areas.max())
+    if not areas.all():
+        rows = f" at rows {np.flatnonzero(areas == 0)[:5].tolist()}" if areas.size > 1 else ""
+        raise ValueError(f"the patch mask is empty (area 0 %){rows}")
     if budget is not None and area > budget + 1e-9:
         raise ValueError(
             f"the patch mask covers {100 * area:.2f} % of the image, the budget is "

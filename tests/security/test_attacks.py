@@ -236,6 +236,9 @@ BAD = {
         data()[1], data()[1], True
     ),
     "the patch mask is empty": lambda: perturbations.check_mask(np.zeros((4, 4, 1))),
+    "the patch mask is empty (area 0 %) at rows [1]": lambda: perturbations.check_mask(
+        np.stack([np.ones((4, 4, 1)), np.zeros((4, 4, 1))])
+    ),
     "covers 25.00 % of the image, the budget is 10 %": lambda: perturbations.check_mask(
         np.pad(np.ones((2, 2, 1)), ((0, 2), (0, 2), (0, 0))), 0.1
     ),
