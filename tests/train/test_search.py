@@ -197,6 +197,27 @@ def test_mistakes_in_a_search_are_one_line(tmp_path, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_what_ends_a_search_is_one_line(tmp_path, monkeypatch, capsys):
+    def barren(*_):
+        (tmp_path / "search.json").write_text("{}")  # as a search that has begun
+        raise RuntimeError("no scaling of stage 1 keeps to 2 x the base model's multiply-adds")
+
+    weights = {"params": np.ones(3, np.float32)}
+    monkeypatch.setattr("train.checkpoints.load_params", lambda *_, **__: weights)
+    monkeypatch.setattr(command, "_mcea", barren)
+    argv = [f"--config={SCALENET}", f"--checkpoint={tmp_path}", f"--workdir={tmp_path}"]
+
+    def message(*more):
+        assert stop_with_one_line(command.main, ["search", *argv, *more]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "config.search: no scaling of stage 1" in message()
+    assert "no scaling" in message("--config.search.chunk=3")  # the same search
+    assert "config.search.budget: now 1.0, not 110000.0" in message("--config.search.budget=1.0")
+    weights["params"] = np.zeros(3, np.float32)
+    assert "the supernet's weights: now others" in message()
+
+
 def test_convolutions_decay_twice_as_much_as_the_linear_layer():
     config = load_config(SCALENET)
     params = {

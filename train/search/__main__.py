@@ -1,11 +1,13 @@
 """`python -m train.search --config FILE --checkpoint RUN --workdir DIR`: search a trained supernet.
 
 Every sub-step is saved: the same command goes on after a kill, with the same result. Writes
-`search.json` (the state), `found.json` (the networks), `report.md` and `frontier.png`.
+`settings.json`, `search.json` (the state), `found.json` (the networks), `report.md` and
+`frontier.png`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ choose_platform()
 from train.command_line import read_flags, stop_with_one_line  # noqa: E402
 from train.naming import ConfigError  # noqa: E402
 
+# What may change while a search goes on.
+_FREE = ("chunk", "compare", "keep")
 FLAGS = {"checkpoint": "a supernet's run directory", "workdir": "where the search is kept"}
 
 
@@ -39,6 +43,7 @@ def main(argv: list[str]) -> int:
     kinds = {"mcea": _mcea, "genome": _genome}
     if config.search.kind not in kinds:
         raise ConfigError(f"config.search.kind: {config.search.kind!r}; known: mcea, genome")
+    keep_settings(workdir, {**config.search.to_dict(), "weights": _digest(variables)})
     try:
         found, table, points = kinds[config.search.kind](config, task, variables, workdir)
     except RuntimeError as error:
@@ -53,6 +58,38 @@ def main(argv: list[str]) -> int:
     draw_frontier(points, workdir / "frontier.png")
     print(report)
     return 0
+
+
+def keep_settings(workdir: Path, settings: dict) -> None:
+    """Write `settings.json`; where a search has begun, refuse to go on with other settings.
+
+    What it found so far would be passed off as theirs. Raises ConfigError naming the first that
+    differs.
+    """
+    settings = {k: v for k, v in settings.items() if k not in _FREE}
+    path = workdir / "settings.json"
+    if (workdir / "search.json").exists() and path.exists():
+        before = json.loads(path.read_text())
+        for key, value in json.loads(json.dumps(settings)).items():
+            if before.get(key) != value:
+                what = "the supernet's weights" if key == "weights" else f"config.search.{key}"
+                now = "others" if key == "weights" else f"{value!r}, not {before.get(key)!r}"
+                raise ConfigError(
+                    f"{workdir} holds a search begun with other settings ({what}: now {now}); "
+                    "take another --workdir"
+                )
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(settings, indent=2) + "\n")
+    part.replace(path)
+
+
+def _digest(variables) -> str:
+    import jax
+
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        found.update(np.ascontiguousarray(leaf))
+    return found.hexdigest()
 
 
 def _say(text: str) -> None:
