@@ -101,6 +101,13 @@ class Plan:
         if not self.config.init_from and not hasattr(self.task, "start"):
             return self.make(self.sharding)
         if self.config.init_from:
+            begins = getattr(self.task, "begins_with", "")
+            if begins and not os.path.isdir(self.config.init_from):
+                # A file of one network would leave the others untrained without a word.
+                raise ConfigError(
+                    f"config.init_from: {self.config.init_from} is one network's file; a run of "
+                    f"several begins with {begins}"
+                )
             params, extra = starting_variables(self.config, self.abstract, self.task, self.make)
         else:
             state = self.make()

@@ -550,3 +550,11 @@ def test_lists_keep_string_ids_numbers_and_lead_shifts_by_one(psgs, marco):
     assert entry.positives == (3,) and entry.negatives[:2] == (4, 5)
     other = read_collection("marco", str(marco))
     assert other.titles[:2] == ["w0", ""]
+
+
+def test_a_file_of_one_network_does_not_begin_a_run_of_two(marco, tmp_path):
+    file = tmp_path / "student.bin"
+    file.touch()
+    plan = Plan(change(prod_stage(marco), {"init_from": str(file)}))
+    with pytest.raises(ConfigError, match="begins with config.task_args.student_from and"):
+        plan.fresh()

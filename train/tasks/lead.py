@@ -61,6 +61,8 @@ class Lead(AnswersQueries):
     student_from: str = ""
     teacher_from: str = ""
 
+    begins_with = "config.task_args.student_from and config.task_args.teacher_from"
+
     def init(self, rng: jax.Array, batch):
         """Parameters of both models, and the count of micro-batches seen."""
         own, other = jax.random.split(rng)

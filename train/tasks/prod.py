@@ -52,6 +52,8 @@ class Progressive(AnswersQueries):
     student_from: str = ""
     teacher_from: str = ""
 
+    begins_with = "config.task_args.student_from and config.task_args.teacher_from"
+
     def init(self, rng: jax.Array, batch):
         """Student parameters; the collections `teacher` and, with `lwf`, `frozen`."""
         own, other = jax.random.split(rng)
