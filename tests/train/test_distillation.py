@@ -556,5 +556,5 @@ def test_a_file_of_one_network_does_not_begin_a_run_of_two(marco, tmp_path):
     file = tmp_path / "student.bin"
     file.touch()
     plan = Plan(change(prod_stage(marco), {"init_from": str(file)}))
-    with pytest.raises(ConfigError, match="begins with config.task_args.student_from and"):
+    with pytest.raises(ConfigError, match=r"begins with config\.task_args\.student_from and"):
         plan.fresh()

@@ -19,8 +19,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
 - optional `check_loaded(arrays)`: refuses a checkpoint (dotted name -> array) in better words;
 - optional `start(params, extra) -> (params, extra)`: what a fresh run begins with in place of its
   initialization, as models that other runs trained; not called on resuming;
-- optional `begins_with`: the settings by which several networks begin, for the error where a file of
-  one is given as `init_from`;
+- optional `begins_with`: the settings by which several networks begin, for the error where a file
+  of one is given as `init_from`;
 - optional `frozen`: names of the collections of `extra` that `start` loads and nothing trains; with
   `init_from` it is also called for what the checkpoint lacks of them;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
