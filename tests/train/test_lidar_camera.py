@@ -320,6 +320,8 @@ def test_frames_and_their_pictures_are_one_command_each(paper_run, tmp_path):
     workdir, words = paper_run
     files = frame_files.write_frames(tmp_path / "frames", 2, scale=0.1)
     assert [f.name for f in files] == ["000.npz", "001.npz"]
+    first, second = (driving_frames.load_frame(f).timestamp for f in files)
+    assert abs(second - first - 0.1) < 1e-6
     kept = [w for w in words if "workdir" not in w and "task_args.sizes" not in w]
     picture = tmp_path / "frame.png"
     paths = [
