@@ -124,12 +124,8 @@ def jax_scalenet_score() -> Callable[[], None]:
     task = Supernet(model=SuperSupernet(**_arguments()))
     batch = _batch((25, 25, 3), HELD_OUT)
     params, extra = jax.jit(task.init)(jax.random.key(0), batch)
-
-    def hits(variables, images, label, ops, width, resolution):
-        return (task.logits(variables, images, ops, width, resolution).argmax(-1) == label).sum()
-
-    fixed = ({"params": params, **extra}, jnp.asarray(batch["image"]), batch["label"])
-    scorer = scoring.Scorer(hits, *fixed, chunk=CANDIDATES)
+    batches = [(jnp.asarray(batch["image"]), batch["label"], jnp.ones(HELD_OUT))]
+    scorer = scoring.Scorer(task.hits, {"params": params, **extra}, batches, chunk=CANDIDATES)
     networks = _scalenet_networks(task.model.space)
     return lambda: scoring.network_scores(task, scorer, networks)
 
@@ -137,6 +133,7 @@ def jax_scalenet_score() -> Callable[[], None]:
 def jax_vitas_score(together: int = 1) -> Callable[[], None]:
     """`scoring.Scorer` on genomes; `together` of them side by side."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from jaxmodels.interop import catalog
@@ -146,12 +143,9 @@ def jax_vitas_score(together: int = 1) -> Callable[[], None]:
     task = Superformer(model=catalog.find("search.vitas:digits").build(), sharing="one_sided")
     batch = _batch((32, 32, 3), HELD_OUT)
     params, _ = jax.jit(task.init)(jax.random.key(0), batch)
-
-    def hits(variables, images, label, genome):
-        return task.hits(variables, images, label, 1.0, genome)
-
-    fixed = ({"params": params}, batch["image"], batch["label"])
-    scorer = scoring.Scorer(hits, *fixed, chunk=CANDIDATES, together=together)
+    batches = [(jnp.asarray(batch["image"]), batch["label"], jnp.ones(HELD_OUT))]
+    options = {"chunk": CANDIDATES, "together": together}
+    scorer = scoring.Scorer(task.hits, {"params": params}, batches, **options)
     space = task.model.space
     genomes = space.sample_many(np.random.default_rng(0), CANDIDATES, 0.3, shift=True)
     return lambda: scorer(genomes)

@@ -104,7 +104,9 @@ def searches(system: str, config, task, score, seed: int) -> tuple[float, float,
         from train.search import genome_search, nsga2
 
         fields = genome_search.Options.__dataclass_fields__
-        band = genome_search.Options(**{f: options[f] for f in fields if f in options})
+        given = {f: options[f] for f in fields if f in options}
+        given |= {"probability": task.probability, "shift": task.shift}
+        band = genome_search.Options(**given)
         problem = genome_search.problem(space, band, score)
         state = genome_search.run(problem, space, band, seed)
         measured = genome_search.measured(space, band, state)

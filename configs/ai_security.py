@@ -9,7 +9,10 @@ face        ... --config configs/ai_security.py:face        ArcFace on letters, 
 face_softmax  its baseline, plain softmax; face_resnet, face_vgg: other architectures
 driving     ... --config configs/ai_security.py:driving     the detector of the driving track
 paper       ... --config configs/ai_security.py:paper --config.data.options.path=DIR
-            Attribution by ResNet-50 at 256 pixels on DIR/<group>/<method>/<dataset>/*.png.
+            Attribution by ResNet-50 at 256 pixels on cropped faces below
+            DIR/<group>/<method>/<dataset>/*.png: protocol 1, eight known of twenty classes. It
+            starts officially from ImageNet's ResNet-50: --config.init_from=FILE
+            --config.init_skip="(bottleneck|bnneck.|fc2)".
 paper_face  IResNet-50 with ArcFace on DIR/train/<identity>/*.jpg, DIR/test/<identity>/*.jpg.
 paper_detection  Xception on the same folders as `paper`, a method named `real` among them.
 """
@@ -132,9 +135,16 @@ def _paper(config):
     config.task = "attribution"
     config.model = "security.attribution"
     config.model_args = {"classes": 20}
-    config.task_args = {"known": 10, "supervised_steps": 3910, "rounds": (19550, 23460)}
+    # Protocol 1's methods, the data's default.
+    config.task_args = {"known": 8, "supervised_steps": 3910, "rounds": (19550, 23460)}
     config.data.name = "forgeries:attribution"
-    config.data.options = {"set": "folders", "image_size": 256}
+    config.data.options = {
+        "set": "folders",
+        "image_size": 256,
+        "resized_crop": 0.2,
+        "light": 0.2,
+        "workers": 16,
+    }
     # 50 epochs of some 100,000 faces, 64 labeled and 64 unlabeled images a step.
     epoch = 782
     config.steps, config.batch_size, config.seed = 50 * epoch, 64, 2000
@@ -159,6 +169,9 @@ def _paper_face(config):
     config.steps, config.batch_size = 20 * epoch, 1024
     config.optimizer.name = "sgd"
     config.optimizer.args = {"momentum": 0.9}
+    # What is trained of the backbone alone, not the class centers.
+    config.optimizer.clip_norm = 5.0
+    config.optimizer.clip_groups = (r"!^(margin_head\.|features\.scale$)",)
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decay_mask = "all"
     config.schedule.update(name="polynomial", peak=0.1, end=0.0, power=2.0, warmup_steps=0)
@@ -169,7 +182,16 @@ def _paper_face(config):
 def _paper_detection(config):
     _detection(config)
     config.model_args = {}
-    config.data.options = {"set": "folders", "image_size": 256, "workers": 16}
+    config.data.options = {
+        "set": "folders",
+        "image_size": 256,
+        "workers": 16,
+        "blur": 0.5,
+        "blur_sigma": (0.8, 1.4),  # OpenCV's of kernels 3 to 7
+        "brightness": 0.1,
+        "jpeg": 0.5,
+        "jpeg_quality": (40, 100),
+    }
     config.steps, config.batch_size = 36000, 32  # 10 epochs of 720 videos, 32 frames each, + fakes
     config.schedule.update(name="constant", peak=2e-4, warmup_steps=0)
     config.optimizer.decay_mask = "all"

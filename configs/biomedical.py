@@ -130,7 +130,7 @@ def _pipeline(config):
             "folds": 5,
             "seeds": 1,  # models of every fold
             "group_regex": "",  # what names the patient in a case id
-            "steps": {},  # configuration -> training steps, in place of config.steps
+            "steps": (),  # ((configuration, training steps), ...), in place of config.steps
             "plan": {  # medical_preparation.plan
                 "kind": "plain",
                 "memory_gb": 0.1,
@@ -146,7 +146,7 @@ def _pipeline(config):
             "weights": "uniform",  # of an ensemble's members: uniform | least_squares
             "postprocessing": True,
             "optional_postprocessing": True,
-            "tolerance": 2.0,  # mm, of the surface Dice
+            "tolerance": (2.0,),  # mm, of the surface Dice: of all targets, or one each
             "ranking": "aggregate_then_rank",
             "bootstrap": 1000,
             "inference_batch": 8,

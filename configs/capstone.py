@@ -5,13 +5,15 @@ small     python -m train --config configs/capstone.py --workdir runs/capstone
           0; BM25 0.466 and 0.649), about 4 minutes on two shared cores.
 stage2    python -m train.retrieve --config configs/capstone.py --checkpoint runs/capstone
               --output runs/mined --config.retrieve.split=train --config.retrieve.depth=200
-              --config.retrieve.negatives=100
+              --config.retrieve.negatives=200
           python -m train --config configs/capstone.py:stage2 --workdir runs/capstone2
               --config.data.options.negatives_file=runs/mined/negatives.json
           the same with negatives that the first stage found, and four parts.
 paper     python -m train --config configs/capstone.py:paper --workdir DIR
               --config.data.options.path=/path/to/marco --config.init_from=co-condenser-marco.bin
-          MS MARCO passages, 8 GPUs' batch; paper_stage2 for the second stage.
+          MS MARCO passages, 8 GPUs' batch; paper_stage2 for the second stage. Training evaluates
+          with one view of a document: add --config.data.options.views=10 where negatives are mined
+          and where the index is measured.
 """
 
 from train.defaults import default_config
@@ -36,7 +38,8 @@ def get_config(preset: str = "small"):
         _paper(config, preset)
     else:
         _small(config, preset)
-    config.data.options.curriculum_steps = config.steps
+    # Follows `--config.steps=...`: all parts come, whatever the length of the run.
+    config.data.options.curriculum_steps = config.get_oneway_ref("steps")
     return config
 
 

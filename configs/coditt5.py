@@ -14,7 +14,9 @@ paper        fine-tuning of CoditT5 (222.9 M) on a published data set:
                  --config.data.options.dataset=bf-small
                  --config.data.options.tokenizer=/path/to/CoditT5
              Epochs are bf-small's 972 steps: other data sets want their own steps and hold_for.
-paper_pretrain  the published pre-training, from codet5-base resized by 24 rows.
+             (CodeT5, the baseline: --config.data.options.target=sequence and its own files.)
+paper_pretrain  the published pre-training, from codet5-base resized by 24 rows:
+             --config.init_from=/path/to/codet5-base/pytorch_model.bin and the data as above.
 """
 
 from train.defaults import default_config
@@ -77,6 +79,8 @@ def _small(config, preset):
 def _paper(config, preset):
     pretraining = preset == "paper_pretrain"
     config.model = "language.t5:coditt5"
+    # A file of CodeT5 gets rows for the 24 edit tokens; CoditT5's has them.
+    config.model_args.resize_checkpoint = True
     config.data.name = "edits:published"
     config.data.options = {
         "dataset": "pretrain" if pretraining else "bf-small",
@@ -92,6 +96,9 @@ def _paper(config, preset):
     config.optimizer.args = {
         "eps": 1e-8,
         "weight_decay": 0.01,
+        # There names with "bias" and "LayerNorm.weight" do not decay: of T5's parameters the tables
+        # of relative_attention_bias alone, for its norms are called layer_norm.
+        "no_decay": "bias",
         "cycled_b1": (0.95, 0.85),
         "cycle_steps": epochs,
         "pct_start": 0.1,
@@ -100,14 +107,16 @@ def _paper(config, preset):
     # Stepped once an epoch: flat for the first five, then linear to a ten-thousandth.
     config.schedule.update(name="one_cycle", peak=peak, end=peak / 1e4, pct_start=0.1)
     config.schedule.hold_for = epoch
-    config.task_args = {"eval_beams": 5, "test_beams": 20}
+    config.task_args = {"eval_beams": 5, "test_beams": 20, "example_mean": True}
     if pretraining:
+        # It has no test split.
+        config.task_args.report_split = ""
         # 64 rows at a time: the logits of more fill 16 chips of 16 GiB. Blocks are not recomputed
         # (`model_args.remat`): libtpu's compiler ends in a stack overflow on them.
         config.optimizer.accumulate = 16
     config.precision = "bfloat16"
     config.log_every = 100
     config.eval.every = epoch // 2 if pretraining else epoch
-    config.checkpoint.update(every=config.eval.every, best_metric="bleu4")
+    config.checkpoint.update(every=config.eval.every, best_metric="output_bleu4")
     if not pretraining:
         config.checkpoint.update(patience=5, report_best=True)

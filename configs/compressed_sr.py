@@ -121,6 +121,8 @@ def _paper_images(config, preset):
     if preset == "paper_jpeg":
         config.model = "restoration.swin2sr:jpeg_gray"
         config.steps = 800_000
+        # KAIR's for JPEG, halved as the run is.
+        config.schedule.boundaries = (400_000, 600_000, 700_000, 750_000)
         config.data.options.update(patch=126, scale=1, quality=(10, 20, 30, 40), gray=True, grid=1)
         config.task_args.tile = 252
 

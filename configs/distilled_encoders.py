@@ -17,6 +17,9 @@ SMALL = {
     "attention_probs_dropout_prob": 0.0,
 }
 
+# What the published ERNIE 2.0 encoders have other than BERT's.
+ERNIE = {"type_vocab_size": 4, "layer_norm_eps": 1e-5}
+
 
 def student_config(task: str, seed: int):
     """The default config with both papers' optimizer, schedule and kind of data."""

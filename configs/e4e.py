@@ -3,7 +3,7 @@
 small   python -m train --config configs/e4e.py --workdir runs/e4e
         images that the generator of `tests/golden/video2stylegan/stylegan2_g_ada_s32` makes from
         codes with noise on the low layers, 32 pixels: squared error of unseen images relative to
-        the mean latent's (see docs/systems/video2stylegan.md), some minutes on two cores.
+        the mean latent's, some minutes on two cores. No whole run is recorded.
 psp     the same images by pSp: all codes free, no discriminator.
 paper   python -m train --config configs/e4e.py:paper --workdir DIR
             --config.data.options.path=FFHQ

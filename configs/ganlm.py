@@ -164,7 +164,7 @@ def _paper_fine_tuning(config, preset):
         config.model_args = {
             "vocab_size": size,
             "initialization_strategy": "both",
-            "max_source_positions": 722,
+            "max_source_positions": 720,
             "max_target_positions": 512,
             "resize_checkpoint": True,
         }

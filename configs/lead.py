@@ -6,11 +6,15 @@ small     python -m train --config configs/lead.py --workdir runs/lead
 late      the same with a late-interaction (ColBERT) teacher; cross with a 4x64 cross encoder.
 paper     python -m train --config configs/lead.py:paper --workdir DIR
               --config.data.options.path=/path/to/msmarco
+              --config.stages.W_student.changes.task_args.start_from=distilbert-base-uncased.bin ...
+          (W_miner and W_teacher from co-condenser-marco.bin; without files they begin untrained)
           12-layer dual encoder to 6-layer DistilBERT; paper_late and paper_cross for 12CB and 12CE,
           paper_large for 24CB to 12 layers (published MRR@10: 12CB to 6 37.8, 24CB to 12 40.4).
 
-student     the DistilBERT dual encoder alone, for a checkpoint of it:
-          python -m train.retrieve --config configs/lead.py:student --checkpoint FILE --output DIR
+student     the DistilBERT dual encoder alone, student_large the 12-layer one of paper_large, for a
+          checkpoint of it (those published, 24_to_12_TASK.ckpt, are of the latter):
+          python -m train.retrieve --config configs/lead.py:student_large --checkpoint FILE
+              --output DIR --config.data.options.path=/path/to/msmarco
 
 One command runs every stage, skips what is finished and goes on in the middle of a stage. The
 config itself is the last stage (`order=()` trains that alone, from `task_args.student_from` and
@@ -22,6 +26,7 @@ L            LEAD
 """
 
 from configs.distilled_encoders import (
+    ERNIE,
     SMALL,
     mining,
     stage,
@@ -31,7 +36,17 @@ from configs.distilled_encoders import (
     training,
 )
 
-PRESETS = ("small", "late", "cross", "paper", "paper_late", "paper_cross", "paper_large", "student")
+PRESETS = (
+    "small",
+    "late",
+    "cross",
+    "paper",
+    "paper_late",
+    "paper_cross",
+    "paper_large",
+    "student",
+    "student_large",
+)
 TEACHERS = {
     "dual": "retrieval.dual_encoder",
     "late": "retrieval.late_interaction",
@@ -64,9 +79,9 @@ def get_config(preset: str = "small"):
     }
     rows = () if kind == "dual" else (kind,)
     config.data.options = {"layout": "lead", "rows": rows}
-    paper = preset.startswith("paper") or preset == "student"
+    paper = preset.startswith(("paper", "student"))
     (_paper if paper else _small)(config, preset, kind)
-    if preset == "student":
+    if preset.startswith("student"):
         student_alone(config)
     return config
 
@@ -94,11 +109,11 @@ def _small(config, preset, kind):
 
 
 def _paper(config, preset, kind):
-    large = preset == "paper_large"
+    large = preset.endswith("large")
     bert = {"vocab_size": 30522, "max_position_embeddings": 512, "remat": True, "scan_layers": True}
     if large:
         config.model_args = tower(768, 12, 12, **bert, share_weight=True)
-        teacher = tower(1024, 24, 16, **bert, type_vocab_size=4)
+        teacher = tower(1024, 24, 16, **bert, **ERNIE)
     else:
         config.model_args = tower(768, 6, 12, **bert, architecture="distilbert", share_weight=True)
         teacher = tower(768, 12, 12, **bert)

@@ -88,6 +88,7 @@ def _paper(config):
     config.data = stage.data
     config.schedule.update(peak=1e-4, warmup_steps=5000)
     config.optimizer.weight_decay = 0.05
+    config.optimizer.decay_mask = r"kernel$"
     config.steps, config.batch_size = 100_000, 16
     config.ema.decay = 0.999
     config.precision = "bfloat16"

@@ -25,6 +25,7 @@ D1, D2  the queries that C2's model puts right and T3's student almost right (M4
 """
 
 from configs.distilled_encoders import (
+    ERNIE,
     SMALL,
     mining,
     stage,
@@ -98,7 +99,7 @@ def _small(config):
 
 
 def _paper(config):
-    base = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 4}
+    base = {"vocab_size": 30522, "max_position_embeddings": 512, **ERNIE}
     config.model_args = tower(768, 6, 12, **base, remat=True, scan_layers=True)
     config.precision = "bfloat16"
     config.data.name = "ranked_lists:marco"
@@ -262,6 +263,7 @@ def _stages(config, sizes):
             "C2",
             newest,
             selected,
-            data={"sampling": "descend"},
+            # Few enough that none are held out.
+            data={"sampling": "descend", "held_out": 0},
         )
         newest = name

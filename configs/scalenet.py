@@ -19,8 +19,11 @@ from ml_collections import ConfigDict
 
 from train.defaults import default_config
 
-PRESETS = ("small", "uniform", "retrain", "paper")
-# Official weight decay: convolutions twice the linear layer's, none on biases and BatchNorm.
+PRESETS = ("small", "uniform", "retrain", "paper", "paper_net")
+IMAGENET = 1281167
+# Official weight decay: the linear layer's weight and bias, convolutions' weights twice as much,
+# their biases and BatchNorm not at all.
+DECAYED = r"(kernel|net\.head_.*bias)$"
 CONV_KERNELS = r"backbone.*\.kernel$"
 
 
@@ -34,7 +37,7 @@ def get_config(preset: str = "small"):
     config.optimizer.args.momentum = 0.9
     config.optimizer.args.nesterov = True
     config.optimizer.weight_decay = 4e-5
-    config.optimizer.decay_mask = r"kernel$"
+    config.optimizer.decay_mask = DECAYED
     config.optimizer.decay_factors = ((CONV_KERNELS, 2.0),)
     config.schedule.update(name="cosine", warmup_inside=False)
     config.search = ConfigDict(
@@ -51,12 +54,15 @@ def get_config(preset: str = "small"):
             "multi_objective": False,
             "seed": 0,
             "split": "minival",
+            "batch_size": 0,  # of held-out images, each with its own statistics; 0 for all at once
             "chunk": 16,
             "compare": True,  # random search at the same number of scored networks beside it
         }
     )
     if preset == "paper":
         _paper(config)
+    elif preset == "paper_net":
+        _paper_net(config)
     else:
         _small(config, preset)
     return config
@@ -103,14 +109,40 @@ def _paper(config):
         "of": "imagenet",
         "every": 25,
         "threads": 16,
-        "inner": {"image_size": 354, "color_jitter": 0.0, "erasing": 0.0},
-    }
+        "inner": {
+            "image_size": 354, "color_jitter": 0.0, "erasing": 0.0,
+            "crop_interpolation": "bilinear", "interpolation": "bilinear",
+        },
+    }  # fmt: skip
+    config.search.batch_size = 64
     config.batch_size, config.steps = 256, 750000
     config.schedule.update(peak=0.12, warmup_steps=375)
     config.seed = 42
     config.precision = "bfloat16"
     config.log_every = 100
-    config.eval.batch_size = 250
+    # Batch statistics: no padding rows in 50,000 images on up to 16 devices.
+    config.eval.batch_size = 400
     config.eval.split = "test"
     config.eval.every = 10000
     config.checkpoint.every = 5000
+
+
+def _paper_net(config):
+    config.task = "classification"
+    config.task_args = {"label_smoothing": 0.1}
+    config.model = "search.scalenet_nets:base_309m"
+    # Larger networks take more dropout.
+    config.model_args = {"dropout": 0.2, "drop_path_rate": 0.2}
+    config.data.name = "imagenet"
+    config.data.options = {
+        "image_size": 224, "rand_augment": "rand-m9-mstd0.5", "erasing": 0.2, "workers": 16,
+    }  # fmt: skip
+    config.batch_size, epoch = 1024, IMAGENET // 1024
+    config.steps = 400 * epoch
+    config.optimizer.decay_mask, config.optimizer.decay_factors = "matrices", ()
+    config.schedule.update(peak=0.4, warmup_steps=5 * epoch)
+    config.ema.decay = 0.9999
+    config.precision = "bfloat16"
+    config.log_every = 100
+    config.eval.update(batch_size=1000, every=epoch)
+    config.checkpoint.every = epoch

@@ -2,7 +2,8 @@
 
 small   python -m train --config configs/stylegan2.py --workdir runs/stylegan2
         scikit-image's `lfw_subset` (80 gray faces of 25 pixels) at 32 pixels: sliced Wasserstein
-        distance to the training images, see docs/systems/video2stylegan.md; about 5 minutes.
+        distance to the training images beside an untrained generator's and noise's; about 5
+        minutes. No whole run is recorded.
 paper   python -m train --config configs/stylegan2.py:paper --workdir DIR
             --config.data.options.path=FFHQ
         configuration F at 1024 pixels, batch 32, 25 million images, mixed regularization.

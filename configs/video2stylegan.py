@@ -8,7 +8,7 @@ faces   python -m train --config configs/video2stylegan.py:faces --workdir DIR
             --config.task_args.generator_from=RUN_OF_configs/stylegan2.py
         a photographed face under made-up motion, with a generator trained on lfw_subset.
 stills  python -m train --config configs/video2stylegan.py:stills --workdir DIR ...
-        the published first stage: FFHQ's images, the key path alone.
+        the first stage: FFHQ's images, the key path alone, by the recipe of pSp and e4e.
 paper   python -m train --config configs/video2stylegan.py:paper --workdir DIR
             --config.data.options.path=CLIPS --config.init_from=RUN_OF_STAGE_1
             --config.task_args.generator_from=stylegan2-ffhq-config-f.pt
@@ -71,12 +71,16 @@ def get_config(preset: str = "small"):
             "yaw": 0.0,  # degrees, added to the face's own; needs control_from
             "pitch": 0.0,
             "roll": 0.0,
+            "expression": "",  # an npy file [E] added to the face's own; needs control_from
+            "driver": "",  # an aligned clip whose face the clip's follows; needs control_from
             "control_from": "",  # a run directory of configs/pose_control.py
             "refresh": "first",  # first | every | mean
             "every": 0,
             "landmarks": "",  # npz with landmarks [T, 68, 2]: align, and paste back
+            "center_sigma": 1.0,  # frames, of the smoothing of aligned crops
+            "axes_sigma": 3.0,
             "strip": "",  # a PNG of frames: input, encoded, edited, change
-            "fps": 25,
+            "fps": 0.0,  # of a video that is written; 0: the input's (25 for folders)
         }
     )
     if preset in ("small", "faces"):
@@ -146,6 +150,8 @@ def _paper(config, preset):
     config.task_args.encoder_from = ""
     config.task_args.untrained_critics = False
     config.optimizer.weight_decay = 0.05
+    # Weights of linear maps: no norms, biases, positions or queries.
+    config.optimizer.decay_mask = r"kernel$"
     config.schedule.update(peak=1e-4, end=0.0, warmup_steps=5000, warmup_inside=False)
     config.steps, config.batch_size = 300_000, 16
     config.ema.decay = 0.999
@@ -160,3 +166,8 @@ def _paper(config, preset):
         config.data.options = {"image_size": 256, "workers": 8}
         config.task_args.weights.landmarks = 0.0
         config.task_args.weights.mesh = 0.0
+        # The recipe of pSp and e4e.
+        config.optimizer = default_config().optimizer
+        config.optimizer.name = "ranger"
+        config.schedule.update(name="constant", warmup_steps=0)
+        config.batch_size = 8

@@ -10,13 +10,14 @@ from theory.dynamics import Trajectory, certify, simulate, simulate_aligned
 from theory.factorization import initialize
 from theory.landscape import hessian_spectrum
 from theory.problem import Problem, make_problem, random_problem
-from theory.stages import StageReport, detect, stages
+from theory.stages import StageReport, confirm_swaps, detect, stages
 
 __all__ = [
     "Problem",
     "StageReport",
     "Trajectory",
     "certify",
+    "confirm_swaps",
     "detect",
     "hessian_spectrum",
     "initialize",

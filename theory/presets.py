@@ -30,9 +30,11 @@ from theory.problem import (
     spectrum,
 )
 from theory.quantities import DEFAULT_RECORD
-from theory.stages import StageReport, stages
+from theory.stages import StageReport, confirm_swaps, stages
 from theory.sweep import sweep, write_tables
 
+# Methods with one rate for all parameters whose overshoots can look like swaps.
+OVERSHOOTING = ("momentum", "nesterov", "group_rmsprop")
 RUN_RECORD = (
     *DEFAULT_RECORD,
     "rank_distances",
@@ -152,6 +154,8 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
     if config.certify and n <= landscape.MAX_DENSE:
         for escape in report.escapes:
             certificates[escape.valley_step] = dynamics.certify(trajectory, escape)
+        if trajectory.optimizer.name in OVERSHOOTING:
+            report = confirm_swaps(report, certificates)
     drawn = figures.plot(trajectory, workdir / "figures", report=report)
     record_row = _record(config, trajectory, report, sigma, depth)
     if sigma:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 H_DECADES = 0.05
 DELTA = 0.1
 SWAP_DROP = 1e-3
+GENUINE = 1.0  # certificate of an escape
 KINDS = ("rank", "merged", "swap", "ring")
 
 
@@ -250,13 +251,32 @@ def certificate(steps: Any, lambda_min: Any, lr: Any) -> float:
     """I = sum over steps of eta * max(-lambda_min(H_t), 0) between valley and peak, trapezoid.
 
     steps, lambda_min: [n] with n >= 20 sampled points (fewer where the interval is shorter);
-    lr: [] or [n]. Dimensionless; a genuine saddle escape has I >= 1, an oscillation I << 1.
+    lr: [] or [n]. Dimensionless; a genuine saddle escape has I >= 1 (`GENUINE`), an oscillation
+    I << 1.
     """
     steps, values = np.asarray(steps, np.float64), np.asarray(lambda_min, np.float64)
     if steps.shape != values.shape or steps.size < 1:
         raise ValueError(f"lambda_min: shape {values.shape} is not that of steps {steps.shape}")
     rate = np.broadcast_to(np.asarray(lr, np.float64), values.shape) * np.maximum(-values, 0.0)
     return float(np.trapezoid(rate, steps)) if steps.size > 1 else 0.0
+
+
+def confirm_swaps(report: StageReport, certificates: Mapping[int, float]) -> StageReport:
+    """The report with the swaps that certificate C does not bear out counted as rings.
+
+    With momentum or normalized steps a first overshoot can lose as much as a swap does
+    (loss drop >= 1e-3), and `kind` alone cannot tell them apart. certificates: valley step of an
+    escape -> I, as `theory.certify` gives it; a swap that is not in it is left as it is.
+    """
+    escapes = tuple(
+        e
+        for e in report.escapes
+        if e.kind != "swap" or certificates.get(e.valley_step, GENUINE) >= GENUINE
+    )
+    lost = len(report.escapes) - len(escapes)
+    return dataclasses.replace(
+        report, escapes=escapes, n_swaps=report.n_swaps - lost, n_rings=report.n_rings + lost
+    )
 
 
 def sample_points(valley: int, peak: int, points: int = 24) -> np.ndarray:

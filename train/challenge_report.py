@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.biomedical import metrics, ranking, surface_distance
+from jaxmodels.biomedical.folds import patient_of
 from jaxmodels.biomedical.preprocessing import NO_AXIS, annotated, image_diagonal, labels_of
 from train import survey
 from train.data import medical_preparation as preparation
@@ -16,17 +17,19 @@ from train.data.medical_files import RawDataset
 
 
 def case_metrics(
-    prediction: np.ndarray, reference: np.ndarray, spacing, known, tolerance: float
+    prediction: np.ndarray, reference: np.ndarray, spacing, known, tolerance
 ) -> dict[str, dict[str, float]]:
     """Dice, IoU, HD95 and surface Dice (NSD) of every target; surfaces by elements, in mm.
 
+    `tolerance` (mm) is of the surface Dice, one for all targets or one each.
     HD95 of one empty mask is the image's diagonal, of two it is missing.
     """
     rows = {}
     prediction, reference = annotated(prediction, reference, known["ignore_label"])
     if spacing[0] == NO_AXIS:
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
-    for name, values in known["targets"].items():
+    tolerances = np.broadcast_to(np.atleast_1d(tolerance), len(known["targets"]))
+    for (name, values), own in zip(known["targets"].items(), tolerances):
         pair = np.isin(reference, values), np.isin(prediction, values)
         found = surface_distance.surface_distances(*pair, spacing)
         distance = surface_distance.hausdorff(found, 95)
@@ -38,7 +41,7 @@ def case_metrics(
             "dice": metrics.dice(*pair),
             "iou": metrics.iou(*pair),
             "hd95": distance,
-            "nsd": surface_distance.surface_dice(found, tolerance),
+            "nsd": surface_distance.surface_dice(found, float(own)),
         }
     return rows
 
@@ -50,7 +53,7 @@ def test_metrics(
     spacing,
     known,
     order,
-    tolerance: float,
+    tolerance,
 ) -> dict[str, Any]:
     """`metrics` and `ece` of every method on one case.
 
@@ -108,8 +111,23 @@ def _mean_rows(rows: Mapping[str, list[float]]) -> dict[str, float]:
     return result
 
 
-def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    mean, low, high = metrics.paired_interval(before, after)
+def patients_of(cases: Sequence[str], group_regex: str) -> list[str] | None:
+    """The patient of every case, None without a `group_regex`; who does not match is alone."""
+    if not group_regex:
+        return None
+    found = []
+    for case in cases:
+        try:
+            found.append(patient_of(case, group_regex))
+        except ValueError:
+            found.append(case)
+    return found
+
+
+def _gain(before: Mapping[str, float], after: Mapping[str, float], group_regex: str) -> str:
+    """Intervals draw whole patients where these are known."""
+    groups = patients_of(sorted(set(before) & set(after)), group_regex)
+    mean, low, high = metrics.paired_interval(before, after, groups=groups)
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
@@ -139,6 +157,7 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
     compare two ways to predict that differ in the practice.
     """
     known = survey.load()
+    regex = settings.content["group_regex"]
     oof = {name: _mean_rows(rows) for name, rows in chosen["per_case"].items()}
     table = test or oof
     names = list(settings.configurations)
@@ -147,7 +166,7 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
     def add(title, entry, on, before=None, after=None):
         gain = "-"
         if before in table and after in table:
-            gain = f"{_gain(table[before], table[after])} ({after} - {before})"
+            gain = f"{_gain(table[before], table[after], regex)} ({after} - {before})"
         rows.append((title, known[entry].text(), "on" if on else "off", gain))
 
     patched = any(sees_patches(plans, name) for name in names)
@@ -167,11 +186,11 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
     singles = {n: s for n, s in chosen["scores"].items() if n in names}
     best = max(singles, key=lambda n: singles[n])
     add("heterogeneous ensemble", "ensemble_heterogeneous", several, best, pair)
-    on = bool(stored["operations"])
+    on = bool(stored["operations"] or stored.get("thresholds"))
     if test:
         add("post-processing", "postprocessing", on, "ensemble", "final")
     else:
-        gain = _gain(_mean_rows(stored["before"]), _mean_rows(stored["after"]))
+        gain = _gain(_mean_rows(stored["before"]), _mean_rows(stored["after"]), regex)
         rows.append(
             ("post-processing", known["postprocessing"].text(), "on" if on else "off", gain)
         )
@@ -182,7 +201,7 @@ def practices(settings, plans, chosen, stored, test, held) -> list[tuple[str, st
                 "test-time mirroring",
                 "not asked",
                 "on",
-                _gain(table[f"{mirrored}, no mirroring"], table[mirrored]),
+                _gain(table[f"{mirrored}, no mirroring"], table[mirrored], regex),
             )
         )
     augmented = settings.augmentation != "none"
@@ -204,6 +223,8 @@ def _ranking(scores: Mapping[str, Mapping[str, float]], settings, folder: Path) 
     if len(names) < 2 or len(cases) < 2:
         return "Fewer than two methods or cases: bootstrapping with one case is not sensible.\n"
     values = np.asarray([[scores[n][c] for c in cases] for n in names])
+    # Nobody is missing: a method without a number found nothing where nothing is.
+    values = np.where(np.isnan(values), 1.0, values)
     found = ranking.bootstrap_ranking(
         values, settings.content["ranking"], samples=settings.content["bootstrap"]
     )
@@ -214,14 +235,15 @@ def _ranking(scores: Mapping[str, Mapping[str, float]], settings, folder: Path) 
             f"{row['mean']:.4f}",
             f"{row['median_rank']:g} [{row['low']:g}, {row['high']:g}]",
         )
-        for row in ranking.ranking_table(np.nan_to_num(values), names, found)
+        for row in ranking.ranking_table(values, names, found)
     ]
     draw_ranks(names, found, folder / "ranking.png")
     tau = float(np.nanmean(found.tau)) if np.isfinite(found.tau).any() else float("nan")
     return (
         _table(("method", "rank", "mean Dice", "median rank [95 %]"), rows)
         + f"\n{settings.content['ranking']}, {len(found.ranks)} bootstrap samples of {len(cases)} "
-        f"cases; mean Kendall tau to the full ranking {tau:.2f}. ![ranks](ranking.png)\n"
+        f"cases (nothing found where nothing is counts 1); mean Kendall tau to the full ranking "
+        f"{tau:.2f}. ![ranks](ranking.png)\n"
     )
 
 
@@ -265,8 +287,13 @@ def write_report(folder: Path, uses, settings, raw_name: str, command: str) -> d
         for method in sorted(test):
             cells = []
             for measure in measured.values():
+                values = measure[method]
+                if not np.isfinite(list(values.values())).any():
+                    cells.append("-")
+                    continue
                 mean, low, high = metrics.bootstrap_interval(
-                    np.asarray(list(measure[method].values()))
+                    np.asarray(list(values.values())),
+                    groups=patients_of(list(values), settings.content["group_regex"]),
                 )
                 cells.append(f"{mean:.4f} [{low:.4f}, {high:.4f}]")
             cells.append(f"{calibrated[method]:.4f}" if method in calibrated else "-")
@@ -280,12 +307,15 @@ def write_report(folder: Path, uses, settings, raw_name: str, command: str) -> d
     told = practices(settings, plans, chosen, stored, test, held)
     parts.append(
         "## Practices\n\nThe survey's figure is of its base, the gain is in Dice with a 95 % "
-        "interval over cases. `single models` is the mean over the models of all folds.\n\n"
+        "interval over cases (patients, where `group_regex` names them). `single models` is the "
+        "mean over the models of all folds.\n\n"
         + _table(("practice", "survey", "here", "gain"), told)
     )
     scores = test or {n: _mean_rows(r) for n, r in chosen["per_case"].items()}
     parts.append("## Ranking\n\n" + _ranking(scores, settings, folder))
     names = [f"{o['name']} {o['labels']} {o['arguments']}" for o in stored["operations"]]
+    if stored.get("thresholds"):
+        names.insert(0, f"thresholds {dict(zip(raw.targets, stored['thresholds']))}")
     parts.append("## Post-processing\n\n" + ("\n".join(f"- {n}" for n in names) or "None helped."))
     (folder / "report.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
     preparation.write_json(folder / "practices.json", [list(row) for row in told])

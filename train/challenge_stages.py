@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.biomedical import ensembling, metrics, postprocessing, ranking
+from jaxmodels.biomedical import ensembling, postprocessing, ranking
 from jaxmodels.biomedical.preprocessing import (
     Geometry,
-    annotated,
     labels_of,
     resample,
     restore_probabilities,
 )
+from train.challenge_choices import choose_members, choose_postprocessing, region_order
 from train.data import brain_template, coins, medical_patches
 from train.data import medical_preparation as preparation
 from train.data.medical_files import RawDataset, write_labels
@@ -26,6 +26,8 @@ from train.progression import Stage
 from train.segmentation_inference import predict_probabilities
 
 LOWRES, CASCADE = "3d_lowres", "3d_cascade"
+# Options of the patches that a challenge takes from its config.
+DATA_OPTIONS = ("oversample", "validation_batches", "threads", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,34 @@ class Settings:
                 f"config.challenge.ranking: {content['ranking']!r}; known: "
                 f"{', '.join(ranking.SCHEMES)}"
             )
+        try:
+            steps = {str(name): int(count) for name, count in dict(content["steps"]).items()}
+        except (TypeError, ValueError):
+            steps = {"": 0}
+        for name, count in steps.items():
+            if name not in wanted or count < 1:
+                raise ConfigError(
+                    f"config.challenge.steps: {content['steps']!r}, wanted (configuration, steps) "
+                    f"pairs like (('{wanted[0]}', 500),)"
+                )
+        tolerance = np.atleast_1d(content["tolerance"])
+        if tolerance.ndim != 1 or not np.isfinite(tolerance).all() or (tolerance < 0).any():
+            raise ConfigError(
+                f"config.challenge.tolerance: {content['tolerance']}, wanted millimeters, one for "
+                "all targets or one each"
+            )
         if content["folds"] < 2 or content["seeds"] < 1:
             raise ConfigError("config.challenge: at least 2 folds and 1 seed")
+        for key in config.model_args:
+            raise ConfigError(
+                f"config.model_args.{key}: networks follow from config.challenge.plan"
+            )
+        for key in config.data.options:
+            if key not in ("path", *DATA_OPTIONS):
+                raise ConfigError(
+                    f"config.data.options.{key}: the challenge decides it; known: path, "
+                    f"{', '.join(DATA_OPTIONS)}"
+                )
         # The cascade reads what the low resolution predicts: that comes first.
         order = sorted(wanted, key=lambda name: name == CASCADE)
         augment = config.task_args.get("augment", "full")
@@ -75,6 +103,11 @@ class Settings:
     def members(self):
         """(seed, fold) of every model of a configuration."""
         return [(s, k) for s in range(self.seeds) for k in range(self.folds)]
+
+
+def steps_of(given, name: str, default: int) -> int:
+    """Training steps of a configuration; `given` are ((configuration, steps), ...)."""
+    return int(dict(given).get(name, default))
 
 
 def member_name(configuration: str, seed: int, fold: int) -> str:
@@ -134,7 +167,7 @@ def stages_of_challenge(config, command: str = "") -> list[Stage]:
             "ensemble",
             {"kind": "ensemble search", **choice},
             ("prepared", *oof, raw),
-            lambda folder, uses: _choose(folder, uses, settings, raw),
+            lambda folder, uses: choose_members(folder, uses, settings, raw),
         )
     )
     keys = ("postprocessing", "optional_postprocessing")
@@ -143,7 +176,7 @@ def stages_of_challenge(config, command: str = "") -> list[Stage]:
             "postprocessing",
             {"kind": "post-processing search", **{k: settings.content[k] for k in keys}},
             ("prepared", *oof, "ensemble", raw),
-            lambda folder, uses: _search(folder, uses, settings, raw),
+            lambda folder, uses: choose_postprocessing(folder, uses, settings, raw),
         )
     )
     models = tuple(
@@ -194,6 +227,11 @@ def _write_bundled(folder: Path, bundled: str, nilearn: str) -> dict[str, float]
 def _prepare(folder: Path, raw_folder: Path, settings: Settings) -> dict[str, float]:
     raw = RawDataset.open(raw_folder)
     cases = raw.cases("Tr")
+    if len(np.atleast_1d(settings.content["tolerance"])) not in (1, len(raw.targets)):
+        raise ConfigError(
+            f"config.challenge.tolerance: {settings.content['tolerance']} for "
+            f"{len(raw.targets)} targets ({', '.join(raw.targets)})"
+        )
     if not (folder / "splits.json").exists():
         regex = settings.content["group_regex"]
         groups = None
@@ -224,7 +262,7 @@ def fold_config(
     own = preparation.configuration_of(plans, name)
     result = config.copy_and_resolve_references()
     result.unlock()
-    steps = result.challenge.steps.get(name, result.steps)
+    steps = steps_of(result.challenge.steps, name, result.steps)
     labels = len(known["targets"]) if prior is not None else 0
     patch = tuple(own["patch_size"])
     channels = len(known["channels"]) * (2 * own["context"] + 1) + labels
@@ -251,8 +289,7 @@ def fold_config(
         "prior_labels": labels,
         "validation_batches": 4,
     }
-    kept = ("oversample", "validation_batches", "threads", "workers")
-    given = {k: v for k, v in result.data.options.items() if k in kept}
+    given = {k: v for k, v in result.data.options.items() if k in DATA_OPTIONS}
     result.data.options = {**options, **given}
     regions = tuple(tuple(v) for v in known["targets"].values()) if known["regions"] else ()
     result.task_args.update(
@@ -294,7 +331,7 @@ def _train_stage(config, settings: Settings, name, seed, fold, prior, raw) -> St
     for key in ("log_every", "tensorboard", "profile", "parallel", "checkpoint", "eval"):
         content.pop(key)
     content["data"]["options"].pop("path", None)
-    steps = settings.content["steps"].get(name, config.steps)
+    steps = steps_of(settings.content["steps"], name, config.steps)
     told = {"kind": "train", "configuration": name, "fold": fold, "seed": seed, "steps": steps}
     return Stage(
         member_name(name, seed, fold), {**told, "config": content}, ("prepared", raw, *prior), run
@@ -383,128 +420,7 @@ def prior_labels(p: np.ndarray, geometry: Geometry, target: Geometry, known) -> 
     moved = resample(
         p, target.target_shape, geometry.target_spacing, target.target_spacing, order=1
     )
-    return labels_of(moved, _region_order(known)).astype(np.int8)
-
-
-def _region_order(known):
-    return tuple(known["region_order"]) if known["regions"] else None
-
-
-# -- choices on out-of-fold predictions ------------------------------------------------------------
-
-
-def dice_rows(predictions: Mapping[str, np.ndarray], references, known) -> dict[str, list[float]]:
-    """Case -> Dice of every target."""
-    from train.tasks.segmentation import case_dice
-
-    targets, ignored = list(known["targets"].values()), known["ignore_label"]
-    return {
-        c: case_dice(*annotated(predictions[c], references[c], ignored), targets)
-        for c in predictions
-    }
-
-
-def mean_dice(rows: Mapping[str, list[float]]) -> float:
-    """Mean over cases per class, then over classes."""
-    return metrics.mean_over_cases(np.asarray(list(rows.values())), warn=False)[1]
-
-
-def _combined(folders: Mapping[str, Path], case: str, members, weights=None) -> np.ndarray:
-    parts = [np.load(folders[m] / f"{case}.npy").astype(np.float32) for m in members]
-    return ensembling.average(parts, weights)
-
-
-def _oof_folders(uses, settings) -> dict[str, Path]:
-    return {name: uses[f"oof_{name}"] for name in settings.configurations}
-
-
-def _choose(folder: Path, uses, settings: Settings, raw_name: str) -> dict[str, float]:
-    """`ensemble.json`: members, their weights, and the scores of all candidates."""
-    raw = RawDataset.open(uses[raw_name])
-    known = preparation.read_json(uses["prepared"] / "dataset.json")
-    folders = _oof_folders(uses, settings)
-    cases = [c for one in preparation.read_json(uses["prepared"] / "splits.json") for c in one]
-    references = {c: raw.label(c)[0] for c in cases}
-    order = _region_order(known)
-    names = list(settings.configurations)
-    searched = settings.content["ensemble"]
-    scores, per_case = {}, {}
-    for members in ensembling.candidates(names) if searched else [(n,) for n in names]:
-        predicted = {c: labels_of(_combined(folders, c, members), order) for c in cases}
-        rows = dice_rows(predicted, references, known)
-        scores[members], per_case["+".join(members)] = mean_dice(rows), rows
-    choice = ensembling.choose(scores if searched else {(names[0],): scores[(names[0],)]})
-    weights = None
-    if settings.content["weights"] == "least_squares" and len(choice.members) > 1:
-        if known["regions"]:
-            raise ConfigError("config.challenge.weights: least_squares is for classes, not regions")
-        picked = [_combined(folders, c, (m,)).reshape(-1, known["outputs"])
-                  for m in choice.members for c in cases]  # fmt: skip
-        count = len(cases)
-        stacked = [
-            np.concatenate(picked[i * count : (i + 1) * count]) for i in range(len(choice.members))
-        ]
-        labels = np.concatenate([references[c].reshape(-1) for c in cases])
-        weights = ensembling.least_squares_weights(stacked, labels).tolist()
-    preparation.write_json(
-        folder / "ensemble.json",
-        {
-            "members": choice.members,
-            "weights": weights,
-            "scores": {"+".join(m): s for m, s in scores.items()},
-            "per_case": per_case,
-        },
-    )
-    return {f"oof_dice {'+'.join(choice.members)}": scores[choice.members]}
-
-
-def _search(folder: Path, uses, settings: Settings, raw_name: str) -> dict[str, float]:
-    """`postprocessing.json`: operations, the record of trials, Dice before and after."""
-    raw = RawDataset.open(uses[raw_name])
-    known = preparation.read_json(uses["prepared"] / "dataset.json")
-    chosen = preparation.read_json(uses["ensemble"] / "ensemble.json")
-    folders = _oof_folders(uses, settings)
-    held = preparation.read_json(uses["prepared"] / "splits.json")
-    for members in chosen["members"]:
-        # What is chosen here must not have been seen by the models.
-        recorded = preparation.read_json(folders[members] / "folds.json")
-        ensembling.assert_out_of_fold(recorded, held)
-    cases = [c for one in held for c in one]
-    order = _region_order(known)
-    predicted = {
-        c: labels_of(_combined(folders, c, chosen["members"], chosen["weights"]), order)
-        for c in cases
-    }
-    references = {c: raw.label(c)[0] for c in cases}
-    before = dice_rows(predicted, references, known)
-    operations, record = [], []
-    if settings.content["postprocessing"]:
-        foreground = sorted({v for values in known["targets"].values() for v in values})
-        pairs = [annotated(predicted[c], references[c], known["ignore_label"]) for c in cases]
-        foreground = [v for v in foreground if v != known["ignore_label"]]
-        operations, record = postprocessing.search(
-            [p for p, _ in pairs],
-            [r for _, r in pairs],
-            foreground,
-            optional=settings.content["optional_postprocessing"],
-        )
-    after = dice_rows(
-        {c: postprocessing.apply(p, operations) for c, p in predicted.items()}, references, known
-    )
-    preparation.write_json(
-        folder / "postprocessing.json",
-        {
-            "operations": [o.to_json() for o in operations],
-            "trials": record,
-            "before": before,
-            "after": after,
-        },
-    )
-    return {
-        "operations": len(operations),
-        "oof_dice_before": mean_dice(before),
-        "oof_dice_after": mean_dice(after),
-    }
+    return labels_of(moved, region_order(known)).astype(np.int8)
 
 
 # -- test cases ------------------------------------------------------------------------------------
@@ -518,6 +434,7 @@ def _test(folder: Path, uses, config, settings: Settings, raw_name: str) -> dict
     chosen = preparation.read_json(uses["ensemble"] / "ensemble.json")
     stored = preparation.read_json(uses["postprocessing"] / "postprocessing.json")
     operations = [postprocessing.Operation.from_json(o) for o in stored["operations"]]
+    thresholds = stored.get("thresholds")
     submission, details = folder / "submission", folder / "details"
     submission.mkdir(parents=True, exist_ok=True)
     details.mkdir(exist_ok=True)
@@ -529,10 +446,9 @@ def _test(folder: Path, uses, config, settings: Settings, raw_name: str) -> dict
             continue
         image, spacing = raw.image(case, "Ts")
         singles, p = predict(image, spacing)
-        order = _region_order(known)
+        order = region_order(known)
         combined = ensembling.average([p[m] for m in chosen["members"]], chosen["weights"])
-        ensemble = labels_of(combined, order)
-        final = postprocessing.apply(ensemble, operations)
+        final = postprocessing.apply(labels_of(combined, order, thresholds), operations)
         content: dict[str, Any] = {"spacing": spacing}
         if raw.label_file(case, "Ts").exists():
             from train.challenge_report import test_metrics

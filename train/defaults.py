@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
                     "decay_factors": (),  # ((regular expression, factor), ...), not decoupled
                     "decoupled": False,  # True: AdamW's way; False: added to the gradient
                     "clip_norm": 0.0,  # 0: no clipping of the global norm
-                    "clip_groups": (),  # regular expressions: models clipped each on its own
+                    "clip_groups": (),  # regular expressions: clipped each on its own; !...: never
                     "accumulate": 1,  # micro-batches per step
                     "freeze": "",  # regular expression over parameter paths
                     # ((regular expression, factor of the learning rate, first step it moves), ...)

@@ -56,6 +56,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     from train.initialization import starting_variables
     from train.loop import Plan
     from train.tasks.video_inversion import VideoInversion, encoder_variables
+    from train.video_critics import pool
 
     edit = config.edit
     if not Path(source).exists():
@@ -82,7 +83,8 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         image = next(video_files.read_frames(edit.style))
         still = jnp.asarray(_sized(video_files.to_unit(image), size))[None]
         style = model.apply(own, still, method="encode_key")
-    control = _Control(edit) if edit.yaw or edit.pitch or edit.roll else None
+    turns = edit.yaw or edit.pitch or edit.roll or edit.expression or edit.driver
+    control = _Control(edit, size) if turns else None
 
     embed = None
     if "identity" in task.critics.modules:
@@ -97,18 +99,21 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
             codes = latent_editing.mix_styles(codes, style, model.split)
         if direction is not None:
             codes = latent_editing.move(codes, direction, alpha, layers)
-        return task.synthesize(variables, codes)[0]
+        images = task.draw(variables, codes)
+        return images[0], pool(images)[0]
 
     frames = _aligned(edit, source, size)
     crops, quads, whole = _tee(frames)
     started, count, first = None, 0, None
-    sums = {"flicker": 0.0, "mse": 0.0}
+    sums = {"flicker": 0.0, "mse": 0.0, "jitter": 0.0}
     before, shown = None, _Shown(config)
     identities: list = []
-    with video_files.frame_writer(output, edit.fps) as write:
+    fps = edit.fps or video_files.frame_rate(source) or 25
+    with video_files.frame_writer(output, fps) as write:
         for frame, encoded in stream(model, own, crops, edit.refresh, edit.every):
             codes = encoded if control is None else control(frame, encoded)
-            image = np.asarray(draw(variables, codes, edit.alpha))
+            # As the generator makes it, and as measures see it.
+            whole_image, image = map(np.asarray, draw(variables, codes, edit.alpha))
             if count == 0:
                 # The first frame pays for compilation.
                 started, first = time.perf_counter(), codes
@@ -117,10 +122,12 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
             if before is not None:
                 change = (image - before[0]) - (target - before[1])
                 sums["flicker"] += float(np.abs(change).mean())
-            before = image, target
+                moved = np.asarray(codes)[:, : model.split] - before[2]
+                sums["jitter"] += float(np.abs(moved).mean())
+            before = image, target, np.asarray(codes)[:, : model.split]
             if embed is not None:
                 identities.append(embed(variables, jnp.stack([image, target])))
-            write(_finished(edit, image, quads, whole))
+            write(_finished(whole_image, quads, whole))
             shown.add(count, target, encoded, image)
             count += 1
     if not count:
@@ -138,6 +145,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         numbers["TG-ID"] = float(video_metrics.global_identity(edited, original))
     if count > 1:
         numbers["flicker"] = sums["flicker"] / (count - 1)
+        numbers["latent jitter"] = sums["jitter"] / (count - 1)
     if edit.refresh == "first":
         same = np.array_equal(np.asarray(first[:, split:]), np.asarray(codes[:, split:]))
         numbers["high codes equal over the clip"] = str(bool(same))
@@ -197,21 +205,28 @@ def asked_for(edit) -> str:
     if edit.style:
         said.append(f"style of {Path(edit.style).name}")
     said += [f"{name} {edit[name]:+g} degrees" for name in ("yaw", "pitch", "roll") if edit[name]]
+    if edit.expression:
+        said.append(f"expression {Path(edit.expression).name}")
+    if edit.driver:
+        said.append(f"driven by {Path(edit.driver).name}")
     return ", ".join(said)
 
 
 class _Control:
     """The control network of a run of `pose_control`, with the regressor that it was trained on."""
 
-    def __init__(self, edit):
+    def __init__(self, edit, size: int):
         import jax
 
-        from jaxmodels.video.pose_control import PoseEditor
+        from jaxmodels.video import pose_control
+        from train import video_files
         from train.initialization import starting_variables
         from train.loop import Plan
 
         if not edit.control_from:
-            raise ConfigError("config.edit.control_from: turning the head needs a control network")
+            raise ConfigError(
+                "config.edit.control_from: moving the head or the face needs a control network"
+            )
         other = _run_config(edit.control_from)
         with other.unlocked():
             other.init_from = edit.control_from
@@ -223,19 +238,52 @@ class _Control:
                 f"config.edit.control_from: {edit.control_from} has no mesh regressor; train it "
                 "with config.task_args.regressor_from"
             )
-        editor = PoseEditor(task.model, {"params": params}, task.face)
+        editor = pose_control.PoseEditor(task.model, {"params": params}, task.face)
         asked = {k: edit[k] or None for k in ("yaw", "pitch", "roll")}
+        expression = None
+        if edit.expression:
+            expression = _vector(edit, "expression")
+            size = task.face.expression_size
+            if expression.shape != (size,):
+                raise ConfigError(
+                    f"config.edit.expression: {list(expression.shape)} numbers, the face model has "
+                    f"{size} directions of expression"
+                )
+
+        def mesh_of(critics, frame):
+            mesh = task.critics.mesh_code(critics, frame)
+            return mesh._replace(shape=mesh.shape[:, : task.face.shape_size])
 
         @jax.jit
-        def turn(critics, frame, codes):
-            mesh = task.critics.mesh_code(critics, frame)
-            mesh = mesh._replace(shape=mesh.shape[:, : task.face.shape_size])
-            return editor.set_pose(codes, mesh, relative=True, **asked)
+        def move(critics, frame, codes, driving):
+            mesh = mesh_of(critics, frame)
+            target = pose_control.turned(mesh, relative=True, **asked)
+            if expression is not None:
+                target = target._replace(expression=target.expression + expression)
+            if driving is not None:
+                target = pose_control.followed(target, *driving)
+            return editor.drive(codes, mesh, target)
 
-        self._turn, self._critics = turn, extra["critics"]
+        self._move, self._mesh_of, self._critics = move, jax.jit(mesh_of), extra["critics"]
+        self._driver, self._first, self._size, self._name = None, None, size, edit.driver
+        if edit.driver:
+            self._driver = video_files.read_frames(edit.driver)
 
     def __call__(self, frame, codes):
-        return self._turn(self._critics, frame[None], codes)
+        return self._move(self._critics, frame[None], codes, self._driving())
+
+    def _driving(self):
+        """(face now, face at first) of the driver, or None without one."""
+        from train import video_files
+
+        if self._driver is None:
+            return None
+        frame = next(self._driver, None)
+        if frame is None:
+            raise ConfigError(f"config.edit.driver: {self._name} has fewer frames than the input")
+        face = self._mesh_of(self._critics, _sized(video_files.to_unit(frame), self._size)[None])
+        self._first = face if self._first is None else self._first
+        return face, self._first
 
 
 def _run_config(run: str):
@@ -251,16 +299,20 @@ def _run_config(run: str):
 
 
 def _direction(edit, width: int):
-    import numpy as np
-
     from jaxmodels.video.latent_editing import check_direction
 
-    path = Path(edit.direction)
+    return check_direction(_vector(edit, "direction"), width)
+
+
+def _vector(edit, key: str):
+    """The array of an npy file, or the first one of an npz file."""
+    import numpy as np
+
+    path = Path(edit[key])
     if not path.is_file():
-        raise FileNotFoundError(f"config.edit.direction: no file {edit.direction!r}")
+        raise FileNotFoundError(f"config.edit.{key}: no file {edit[key]!r}")
     loaded = np.load(path, allow_pickle=False)
-    vector = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
-    return check_direction(vector, width)
+    return loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
 
 
 def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
@@ -283,8 +335,12 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
             raise FileNotFoundError(f"config.edit.landmarks: no file {edit.landmarks!r}")
         with np.load(edit.landmarks, allow_pickle=False) as arrays:
             landmarks = arrays["landmarks"]
-        check_landmarks(landmarks, len(landmarks))
-        quads = smooth_quads(ffhq_quads(landmarks), 1.0, 3.0)
+        # Of a video the number of frames is known at its end.
+        folder = Path(source).is_dir()
+        known = len(video_files.frame_files(source)) if folder else len(landmarks)
+        check_landmarks(landmarks, known)
+        quads = smooth_quads(ffhq_quads(landmarks), edit.center_sigma, edit.axes_sigma)
+    t = -1
     for t, frame in enumerate(video_files.read_frames(source)):
         unit = video_files.to_unit(frame)
         if quads is None:
@@ -298,6 +354,8 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
         if t == 0:
             check_range(crop, print)
         yield crop, quad, whole
+    if quads is not None:
+        check_landmarks(landmarks, t + 1)
 
 
 def _tee(frames):
@@ -311,7 +369,7 @@ def _tee(frames):
     return crops(), quads, whole
 
 
-def _finished(edit, image, quads, whole):
+def _finished(image, quads, whole):
     import numpy as np
 
     from jaxmodels.video.face_alignment import paste_quad

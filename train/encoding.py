@@ -50,7 +50,7 @@ class Encoder:
         self._batch = batch_size
         if mesh is None:
             return
-        if jax.process_count() > 1:
+        if mesh.is_multi_process:
             # Every process works on its own: what it encodes is its own affair.
             whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, PartitionSpec()))
             self._variables = jax.tree.map(

@@ -6,6 +6,7 @@ correction, and the decay is taken of the parameter after its step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ def hf_adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    no_decay: str = "",
     cycled_b1: tuple[float, float] | None = None,
     cycle_steps: int = 50,
     pct_start: float = 0.1,
@@ -50,6 +52,7 @@ def hf_adamw(
     """m, v as Adam; p <- p - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps); p <- p - lr wd p.
 
     Args:
+      no_decay: regular expression over dotted paths; what it matches is not decayed.
       cycled_b1: (high, low): `b1` falls from high to low and rises again as OneCycle's momentum
         does, over `cycle_steps` cycles of `hold_for` updates (an epoch); the bias correction uses
         the present value, as there.
@@ -72,10 +75,12 @@ def hf_adamw(
         t = count.astype(jnp.float32)
         size = rate * jnp.sqrt(1 - b2**t) / (1 - first**t)
 
-        def new(p, m, v):
+        def new(path, p, m, v):
             step = -size * m / (jnp.sqrt(v) + eps)
-            return (step - rate * weight_decay * (p + step)).astype(p.dtype)
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            decay = 0.0 if no_decay and re.search(no_decay, name) else weight_decay
+            return (step - rate * decay * (p + step)).astype(p.dtype)
 
-        return jax.tree.map(new, params, mu, nu), State(count, mu, nu)
+        return jax.tree_util.tree_map_with_path(new, params, mu, nu), State(count, mu, nu)
 
     return optax.GradientTransformation(init, update)

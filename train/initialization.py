@@ -20,13 +20,19 @@ def starting_variables(config, shapes, task, fresh):
     `shapes` is the abstract state; `fresh()` makes a state, and is called only when it is needed.
 
     `init_skip` is a regular expression over dotted parameter paths; what it matches stays at its
-    initialization (a new classifier, say). Anything else that is missing or mis-shaped is an error.
+    initialization (a new classifier, say). Anything else that is missing or mis-shaped is an error,
+    but for the collections that `task.frozen` names, networks that never train: what the checkpoint
+    lacks of them is what `task.start` loads.
     """
     wanted = {"params": shapes.params, **shapes.extra}
+    frozen = getattr(task, "frozen", ())
 
     def own():
         state = fresh()
-        return {"params": state.params, **state.extra}
+        params, extra = state.params, state.extra
+        if frozen:
+            params, extra = task.start(params, extra)
+        return {"params": params, **extra}
 
     merged = variables_from(
         config.init_from,
@@ -38,6 +44,7 @@ def starting_variables(config, shapes, task, fresh):
         key="config.init_from",
         skip_key="config.init_skip",
         check=getattr(task, "check_loaded", None),
+        frozen=frozen,
     )
     return merged["params"], {k: v for k, v in merged.items() if k != "params"}
 
@@ -55,6 +62,7 @@ def variables_from(
     prepare=None,
     skip_of=None,
     check=None,
+    frozen=(),
 ):
     """The variables `wanted` (`{collection: tree of shapes}`) of a run directory or a PyTorch file.
 
@@ -65,6 +73,7 @@ def variables_from(
       prepare: `state dict -> state dict`, of a PyTorch file before it is converted.
       skip_of: `state dict -> skip`, where the file decides.
       check: given {dotted path: array} of what was read; raises where it does not fit the run.
+      frozen: collections of which a run directory may lack parts; they come from `fresh()`.
     """
     path = Path(source)
     if not path.exists():
@@ -93,7 +102,7 @@ def variables_from(
     def choose(path, leaf):
         name = path_string(path)
         if name not in given or any(re.search(s, name) for s in skips):
-            if not any(re.search(s, name) for s in skips):
+            if not any(re.search(s, name) for s in skips) and path[0].key not in frozen:
                 problems.append(f"missing {name}")
             needed.append(name)
             return None

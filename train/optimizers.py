@@ -92,15 +92,19 @@ def path_string(path) -> str:
 
 
 def decay_mask(rule: str) -> Callable:
-    """Which parameters decay: `all`, `matrices` (ndim > 1, as in timm), or a regex on paths."""
+    """Which parameters decay: `all`, `matrices` (ndim > 1, as in timm), or a regex on paths.
+
+    Layers that a scan stacks (a name with "*") have an axis more, which does not count.
+    """
 
     def mask(params):
         def choose(path, leaf):
             if rule == "all":
                 return True
+            name = path_string(path)
             if rule == "matrices":
-                return leaf.ndim > 1
-            return re.search(rule, path_string(path)) is not None
+                return leaf.ndim - ("*" in name) > 1
+            return re.search(rule, name) is not None
 
         return jax.tree_util.tree_map_with_path(choose, params)
 
@@ -211,7 +215,8 @@ def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.Gra
     """Clipping by the global norm, of each group of parameters on its own.
 
     `groups` are regular expressions over dotted paths; the first that matches decides, and what
-    none matches is a group as well. Without any it is `optax.clip_by_global_norm`.
+    none matches is a group as well. A group written `!EXPRESSION` is left as it is. Without any it
+    is `optax.clip_by_global_norm`.
     """
     if not groups:
         return optax.clip_by_global_norm(limit)
@@ -219,13 +224,14 @@ def clip_by_group_norms(limit: float, groups: tuple[str, ...] = ()) -> optax.Gra
     def label(params):
         def choose(path, _):
             name = path_string(path)
-            return next((g for g in groups if re.search(g, name)), "")
+            return next((g for g in groups if re.search(g.removeprefix("!"), name)), "")
 
         return jax.tree_util.tree_map_with_path(choose, params)
 
-    return optax.multi_transform(
-        {g: optax.clip_by_global_norm(limit) for g in (*groups, "")}, label
-    )
+    def transform(group):
+        return optax.identity() if group.startswith("!") else optax.clip_by_global_norm(limit)
+
+    return optax.multi_transform({g: transform(g) for g in (*groups, "")}, label)
 
 
 def _decoupled_decay(weight_decay, schedule, mask):

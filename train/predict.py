@@ -33,8 +33,7 @@ def load_run(argv: list[str]) -> tuple:
     missing = not Path(paths["input"]).exists()
     if missing and paths["input"] != "test":
         raise ConfigError(f"--input {paths['input']}: no such file or directory")
-    with config.unlocked():
-        config.init_from = paths["checkpoint"]
+    predict_from(config, paths["checkpoint"])
     plan = Plan(config)
     if not hasattr(plan.task, "predict") and not hasattr(plan.task, "predict_files"):
         raise ConfigError(f"config.task {config.task}: this task has no prediction procedure")
@@ -42,6 +41,18 @@ def load_run(argv: list[str]) -> tuple:
         raise ConfigError(f"--input test: no such file, and {config.task} predicts files alone")
     params, extra = starting_variables(config, plan.abstract, plan.task, plan.make)
     return config, paths, plan.task, {"params": params, **extra}
+
+
+def predict_from(config, checkpoint: str) -> None:
+    """Let a config start from `checkpoint`.
+
+    A run of ours is taken whole: what its training left out of another checkpoint (`init_skip`) it
+    has learned itself.
+    """
+    with config.unlocked():
+        config.init_from = checkpoint
+        if Path(checkpoint).is_dir():
+            config.init_skip = ""
 
 
 def main(argv: list[str]) -> int:

@@ -1,19 +1,22 @@
 """What retrieval progressions do between trainings: mine negatives, rerank, choose queries.
 
 Every function writes `lists.json` (or what its `result` says) into its stage's folder and returns
-the numbers that tell what it did; arguments are paths of earlier stages' results or settings.
+the numbers that tell what it did; arguments are paths of earlier stages' results or settings. Of
+several processes all compute the same, and the first one writes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxmodels.retrieval import prod
+from jaxmodels.retrieval.answers import contains_answer
 from train.data import judged_texts, ranked_lists
 from train.naming import ConfigError
 from train.ranker_search import (
@@ -45,17 +48,29 @@ def mine(
     ranker = ranker_of_run(encoder)
     texts = ranker.texts
     ids = list(texts.queries["train"])[: queries or None]
+    if not ids:
+        raise ConfigError(
+            f"{encoder}: collection {ranker.options['collection']!r} in {ranker.options['path']} "
+            "has no training queries to mine negatives for (psgs, nq: train.json)"
+        )
     asked = [texts.queries["train"][i] for i in ids]
     ranking = search(ranker, [ranker.rows.rows.query(text) for text in asked], depth)
     relevant = judged_texts.positives_of(texts, "train", ids)
     judged = (relevant >= 0).any(-1)
-    negatives, kept = prod.hard_negatives(ranking, relevant, judged, count)
+    hits = prod.first_hits(ranking, relevant)
+    usable = ranking
+    if texts.answers:
+        # What contains an answer is no negative, judged or not.
+        found = answer_hits(texts, ids, ranking)
+        usable = np.where(found, -1, ranking)
+        hits = np.where(found.any(-1), found.argmax(-1), prod.ABSENT)
+    negatives, kept = prod.hard_negatives(usable, relevant, judged, count)
     lists = ranked_lists.ranked_lists(ids, asked, relevant, negatives, kept)
     if not lists:
         raise ConfigError(f"{encoder}: no training query has a positive and a mined negative")
-    judged_texts.write_lists(folder / "lists.json", lists, texts)
-    np.savez(folder / "ranking.npz", ranking=ranking, query_ids=np.array(ids))
-    hits = prod.first_hits(ranking, relevant)
+    if jax.process_index() == 0:
+        judged_texts.write_lists(folder / "lists.json", lists, texts)
+        np.savez(folder / "ranking.npz", ranking=ranking, query_ids=np.array(ids))
     return {
         "queries": len(lists),
         "negatives": float(np.mean([len(e.negatives) for e in lists])),
@@ -63,6 +78,17 @@ def mine(
             np.where((hits >= 0) & (hits < 10), 1 / np.maximum(hits + 1.0, 1.0), 0).mean()
         ),
     }
+
+
+def answer_hits(
+    texts: judged_texts.JudgedTexts, queries: Sequence[str], ranking: np.ndarray
+) -> np.ndarray:
+    """Which ranked documents [Q, K] (-1: none) contain an answer of their query: bool [Q, K]."""
+    hits = np.zeros(ranking.shape, bool)
+    for q, k in np.argwhere(ranking >= 0):
+        answers = texts.answers.get(queries[q], ())
+        hits[q, k] = contains_answer(texts.texts[int(ranking[q, k])], answers)
+    return hits
 
 
 def select(
@@ -80,6 +106,8 @@ def select(
     The student's ranking is the one `mine` left beside `lists`; the teacher's is a reordering of it
     by the cross encoder of the run `reranker`.
 
+    A document is relevant by the judgments or, where the collection has answers, by containing one.
+
     Args:
       rule: marco | nq. window: ranks that count as almost right.
       depth: how much of the student's ranking is reranked.
@@ -94,6 +122,8 @@ def select(
     texts = ranker.texts
     relevant = judged_texts.positives_of(texts, "train", ids)
     judged = (relevant >= 0).any(-1)
+    if texts.answers:
+        relevant = np.where(answer_hits(texts, ids, ranking), ranking, prod.ABSENT)
     student = prod.first_hits(ranking, relevant)
     asked = np.ones(len(ids), bool)
     if only_candidates and rule == "marco":
@@ -116,7 +146,6 @@ def select(
     if missing:
         raise ConfigError(f"{lists}: selected query {missing[0]!r} is not in it")
     kept = [entries[i] for i in ids if i in wanted]
-    judged_texts.write_lists(folder / "lists.json", kept, texts)
     tables = {
         who: prod.bucket_masks(hits, judged & asked)
         for who, hits in (("student", student), ("teacher", teacher))
@@ -128,7 +157,9 @@ def select(
             for name in prod.BUCKETS
         },
     }
-    (folder / "buckets.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        judged_texts.write_lists(folder / "lists.json", kept, texts)
+        (folder / "buckets.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     return {"selected": len(kept), "of": len(ids), "reranked": len(chosen)}
 
 
@@ -139,7 +170,9 @@ def evaluate(folder: Path, *, encoder: Path, split: str = "") -> dict[str, float
     numbers = evaluate_split(ranker, split)
     if ranker.options["collection"] == "docstrings":
         numbers |= ranker.retrieval_set(split).baseline()
-    (folder / "measures.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        text = json.dumps(numbers, indent=1) + "\n"
+        (folder / "measures.json").write_text(text, encoding="utf-8")
     return numbers
 
 

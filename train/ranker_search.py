@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxmodels.retrieval.index import ExactIndex
@@ -21,10 +23,12 @@ from train.data.retrieval_set import RetrievalSet
 from train.data.wordpiece import cross_row
 from train.encoding import Encoder
 from train.naming import ConfigError
+from train.parallel import AXES
 from train.tasks.ranking import kind_of
 
 DEPTH = 1000
 _BATCH = 128  # rows encoded at a time
+_CHUNK = 16384  # rows of tokens held at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +55,21 @@ class Ranker:
         return ranked_lists.Rows(self.texts, ranked_lists.candidate_rows(self.options))
 
     def encoder(self, side: str) -> Encoder:
-        """Vectors of token rows; `side` is queries | documents, or pairs: a cross encoder's [1]."""
+        """Vectors of token rows; `side` is queries | documents, or pairs: a cross encoder's [1].
+
+        All devices of this process share the rows; others are not waited for.
+        """
         query, document = (int(self.options[f"{k}_length"]) for k in ("query", "document"))
         longest = {"queries": query, "documents": document, "pairs": query + document}[side]
-        return Encoder(_encode(self.model, side), {"params": self.params}, longest, _BATCH)
+        mesh, variables = self._placed
+        return Encoder(_encode(self.model, side), variables, longest, _BATCH, mesh)
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Mesh, Any]:
+        """The mesh of this process's devices, and the parameters on every one of them."""
+        mesh = Mesh(np.array(jax.local_devices()).reshape(-1, 1, 1), AXES)
+        variables = {"params": jax.device_get(self.params)}
+        return mesh, jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
 
     def retrieval_set(self, split: str) -> RetrievalSet:
         """The whole collection with a split's queries."""
@@ -94,7 +109,11 @@ def _search(ranker: Ranker, queries: Sequence[Sequence[int]], depth: int):
     if kind_of(ranker.model) != "dual":
         raise ConfigError("search wants a dual encoder: a vector for a text")
     index, count = ExactIndex(), len(ranker.texts.document_ids)
-    index.add(ranker.encoder("documents")([ranker.rows.document(d) for d in range(count)]))
+    encoder = ranker.encoder("documents")
+    # A part of the collection at a time: neither its tokens nor, on a device, its vectors fit.
+    for start in range(0, count, _CHUNK):
+        rows = range(start, min(start + _CHUNK, count))
+        index.add(encoder([ranker.rows.document(d) for d in rows]))
     return index.search(ranker.encoder("queries")(list(queries)), min(depth, count))
 
 
@@ -105,10 +124,12 @@ def relevance(ranker: Ranker, queries: Sequence[Sequence[int]], ranking: np.ndar
     """
     if kind_of(ranker.model) != "cross":
         raise ConfigError("reranking wants a cross encoder")
-    places = np.argwhere(ranking >= 0)
-    rows = [cross_row(queries[q], ranker.rows.document(int(ranking[q, k]))) for q, k in places]
+    places, encoder = np.argwhere(ranking >= 0), ranker.encoder("pairs")
     scores = np.zeros(ranking.shape, np.float32)
-    scores[tuple(places.T)] = ranker.encoder("pairs")(rows)[:, 0]
+    for start in range(0, len(places), _CHUNK):
+        part = places[start : start + _CHUNK]
+        rows = [cross_row(queries[q], ranker.rows.document(int(ranking[q, k]))) for q, k in part]
+        scores[tuple(part.T)] = encoder(rows)[:, 0]
     return scores
 
 

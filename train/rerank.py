@@ -16,9 +16,10 @@ from jaxmodels.platform_choice import choose_platform
 
 choose_platform()
 
-from jaxmodels.language import edit_plans, reranking  # noqa: E402
+from jaxmodels.language import edit_metrics, edit_plans, reranking  # noqa: E402
 from train.command_line import load_config, read_flags, stop_with_one_line  # noqa: E402
 from train.naming import ConfigError  # noqa: E402
+from train.predict import predict_from  # noqa: E402
 
 FLAGS = {
     "checkpoint": "the model that writes: a run directory or a PyTorch checkpoint",
@@ -42,10 +43,12 @@ def scored_form(task, old: str, hypothesis: str, *, own: bool) -> str:
     """What a model scores of a hypothesis: `plan <s> target`, or the target alone.
 
     The plan is the hypothesis's own, or, for another model's hypothesis (`own` false), the diff
-    between the old text and its target.
+    between the old text and its target; comments are then without @return, @param and @throws.
     """
     target, plan, _ = edit_plans.split_prediction(hypothesis)
     text = " ".join(target)
+    if task.comments and not own:
+        old, text = (edit_metrics.remove_tags(t) for t in (old, text))
     if not task.writes_plans:
         return text
     return f"{' '.join(plan)} <s> {text}" if own else edit_plans.model_output(old, text)
@@ -98,8 +101,7 @@ def main(argv: list[str]) -> int:
             other.data.options[key] = config.data.options[key]
     loaded = []
     for one, checkpoint in ((config, paths["checkpoint"]), (other, paths["reranker"])):
-        with one.unlocked():
-            one.init_from = checkpoint
+        predict_from(one, checkpoint)
         plan = Plan(one)
         if not hasattr(plan.task, "likelihoods"):
             raise ConfigError(f"config.task {one.task}: re-ranking wants the task editing")

@@ -126,7 +126,7 @@ def _set(config, family, options) -> RetrievalSet:
     else:
         c = family.collection(options)
         corpus = retrieval_files.Corpus(keys.documents, keys.layout)
-        texts = _Texts(corpus, c.tokenizer, keys.pseudo_queries)
+        texts = _Texts(corpus, c.tokenizer, keys.pseudo_queries, family.EMPTY_TITLES)
         if options["expansion"] and not keys.pseudo_queries:
             raise ConfigError(
                 "config.retrieve.pseudo_queries: this model's documents are expanded; name the file"
@@ -139,7 +139,7 @@ def _set(config, family, options) -> RetrievalSet:
             query_ids=[],
             query_rows=[],
             judgments={},
-            document_text=lambda row: " ".join(corpus.document(row)),
+            document_text=lambda row: corpus.document(row)[1],
         )
         if not (keys.queries or keys.answers):
             raise ConfigError("config.retrieve.queries: queries for these documents are wanted")
@@ -163,10 +163,13 @@ def _set(config, family, options) -> RetrievalSet:
 
 
 class _Texts:
-    """`expansion.Documents` of a corpus file, with pseudo queries where there is a file of them."""
+    """`expansion.Documents` of a corpus file, with pseudo queries where there is a file of them.
 
-    def __init__(self, corpus, tokenizer, pseudo: str):
-        self._corpus, self._tokenizer = corpus, tokenizer
+    `empty_titles`: whether the model was trained on a field for the title even where it is empty.
+    """
+
+    def __init__(self, corpus, tokenizer, pseudo: str, empty_titles: bool):
+        self._corpus, self._tokenizer, self._empty_titles = corpus, tokenizer, empty_titles
         self._pseudo = retrieval_files.PseudoQueries(pseudo, corpus.index) if pseudo else None
 
     def __len__(self) -> int:
@@ -174,8 +177,8 @@ class _Texts:
 
     def fields(self, row: int) -> list[list[int]]:
         title, text = self._corpus.document(row)
-        fields = [title.strip(), text.strip()] if title.strip() else [text.strip()]
-        return self._tokenizer.pieces_of(fields)
+        fields = [title.strip(), text.strip()]
+        return self._tokenizer.pieces_of(fields if self._empty_titles or fields[0] else fields[1:])
 
     def pseudo(self, row: int) -> list[list[int]]:
         texts = capstone.candidates_of(None, self._pseudo[row], self._corpus.ids[row])

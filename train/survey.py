@@ -44,7 +44,7 @@ class Entry:
     def __mul__(self, other: Entry) -> float:
         """Shares of one base say nothing together, and those of two bases are of other people.
 
-        Always raises ValueError; `share_of_all` follows a base that is itself an entry.
+        Always raises ValueError.
         """
         raise ValueError(
             f"{self.id} (of {self.base or 'all'}) and {other.id} (of {other.base or 'all'}) "

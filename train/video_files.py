@@ -6,6 +6,7 @@ Frames are uint8 [H, W, 3] and come one at a time; nothing holds a whole file.
 from __future__ import annotations
 
 import contextlib
+import fractions
 import os
 import re
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ IMAGES = (".png", ".jpg", ".jpeg")
 def frame_files(folder: str | os.PathLike) -> list[Path]:
     """Image files of a clip's folder, in the order of the numbers in their names."""
 
-    def number(path: Path) -> tuple[int, str]:
-        digits = re.findall(r"\d+", path.stem)
-        return (int(digits[-1]) if digits else -1, path.name)
-
     files = [p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGES]
-    return sorted(files, key=number)
+    return sorted(files, key=frame_number)
+
+
+def frame_number(path: Path) -> tuple[int, str]:
+    """What frames are sorted by: the last number in the name (2.png before 10.png), then it all."""
+    digits = re.findall(r"\d+", path.stem)
+    return (int(digits[-1]) if digits else -1, path.name)
 
 
 def is_video(path: str | os.PathLike) -> bool:
@@ -70,8 +73,22 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
+def frame_rate(path: str | os.PathLike) -> fractions.Fraction | None:
+    """Frames a second of a video file, on average; None for folders and where the file does not
+    say."""
+    if not Path(path).is_file():
+        return None
+    av = _av()
+    try:
+        with av.open(os.fspath(path)) as container:
+            streams = container.streams.video
+            return (streams[0].average_rate or None) if streams else None
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: not a readable video ({error})") from None
+
+
 @contextlib.contextmanager
-def frame_writer(path: str | os.PathLike, fps: int = 25) -> Iterator[Any]:
+def frame_writer(path: str | os.PathLike, fps: float | fractions.Fraction = 25) -> Iterator[Any]:
     """`write(frame uint8 [H, W, 3])` into a video file (H.264) or a folder `000000.png`, ...
 
     A video gets its name when it is complete. Raises ValueError for odd sizes, which H.264's
@@ -95,9 +112,12 @@ def frame_writer(path: str | os.PathLike, fps: int = 25) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _video_writer(av: Any, path: Path, part: Path, fps: int) -> Iterator[Any]:
+def _video_writer(
+    av: Any, path: Path, part: Path, fps: float | fractions.Fraction
+) -> Iterator[Any]:
     with av.open(os.fspath(part), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
+        rate = fractions.Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate)
         stream.pix_fmt = "yuv420p"
         started = []
 

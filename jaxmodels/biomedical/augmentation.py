@@ -1,8 +1,9 @@
 """nnU-Net's augmentation in JAX: every sample by its own key, all under one `vmap`.
 
-Order and probabilities of nnunetv2 2.8.1, `nnUNetTrainer.get_training_transforms`. Images
-[B, *S, C], label maps int [B, *S]. Spatial transforms sample the patch itself, so what rotates in
-from beyond its border is 0; give patches enlarged by `enlarged_patch` and cut after it.
+Order, probabilities and ranges of nnunetv2 2.8.1 (`nnUNetTrainer.get_training_transforms`) with
+batchgeneratorsv2 0.3.6. Images [B, *S, C], label maps int [B, *S]. Spatial transforms sample the
+patch itself, so what rotates in from beyond its border is 0, in labels -1; give patches enlarged by
+`enlarged_patch` and cut after it.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ def dummy_2d(patch: Sequence[int]) -> bool:
 
 
 def rotation_range(patch: Sequence[int]) -> float:
-    """Largest rotation in radians: 30 degrees in 3-D, 180 in 2-D, 15 for elongated 2-D patches."""
-    plane = patch[1:] if dummy_2d(patch) else patch
-    if len(plane) == 3:
-        return math.radians(30)
-    return math.radians(15) if max(plane) / min(plane) > 1.5 else math.radians(180)
+    """Largest rotation in radians: 30 degrees in 3-D, 180 in 2-D, 15 for elongated 2-D patches.
+
+    Under dummy 2-D always 180, however long the slices are.
+    """
+    if len(patch) == 3:
+        return math.radians(180 if dummy_2d(patch) else 30)
+    return math.radians(15) if max(patch) / min(patch) > 1.5 else math.radians(180)
 
 
 def enlarged_patch(patch: Sequence[int], smallest_scale: float = 0.85) -> tuple[int, ...]:
@@ -106,7 +109,7 @@ def _rotation_3d(x, y, z):
 
 
 def _sample(volume: jax.Array, coordinates: jax.Array, order: int) -> jax.Array:
-    """volume [*S, C] at coordinates [axes, *S'], zero outside; linear or nearest."""
+    """volume [*S, C] at coordinates [axes, *S'], 0 outside; linear or nearest."""
     points = [coordinates[i] for i in range(coordinates.shape[0])]
     sample = functools.partial(
         jax.scipy.ndimage.map_coordinates, coordinates=points, order=order, mode="constant"
@@ -125,22 +128,17 @@ def spatial(
     """One sample rotated and scaled about its center, cut to `patch`.
 
     image [*S, C] by linear interpolation, label [*S] by nearest neighbor. With probability
-    `rotation` about every axis by an angle within `rotation_range`, with `scaling` by a factor of
-    [0.7, 1.4].
+    `rotation` about every axis by an angle within `rotation_range`, with `scaling` by a factor
+    uniform in [0.7, 1.4].
     """
     size, dims = image.shape[:-1], len(patch)
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 4)
     limit = rotation_range(patch)
     turned = jax.random.bernoulli(keys[0], rotation)
     angles = jax.random.uniform(keys[1], (3,), minval=-limit, maxval=limit) * turned
     scaled = jax.random.bernoulli(keys[2], scaling)
-    low, high = 0.7, 1.4
-    # Below and above 1 with equal chance, as nnU-Net draws it.
-    shrink = jax.random.uniform(keys[3], minval=low, maxval=1.0)
-    grow = jax.random.uniform(keys[3], minval=1.0, maxval=high)
-    factor = jnp.where(jax.random.bernoulli(keys[4]), shrink, grow)
     # Coordinates are divided by the zoom: a factor above 1 shows more of the surroundings.
-    factor = jnp.where(scaled, factor, 1.0)
+    factor = jnp.where(scaled, jax.random.uniform(keys[3], minval=0.7, maxval=1.4), 1.0)
     grid = jnp.stack(
         jnp.meshgrid(*(jnp.arange(n) - (n - 1) / 2 for n in patch), indexing="ij")
     ).astype(jnp.float32)
@@ -160,7 +158,8 @@ def spatial(
         return image[box], label[box]
 
     def transform():
-        nearest = _sample(label[..., None].astype(jnp.float32), coordinates, 0)[..., 0]
+        # One more than the label: outside, where samples are 0, it is -1.
+        nearest = _sample(label[..., None].astype(jnp.float32) + 1, coordinates, 0)[..., 0] - 1
         return _sample(image, coordinates, 1), nearest.astype(label.dtype)
 
     return jax.lax.cond(still, cut, transform)
@@ -178,28 +177,33 @@ def _axes(image) -> tuple[int, ...]:
 
 
 def _noise(key, image):
+    """Noise whose deviation is uniform in [0, .1]: nnU-Net's `noise_variance` is used as such."""
     scale_key, noise_key = jax.random.split(key)
-    variance = jax.random.uniform(scale_key, maxval=0.1)
-    return image + jnp.sqrt(variance) * jax.random.normal(noise_key, image.shape)
+    deviation = jax.random.uniform(scale_key, maxval=0.1)
+    return image + deviation * jax.random.normal(noise_key, image.shape)
+
+
+_BLUR_REACH = 3
 
 
 def _blur(key, image):
-    """Gaussian of sigma .5 to 1 per channel, each channel with probability one half."""
+    """Gaussian of sigma .5 to 1 per channel and axis, each channel with probability one half."""
     keys = jax.random.split(key, 2)
-    channels = image.shape[-1]
-    sigma = jax.random.uniform(keys[0], (channels,), minval=0.5, maxval=1.0)
+    axes, channels = _axes(image), image.shape[-1]
+    sigmas = jax.random.uniform(keys[0], (len(axes), channels), minval=0.5, maxval=1.0)
     chosen = jax.random.bernoulli(keys[1], 0.5, (channels,))
-    offsets = jnp.arange(-4, 5)
-    weights = jnp.exp(-0.5 * (offsets[:, None] / sigma) ** 2)
-    weights = weights / weights.sum(0)
+    offsets = jnp.arange(-_BLUR_REACH, _BLUR_REACH + 1)[:, None]
     result = image
-    for axis in _axes(image):
-        padded = jnp.pad(
-            result, [(4, 4) if a == axis else (0, 0) for a in range(image.ndim)], mode="edge"
-        )
-        n = image.shape[axis]
+    for axis in axes:
+        sigma, n = sigmas[axis], image.shape[axis]
+        # The kernel's length is the odd number nearest to 6 sigma + 1/2.
+        inside = jnp.abs(offsets) <= jnp.floor((6 * sigma + 0.5) / 2)
+        weights = jnp.where(inside, jnp.exp(-0.5 * (offsets / sigma) ** 2), 0)
+        weights = weights / weights.sum(0)
+        width = [(_BLUR_REACH,) * 2 if a == axis else (0, 0) for a in range(image.ndim)]
+        padded = jnp.pad(result, width, mode="reflect" if n > _BLUR_REACH else "edge")
         result = sum(
-            weights[i] * jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(9)
+            w * jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i, w in enumerate(weights)
         )
     return jnp.where(chosen, result, image)
 
@@ -218,39 +222,37 @@ def _contrast(key, image):
     return jnp.clip(scaled, image.min(axes), image.max(axes))
 
 
-def _low_resolution(key, image):
-    """Down to a share of .5 to 1 by nearest neighbor and up again by cubic interpolation.
+def _low_resolution(key, image, first: int = 0):
+    """Down to a share of .5 to 1 by nearest neighbor and up again by linear interpolation.
 
     Shapes are static, so the small image lives on a grid of the full size whose first voxels are
-    used; each channel with probability one half.
+    used; the share is a channel's own, each changes with probability one half. Axes before `first`
+    keep their resolution.
     """
     keys = jax.random.split(key, 2)
-    share = jax.random.uniform(keys[0], minval=0.5, maxval=1.0)
-    chosen = jax.random.bernoulli(keys[1], 0.5, (image.shape[-1],))
-    result = image
-    for axis in _axes(image):
-        n = image.shape[axis]
-        small = jnp.maximum(jnp.round(n * share), 1)
-        picked = jnp.floor((jnp.arange(n) + 0.5) * n / small)
-        down = jnp.take(result, jnp.clip(picked, 0, n - 1).astype(jnp.int32), axis=axis)
-        place = (jnp.arange(n) + 0.5) * small / n - 0.5
-        base = jnp.floor(place)
-        t = place - base
-        shape = [n if a == axis else 1 for a in range(image.ndim)]
-        # Keys' cubic convolution with a = -0.75, PyTorch's bicubic.
-        a = -0.75
-        far, near = t + 1, 1 - t
-        weights = (
-            a * far**3 - 5 * a * far**2 + 8 * a * far - 4 * a,
-            (a + 2) * t**3 - (a + 3) * t**2 + 1,
-            (a + 2) * near**3 - (a + 3) * near**2 + 1,
-            a * (near + 1) ** 3 - 5 * a * (near + 1) ** 2 + 8 * a * (near + 1) - 4 * a,
-        )
-        result = sum(
-            w.reshape(shape)
-            * jnp.take(down, jnp.clip(base + k, 0, small - 1).astype(jnp.int32), axis=axis)
-            for k, w in zip((-1, 0, 1, 2), weights)
-        )
+    channels = image.shape[-1]
+    shares = jax.random.uniform(keys[0], (channels,), minval=0.5, maxval=1.0)
+    chosen = jax.random.bernoulli(keys[1], 0.5, (channels,))
+
+    def one(channel, share):
+        for axis in range(first, channel.ndim):
+            n = channel.shape[axis]
+            small = jnp.maximum(jnp.round(n * share), 1)
+            picked = jnp.floor((jnp.arange(n) + 0.5) * n / small)
+            place = jnp.maximum((jnp.arange(n) + 0.5) * small / n - 0.5, 0)
+            base = jnp.floor(place)
+            t = (place - base).reshape([n if a == axis else 1 for a in range(channel.ndim)])
+            low, high = (
+                jnp.take(picked, jnp.clip(base + k, 0, small - 1).astype(jnp.int32)) for k in (0, 1)
+            )
+            low, high = (
+                jnp.take(channel, jnp.clip(i, 0, n - 1).astype(jnp.int32), axis=axis)
+                for i in (low, high)
+            )
+            channel = low * (1 - t) + high * t
+        return channel
+
+    result = jax.vmap(one, in_axes=(-1, 0), out_axes=-1)(image, shares)
     return jnp.where(chosen, result, image)
 
 
@@ -289,11 +291,14 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Batch [B, *S, C], [B, *S] -> [B, *patch, C], [B, *patch]; S at least the patch.
 
+    Labels are -1 where a rotation or scaling looked beyond the batch's border.
+
     `intensity_channels` are the first channels, those that intensity transforms change; the rest
     (a cascade's earlier prediction) only follow the spatial ones.
     """
     count = image.shape[-1] if intensity_channels is None else intensity_channels
     axes = tuple(range(len(patch))) if settings.mirror_axes is None else settings.mirror_axes
+    flat = int(dummy_2d(patch))
 
     def one(key, image, label):
         keys = jax.random.split(key, 10)
@@ -311,7 +316,7 @@ def augment(
             (settings.blur, _blur),
             (settings.brightness, _brightness),
             (settings.contrast, _contrast),
-            (settings.low_resolution, _low_resolution),
+            (settings.low_resolution, functools.partial(_low_resolution, first=flat)),
             (settings.inverted_gamma, functools.partial(_gamma, inverted=True)),
             (settings.gamma, functools.partial(_gamma, inverted=False)),
         )
@@ -393,26 +398,27 @@ def remove_random_components(
     key: jax.Array,
     prior: jax.Array,
     probability: float = 0.2,
-    per_component: float = 0.5,
+    per_label: float = 0.5,
     largest_share: float = 0.15,
 ) -> jax.Array:
-    """One-hot prior [B, *S, K] without some of its small components.
+    """One-hot prior [B, *S, K] in which classes have lost one of their small components.
 
-    With `probability` per sample and class; components below `largest_share` of the patch go with
-    `per_component` each.
+    With `probability` per sample, then `per_label` per class, one component is drawn among those
+    below `largest_share` of the patch, and goes.
     """
     voxels = math.prod(prior.shape[1:-1])
+    sample_key, label_key, component_key = jax.random.split(key, 3)
+    shape = (prior.shape[0], prior.shape[-1])
+    used = jax.random.bernoulli(sample_key, probability, (shape[0], 1))
+    used = used & jax.random.bernoulli(label_key, per_label, shape)
 
-    def one(key, mask):
-        draws = jax.random.split(key, 2)
+    def one(key, mask, used):
         labels = propagate_labels(mask > 0.5).reshape(-1)
         sizes = jnp.zeros(voxels + 1, jnp.int32).at[labels].add(1)
-        small = sizes < largest_share * voxels
-        unlucky = jax.random.bernoulli(draws[0], per_component, (voxels + 1,)) & small
-        used = jax.random.bernoulli(draws[1], probability)
-        gone = (unlucky[labels] & used).reshape(mask.shape)
-        return jnp.where(gone, 0, mask)
+        small = (sizes > 0) & (sizes < largest_share * voxels) & (jnp.arange(voxels + 1) > 0)
+        drawn = jnp.where(small, jax.random.uniform(key, (voxels + 1,)), -1.0).argmax()
+        gone = (labels == drawn) & small[drawn] & used
+        return jnp.where(gone.reshape(mask.shape), 0, mask)
 
-    keys = jax.random.split(key, (prior.shape[0], prior.shape[-1]))
-    over_classes = jax.vmap(one, in_axes=(0, -1), out_axes=-1)
-    return jax.vmap(over_classes)(keys, prior)
+    over_classes = jax.vmap(one, in_axes=(0, -1, 0), out_axes=-1)
+    return jax.vmap(over_classes)(jax.random.split(component_key, shape), prior, used)

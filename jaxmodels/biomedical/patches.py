@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 OVERSAMPLE = 0.33
+# The key, among classes, of voxels that somebody looked at (where a label says "ignore").
+ANNOTATED = -1
 
 
 def is_forced(index: int, batch_size: int, oversample: float = OVERSAMPLE) -> bool:
@@ -26,9 +28,9 @@ def patch_start(
 ) -> tuple[int, ...]:
     """First voxel of a patch; negative and overhanging starts mean padding.
 
-    Without `locations` uniform in [-pad // 2, shape - patch + ceil(pad / 2)], pad the larger of
-    `need_to_pad` and what the image lacks. With them a class is drawn among those present, one of
-    its voxels, and the patch is centered on it, clipped at the lower bound only.
+    Without `locations` uniform in [-ceil(pad / 2), shape - patch + ceil(pad / 2)], pad the larger
+    of `need_to_pad` and what the image lacks. With them a class is drawn among those present, one
+    of its voxels, and the patch is centered on it, clipped at the lower bound only.
 
     Args:
       shape: of the image. patch: of the patch, voxels per axis.
@@ -37,7 +39,7 @@ def patch_start(
     """
     extra = [0] * len(shape) if need_to_pad is None else list(need_to_pad)
     pad = [max(e, p - n) for e, p, n in zip(extra, patch, shape)]
-    low = [-(p // 2) for p in pad]
+    low = [-p // 2 for p in pad]  # minus first, then halved downwards
     high = [n + p // 2 + p % 2 - q for n, p, q in zip(shape, pad, patch)]
     present = sorted(k for k, v in (locations or {}).items() if len(v))
     if not present:
@@ -65,6 +67,19 @@ def cut(
     if any(p != (0, 0) for p in padding):
         part = np.pad(part, padding, constant_values=fill)
     return part
+
+
+def chosen_locations(
+    places: Mapping[int, np.ndarray], forced: bool
+) -> Mapping[int, np.ndarray] | None:
+    """Which locations a patch is centered on: None for a patch anywhere.
+
+    Forced ones those of the foreground classes; where `places` has ANNOTATED voxels, others lie on
+    one of these, and forced ones without any foreground as well.
+    """
+    seen = {k: v for k, v in places.items() if k == ANNOTATED and len(v)}
+    foreground = {k: v for k, v in places.items() if k != ANNOTATED and len(v)}
+    return (foreground if forced and foreground else seen) or None
 
 
 def class_locations(

@@ -183,6 +183,39 @@ def search(
     return kept, record
 
 
+THRESHOLDS = np.linspace(0, 1, 101)
+
+
+def threshold_counts(
+    scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray = THRESHOLDS
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(overlap, predicted, positives) of `scores >= t` with binary `labels`, int64 [thresholds].
+
+    What several cases have adds up. Raises ValueError for different shapes.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels).astype(bool)
+    if scores.shape != labels.shape:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape} differ in shape")
+    order = np.argsort(thresholds, kind="stable")
+    # How many thresholds a score reaches.
+    reached = np.searchsorted(np.asarray(thresholds)[order], scores.reshape(-1), side="right")
+    counts = []
+    for part in (reached[labels.reshape(-1)], reached):
+        histogram = np.bincount(part, minlength=len(order) + 1)
+        at_least = histogram[::-1].cumsum()[::-1][1:]
+        counts.append(at_least[np.argsort(order, kind="stable")])
+    return counts[0], counts[1], int(labels.sum())
+
+
+def best_threshold(
+    overlap: np.ndarray, predicted: np.ndarray, positives: int, thresholds: np.ndarray = THRESHOLDS
+) -> tuple[np.ndarray, float]:
+    """Dice at every threshold of summed `threshold_counts`, and the first best; no voxel is 0."""
+    total = predicted + positives
+    values = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 0.0)
+    return values, float(np.asarray(thresholds)[int(np.argmax(values))])
+
+
 def threshold_sweep(
     scores: np.ndarray, labels: np.ndarray, thresholds: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
@@ -195,16 +228,5 @@ def threshold_sweep(
 
     Raises ValueError for different shapes.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels).astype(bool)
-    if scores.shape != labels.shape:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} differ in shape")
-    thresholds = np.linspace(0, 1, 101) if thresholds is None else np.asarray(thresholds)
-    flat, positive = scores.reshape(-1), labels.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    # Positions from which on scores are at least the threshold.
-    first = np.searchsorted(flat[order], thresholds, side="left")
-    above = np.concatenate([np.cumsum(positive[order][::-1])[::-1], [0]])
-    overlap, predicted = above[first], flat.size - first
-    total = predicted + positive.sum()
-    values = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 0.0)
-    return values, float(thresholds[int(np.argmax(values))])
+    thresholds = THRESHOLDS if thresholds is None else np.asarray(thresholds)
+    return best_threshold(*threshold_counts(scores, labels, thresholds), thresholds)

@@ -284,7 +284,8 @@ def preprocess(
     Args:
       image: [*S, C]. spacing: mm of its axes. label: int [*S].
       target_spacing: in transposed axes.
-      use_mask: whether z-scores are taken inside the non-zero mask.
+      use_mask: whether z-scores are taken inside the non-zero mask; background outside it is then
+        labeled -1, so that training can keep the image 0 there.
 
     Returns: image float32 [*S', C], label int [*S'] or None, and what undoes it.
     """
@@ -308,6 +309,8 @@ def preprocess(
     image = resample(image, new_shape, spacing, target)
     if label is not None:
         label = np.transpose(label, transpose)[box]
+        if use_mask:
+            label = np.where((label == 0) & ~mask, -1, label).astype(label.dtype)
         label = resample_labels(label, new_shape, spacing, target)
     return image, label, geometry
 
@@ -339,17 +342,36 @@ def annotated(
     return np.where(unknown, 0, prediction), np.where(unknown, 0, reference)
 
 
-def labels_of(probabilities: np.ndarray, regions: Sequence[int] | None = None) -> np.ndarray:
+def labels_of(
+    probabilities: np.ndarray,
+    regions: Sequence[int] | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> np.ndarray:
     """Label map int32 [*S] of probabilities [*S, K]: the largest, or regions above 1/2 in order.
 
-    `regions` are the labels that the channels write where they exceed one half; later ones
-    overwrite earlier ones.
+    Args:
+      regions: the labels that the channels write where they exceed one half; later ones overwrite
+        earlier ones.
+      thresholds: one a region, or one of the only foreground class, reached in place of 1/2.
+
+    Raises ValueError for another number of thresholds.
     """
-    if regions is None:
+    if thresholds is not None:
+        channels = probabilities if regions is not None else probabilities[..., 1:]
+        if channels.shape[-1] != len(thresholds):
+            raise ValueError(
+                f"{len(thresholds)} thresholds for {channels.shape[-1]} regions or classes"
+            )
+        if regions is None and len(thresholds) != 1:
+            raise ValueError("exclusive classes take a threshold only where there is one")
+        above = channels >= np.asarray(thresholds, np.float64)
+    elif regions is None:
         return probabilities.argmax(-1).astype(np.int32)
+    else:
+        above = probabilities > 0.5
     result = np.zeros(probabilities.shape[:-1], np.int32)
-    for channel, label in enumerate(regions):
-        result[probabilities[..., channel] > 0.5] = label
+    for channel, label in enumerate(regions or (1,)):
+        result[above[..., channel]] = label
     return result
 
 

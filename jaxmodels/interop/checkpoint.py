@@ -86,7 +86,7 @@ def read(path: str | os.PathLike, *, prefer: Iterable[str] = ()) -> Checkpoint:
         tree, metadata = read_safetensors(path)
     elif path.suffix == ".npz":
         tree = read_npz(path)
-    elif path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
+    elif path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar", ".zip"):
         from jaxmodels.interop import torch_archive
 
         tree = torch_archive.read(path)

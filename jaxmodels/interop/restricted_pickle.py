@@ -132,6 +132,9 @@ _SKIPPED = (
     "pathlib.PurePosixPath", "pathlib._local.PosixPath", "easydict.EasyDict",
     "yacs.config.CfgNode", "ml_collections.config_dict.config_dict.ConfigDict", "torch.device",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    # Lightning's files with PyTorch 1: OneCycleLR's state holds a method of it, and so all of it.
+    "torch.optim.lr_scheduler.OneCycleLR", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW",
+    "torch.optim.sgd.SGD", "transformers.optimization.AdamW", "jsonargparse.namespace.Namespace",
 )  # fmt: skip
 
 _CONSTRUCTORS: dict[tuple[str, str], Tag] = {}
@@ -303,6 +306,15 @@ def _reconstructor(reader: Reader, cls: Any, *args: Any) -> Skipped:
     return Skipped(cls.name)
 
 
+@_constructor("builtins.getattr", "__builtin__.getattr")
+def _attribute(reader: Reader, owner: Any, name: Any) -> Skipped:
+    """An attribute of an object that is left out is left out as well; nothing is looked up."""
+    known = owner.kind == "skipped" if isinstance(owner, Tag) else isinstance(owner, Skipped)
+    if not known or type(name) is not str:
+        raise Refused(f"asks for an attribute of {_show(owner)}")
+    return Skipped("builtins.getattr")
+
+
 class Reader(pickle._Unpickler):
     """Reads one pickle; `load()` gives dicts, lists, numbers, `Tensor`s and `Skipped`s."""
 
@@ -385,7 +397,9 @@ class Reader(pickle._Unpickler):
         if not isinstance(target, dict) or len(items) % 2:
             raise Refused(f"stores items into {_show(target)}")
         for n in range(0, len(items), 2):
-            target[_key(items[n])] = items[n + 1]
+            # A whole optimizer has its state by parameter; only its `state_dict` has names.
+            if not isinstance(items[n], Tensor):
+                target[_key(items[n])] = items[n + 1]
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()

@@ -243,7 +243,7 @@ def _read_zip(data: np.ndarray, view: FileBytes, budget: Budget) -> Any:
         raise Refused(f"has {len(roots)} entries named data.pkl, a PyTorch archive has one")
     root = roots[0]
     if f"{root}constants.pkl" in entries or any(n.startswith(f"{root}code/") for n in entries):
-        raise Refused("is a TorchScript archive; save model.state_dict() instead")
+        raise Refused("is a TorchScript archive; save torch.jit.load(it).state_dict() instead")
     if f"{root}byteorder" in entries:
         begin, end, _ = entries[f"{root}byteorder"]
         if view[begin : min(end, begin + 16)] != b"little":

@@ -460,7 +460,12 @@ def torch_rules(module: EncoderFields) -> dict[str, Any]:
     rules = {
         "travels": [POSITION_IDS],
         "spellings": SPELLINGS,
-        "drops": [r"cls\..*", r"vocab_(transform|layer_norm|projector)\..*"],
+        "drops": [
+            r"cls\..*",
+            r"vocab_(transform|layer_norm|projector)\..*",
+            # ERNIE 2.0 is loaded as a plain BERT.
+            r"(.*\.)?embeddings\.task_type_embeddings\.weight",
+        ],
     }
     if not module.has_pooler:
         rules["travels"].append(r"(.*\.)?pooler\.dense\.(weight|bias)")
@@ -476,11 +481,13 @@ _LARGE = {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
+# As in the config.json that nghuyong/ERNIE-Pytorch (convert.py) writes for its checkpoints.
+_ERNIE = {"type_vocab_size": 4, "layer_norm_eps": 1e-5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {},
     "bert-large-uncased": _LARGE,
     "co-condenser-marco": {},
-    "ernie-2.0-base-en": {"type_vocab_size": 4},
-    "ernie-2.0-large-en": {**_LARGE, "type_vocab_size": 4},
+    "ernie-2.0-base-en": _ERNIE,
+    "ernie-2.0-large-en": {**_LARGE, **_ERNIE},
     "distilbert-base-uncased": {"architecture": "distilbert", "num_hidden_layers": 6},
 }

@@ -226,9 +226,9 @@ class GanLM(nn.Module):
 
     `num_classes` > 0 adds a classification head named `head_name`.
     The discriminator drops nothing out where it stands beside a generator, unless it shares its
-    layers (the official behavior). `rescale_init` divides the residual outputs of decoder layer l
-    by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass; `scan_unroll`
-    layers are computed by one turn of the scan (compile time grows with it).
+    layers (the official behavior). `rescale_init` divides the residual outputs of layer l of every
+    stack by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass;
+    `scan_unroll` layers are computed by one turn of the scan (compile time grows with it).
     `resize_checkpoint` lets files with another dictionary or other lengths be loaded.
 
     Raises ValueError for sizes that do not fit together and an unknown strategy.
@@ -329,7 +329,10 @@ class GanLM(nn.Module):
             **types,
         )
         encoder_layer = dict(
-            hidden=self.encoder_ffn_embed_dim, heads=self.encoder_attention_heads, bert_init=True
+            hidden=self.encoder_ffn_embed_dim,
+            heads=self.encoder_attention_heads,
+            bert_init=True,
+            rescale=self.rescale_init,
         )
         decoder_layer = dict(
             hidden=self.decoder_ffn_embed_dim,

@@ -173,8 +173,9 @@ class PostNormLayer(nn.Module):
         out_scale = 1 / jnp.sqrt(2.0 * (index + 1)) if self.rescale else 1.0
         if self.bert_init:
             normal = initializers.normal(0.02)
-            attention_inits = (normal, normal, initializers.zeros)
-            up, down = (dict(kernel_init=normal, bias_init=initializers.zeros) for _ in range(2))
+            attention_inits = (normal, scaled(normal, out_scale), initializers.zeros)
+            up = dict(kernel_init=normal, bias_init=initializers.zeros)
+            down = dict(kernel_init=scaled(normal, out_scale), bias_init=initializers.zeros)
         else:
             xavier = scaled_xavier_uniform(1 / math.sqrt(2))
             attention_inits = (xavier, scaled_xavier_uniform(out_scale), None)

@@ -9,6 +9,7 @@ compile time does not grow with depth.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -283,6 +284,7 @@ class T5(nn.Module):
     `tie_word_embeddings`: the output matrix is the embedding (v1.0, CodeT5) or `lm_head` (v1.1).
     `scale_decoder_outputs`: multiply by d_model ** -0.5 before it; None is as tied.
     `remat` recomputes blocks in the backward pass; `scan_unroll` layers are one scan iteration.
+    `resize_checkpoint` gives a file with a smaller vocabulary fresh rows for tokens added to it.
     Params `shared.embedding` [V, D] serves both inputs and, when tied, the output.
     """
 
@@ -305,6 +307,7 @@ class T5(nn.Module):
     decoder_start_token_id: int = 0
     remat: bool = False
     scan_unroll: int = 1
+    resize_checkpoint: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -521,6 +524,33 @@ def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
             f"the checkpoint's feed-forward layers are {'' if gated else 'not '}gated; "
             f"feed_forward_proj {module.feed_forward_proj!r} does not fit"
         )
+
+
+def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """With `resize_checkpoint`, a tied state dict with rows for tokens that a vocabulary gained.
+
+    New rows are N(0, 1), as transformers' `resize_token_embeddings` leaves them, and the same in
+    every tied copy (CodeT5 to CoditT5: 32,100 to 32,124).
+
+    Raises ValueError with both sizes where rows are missing and are not asked for, or the model is
+    untied.
+    """
+    names = re.compile(r"(^|\.)(shared|(en|de)coder\.embed_tokens|lm_head)\.weight$")
+    wanted = getattr(module, "vocab_size", 0)
+    short = {k: v for k, v in state.items() if names.search(k) and len(v) < wanted}
+    if not short:
+        return state
+    key, table = next(iter(short.items()))
+    if not (getattr(module, "resize_checkpoint", False) and module.tie_word_embeddings):
+        raise ValueError(
+            f"{key} has {len(table)} rows, vocab_size is {wanted}; resize_checkpoint=True gives a "
+            "tied model's file rows for added tokens"
+        )
+    new = np.random.default_rng(0).standard_normal((wanted - len(table), table.shape[1]))
+    return {
+        k: np.concatenate([v, new.astype(np.asarray(v).dtype)]) if k in short else v
+        for k, v in state.items()
+    }
 
 
 def arguments_of_config(

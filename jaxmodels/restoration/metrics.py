@@ -95,6 +95,11 @@ def mean_psnr(values: Iterable[float]) -> float:
     return float(np.mean(np.asarray(list(values), np.float64)))
 
 
+def gain(ours: float, baseline: float) -> float:
+    """Difference of two PSNRs in dB; 0, not NaN, where both pictures equal the reference."""
+    return 0.0 if ours == baseline else ours - baseline
+
+
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """[0, 1] floats clamped and rounded to uint8, as results are stored and measured."""
     return np.rint(np.clip(np.asarray(image, np.float64), 0, 1) * 255).astype(np.uint8)

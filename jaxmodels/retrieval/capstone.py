@@ -48,11 +48,13 @@ class RankedQueries:
       queries: candidates in file order, without duplicates and the real query.
       scores: float64 [m], ROUGE-L F of each against the real query.
       order: int [m], candidate numbers by rank: score descending, ties in file order.
+      total: candidates before the filter, over which parts are counted.
     """
 
     queries: list[str]
     scores: np.ndarray
     order: np.ndarray
+    total: int
 
 
 def candidates_of(real: str | None, pseudo: Sequence[str], document: str = "") -> list[str]:
@@ -90,9 +92,9 @@ def rank_pseudo_queries(
     keep = scores <= filter_threshold
     if not keep.any():
         keep[np.argmin(scores)] = True
-    queries = [q for q, k in zip(queries, keep) if k]
+    kept = [q for q, k in zip(queries, keep) if k]
     scores = scores[keep]
-    return RankedQueries(queries, scores, np.argsort(-scores, kind="stable"))
+    return RankedQueries(kept, scores, np.argsort(-scores, kind="stable"), len(queries))
 
 
 def part_range(m: int, n_parts: int, part: int) -> tuple[int, int]:
@@ -187,15 +189,18 @@ class Selection:
             return Selection("gold", 1, self.n_parts, 1.0)
         return Selection("k-part", part, self.n_parts, self.gold_query_prob)
 
-    def rank(self, rng: np.random.Generator, m: int, sample_index: int = 0) -> int:
+    def rank(self, rng: np.random.Generator, m: int, sample_index: int = 0, total: int = 0) -> int:
         """A rank 1..m drawn for m ranked candidates; 0 stands for the real query.
+
+        Where a filter left m of `total` candidates (0: all), parts and turns are counted over all,
+        and what lies beyond the m takes the last one.
 
         Raises ValueError for `first` (which is not a rank; see `choose`) and the gradual
         strategies without their part.
         """
         if self.gold_query_prob and rng.random() < self.gold_query_prob:
             return 0
-        k = min(self.k, m)
+        k, total = min(self.k, m), total or m
         match self.strategy:
             case "gold":
                 return 0
@@ -208,21 +213,24 @@ class Selection:
             case "k-th":
                 return k
             case "k-part":
-                first, last = part_range(m, self.n_parts, self.k)
-                return int(rng.integers(first, last + 1))
+                first, last = part_range(total, self.n_parts, self.k)
+                return min(int(rng.integers(first, last + 1)), m)
             case "batch-uniform":
-                return sample_index % m + 1
+                return min(sample_index % total + 1, m)
             case "batch-uniform-gold":
-                return sample_index % (m + 1)
+                rank = sample_index % (total + 1) + 1
+                return min(rank, m) if rank <= total else 0
             case _:
                 raise ValueError(f"{self.strategy} is not chosen by rank")
 
-    def choose(self, rng: np.random.Generator, order: np.ndarray, sample_index: int = 0) -> int:
+    def choose(
+        self, rng: np.random.Generator, order: np.ndarray, sample_index: int = 0, total: int = 0
+    ) -> int:
         """Number of the chosen candidate among those `order` ranks, -1 for the real query."""
         if self.strategy == "first":
             gold = self.gold_query_prob and rng.random() < self.gold_query_prob
             return -1 if gold else int(np.min(order))
-        rank = self.rank(rng, len(order), sample_index)
+        rank = self.rank(rng, len(order), sample_index, total)
         return int(order[rank - 1]) if rank else -1
 
 

@@ -1,7 +1,7 @@
 """Late interaction (ColBERT): every token keeps its vector, a query token takes its best partner.
 
 Khattab and Zaharia, "ColBERT", SIGIR 2020, as LEAD and PROD use it for teachers: full width, no
-projection (unless `add_linear`), vectors of unit length for the final score.
+projection, vectors of unit length for the final score.
 Axis names: B queries, D documents, Q query tokens, L document tokens, H width.
 """
 
@@ -43,6 +43,8 @@ def unit(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 def maxsim(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> jax.Array:
     """sum over query tokens of the largest product with a real document token: [B, D].
 
+    Products are accumulated, and summed, in float32 or wider.
+
     Args:
       queries: [B, Q, H]. documents: [D, L, H]. mask: bool or int [D, L], 1 on real tokens.
 
@@ -53,7 +55,8 @@ def maxsim(queries: jax.Array, documents: jax.Array, mask: jax.Array) -> jax.Arr
             f"document mask {None if mask is None else mask.shape} for documents "
             f"{documents.shape}: wanted [D, L]"
         )
-    scores = jnp.einsum("bqh,dlh->bdql", queries, documents)
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    scores = jnp.einsum("bqh,dlh->bdql", queries, documents, preferred_element_type=wide)
     scores = jnp.where(mask[None, :, None, :].astype(bool), scores, MASKED_SCORE)
     # Under jit the gradient of `max` compares with a recomputed maximum; an index is exact.
     best = jax.lax.stop_gradient(scores).argmax(-1, keepdims=True)

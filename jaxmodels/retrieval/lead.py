@@ -314,7 +314,8 @@ def attention_distance(
 
 def _token_map(query: jax.Array, document: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax over real document tokens of <q_t, d_s>, [B, D, T, S]."""
-    products = jnp.einsum("bth,dsh->bdts", query, document)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    products = jnp.einsum("bth,dsh->bdts", query, document, preferred_element_type=wide)
     return jax.nn.softmax(jnp.where(mask[None, :, None, :] != 0, products, -1e9))
 
 

@@ -34,7 +34,7 @@ def prepare_state(state: Mapping[str, Any], module: EncoderFields) -> dict[str, 
     if not is_single_encoder(state):
         return state
     bare = {
-        re.sub(r"^(bert|distilbert|roberta)\.", "", key): value
+        re.sub(r"^(bert|distilbert|ernie|roberta)\.", "", key): value
         for key, value in state.items()
         if not _HEADS_OF_PRETRAINING.match(key)
     }

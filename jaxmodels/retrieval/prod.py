@@ -32,6 +32,7 @@ from jaxmodels.spelling import did_you_mean
 
 _PROBABILITY_EPS = 1e-7
 _EXCLUDED = 1000.0  # what DKD takes off the target's logit to leave it out
+_COMPARED = 1 << 24  # pairs of documents compared at a time
 ABSENT = -1  # first hit of a list without a relevant document
 
 
@@ -272,8 +273,20 @@ def first_hits(ranking: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     ranking, relevant = np.asarray(ranking), np.asarray(relevant)
     if len(ranking) != len(relevant):
         raise ValueError(f"{len(ranking)} rankings and {len(relevant)} rows of relevant documents")
-    hit = ((ranking[:, :, None] == relevant[:, None, :]) & (ranking >= 0)[:, :, None]).any(-1)
+    hit = _is_relevant(ranking, relevant)
     return np.where(hit.any(-1), hit.argmax(-1), ABSENT).astype(np.int64)
+
+
+def _is_relevant(ranking: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Which entries of [Q, K] are among the row's [Q, R], bool [Q, K]; -1 never is."""
+    found = np.zeros(ranking.shape, bool)
+    # Half a million queries at once would hold Q * K * R truths.
+    rows = max(1, _COMPARED // max(1, ranking.shape[1] * relevant.shape[1]))
+    for start in range(0, len(ranking), rows):
+        part = slice(start, start + rows)
+        same = ranking[part, :, None] == relevant[part, None, :]
+        found[part] = same.any(-1) & (ranking[part] >= 0)
+    return found
 
 
 def bucket_masks(hits: np.ndarray, judged: np.ndarray) -> dict[str, np.ndarray]:
@@ -370,8 +383,7 @@ def hard_negatives(
       positive and at least one negative). Rows that are not kept hold -1 only.
     """
     ranking, relevant = np.asarray(ranking), np.asarray(relevant)
-    usable = ranking >= 0
-    usable &= ~(ranking[:, :, None] == relevant[:, None, :]).any(-1)
+    usable = (ranking >= 0) & ~_is_relevant(ranking, relevant)
     kept = np.asarray(judged, bool) & (relevant >= 0).any(-1) & usable.any(-1)
     usable &= kept[:, None]
     # A stable sort brings the usable ones forward and keeps their order.

@@ -238,6 +238,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "stages": ((0,), (1,), (1, 1), (1, 1), (1,), (0,)),
         "resolution": 16,
     },
+    # A base model of the published space within its band of multiply-adds, not a searched one.
+    "base_309m": {
+        "stages": ((0,), (1,), (1, 1), (2, 2), (1, 1), (2, 2), (2, 2), (1,), (0,)),
+    },
 }
 
 

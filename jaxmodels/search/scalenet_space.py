@@ -157,13 +157,13 @@ class Space:
             if not active[0]:
                 raise ValueError(
                     f"{self.gene_name(first)}: the first block of a stage cannot be the identity "
-                    "(repair=True makes it op 1)"
+                    "(Space.repair makes it op 1)"
                 )
             holes = np.flatnonzero(active[1:] & ~active[:-1])
             if holes.size:
                 raise ValueError(
                     f"{self.gene_name(first + int(holes[0]))}: an identity stands before another "
-                    "operation of its stage (repair=True moves it behind)"
+                    "operation of its stage (Space.repair moves it behind)"
                 )
         return ops
 

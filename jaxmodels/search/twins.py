@@ -7,6 +7,7 @@ windows (even) and attention to sub-sampled tokens of the whole map (odd).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,16 @@ from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.attention import attend, merge_heads, split_heads
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.dropout import drop_path
+from jaxmodels.layers.initializers import kaiming_normal_fan_out
 from jaxmodels.layers.normalization import LayerNorm
 
 PATCH_EPSILON = 1e-5
 
-_kernel_init = nn.initializers.truncated_normal(0.02)
+# Those of the official backbone; its fan out of a depthwise kernel is that of one group.
+kernel_init = nn.initializers.truncated_normal(0.02)
+conv_init = kaiming_normal_fan_out()
+position_init = nn.initializers.normal(math.sqrt(2 / 9))
+_zeros = nn.initializers.zeros
 
 
 def check_windows(height: int, width: int, window: int, where: str) -> None:
@@ -96,7 +102,8 @@ class TwinsNet(nn.Module):
     def intermediates(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """`block_I` [B, H W, C] before the stage's positional convolution, `pooled`, `logits`."""
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        linear = dict(kernel_init=_kernel_init, bias_init=nn.initializers.zeros, **types)
+        linear = dict(kernel_init=kernel_init, bias_init=_zeros, **types)
+        biased = dict(use_bias=True, bias_init=_zeros, **types)
         maps: dict[str, jax.Array] = {}
         count = sum(len(blocks) for _, blocks in self.plan)
         rates = iter(np.linspace(0, self.drop_path_rate, count))
@@ -109,7 +116,8 @@ class TwinsNet(nn.Module):
                 raise ValueError(f"stage {s}: a {height}x{width} map does not divide by {p}")
             height, width = height // p, width // p
             check_windows(height, width, self.windows[s], f"stage {s}")
-            conv = Conv(dim, p, p, 0, use_bias=True, name=f"patch_embeds.{s}.proj", **types)
+            name = f"patch_embeds.{s}.proj"
+            conv = Conv(dim, p, p, 0, kernel_init=conv_init, name=name, **biased)
             x = conv(x).reshape(batch, height * width, dim)
             x = LayerNorm(PATCH_EPSILON, name=f"patch_embeds.{s}.norm", **types)(x)
             for i, block in enumerate(blocks):
@@ -121,7 +129,8 @@ class TwinsNet(nn.Module):
                 if i == 0:
                     grid = x.reshape(batch, height, width, dim)
                     name = f"pos_block.{s}.proj.0"
-                    position = Conv(dim, 3, 1, 1, dim, use_bias=True, name=name, **types)
+                    own = dict(kernel_init=position_init, name=name, **biased)
+                    position = Conv(dim, 3, 1, 1, dim, **own)
                     x = (position(grid) + grid).reshape(batch, height * width, dim)
             x = x.reshape(batch, height, width, dim)
         x = LayerNorm(self.epsilon, name="norm", **types)(x)
@@ -160,7 +169,8 @@ class TwinsNet(nn.Module):
         q = Linear(width, name=f"{name}.q", **biased)(x)
         if ratio > 1:
             grid = x.reshape(x.shape[0], *size, dim)
-            x = Conv(dim, ratio, ratio, 0, use_bias=True, name=f"{name}.sr", **types)(grid)
+            own = dict(use_bias=True, kernel_init=conv_init, bias_init=_zeros, **types)
+            x = Conv(dim, ratio, ratio, 0, name=f"{name}.sr", **own)(grid)
             x = x.reshape(x.shape[0], -1, dim)
             x = LayerNorm(PATCH_EPSILON, name=f"{name}.norm", **types)(x)
         k, v = jnp.split(Linear(2 * width, name=f"{name}.kv", **biased)(x), 2, axis=-1)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.search.vitas_space import check_band
+from jaxmodels.search.vitas_space import check_band, search_identity_probability
 
 HEAD_SHARES = (0.5, 1.0, 1.5, 2.0)
 IDENTITY = len(HEAD_SHARES)
@@ -60,6 +60,11 @@ class Space:
                 raise ValueError(
                     f"stage {s}: a {self.image_size}-pixel image gives a map of "
                     f"{self.image_size / self.stride(s):g}, windows are {self.windows[s]}"
+                )
+            if side % self.sr_ratios[s]:
+                raise ValueError(
+                    f"stage {s}: a {side}x{side} map does not divide by the sub-sampling ratio "
+                    f"{self.sr_ratios[s]}"
                 )
 
     def stride(self, stage: int) -> int:
@@ -256,6 +261,12 @@ class Space:
     def check_budget(self, least: float, budget: float) -> None:
         """ValueError, with the range there is, for a band that no network can lie in."""
         check_band(least, budget, self.cheapest_and_dearest())
+
+    def identity_probability(
+        self, least: float, budget: float, draws: int = 1000, seed: int = 0
+    ) -> tuple[float, float]:
+        """As `vitas_space.search_identity_probability`."""
+        return search_identity_probability(self, least, budget, draws, seed)
 
     def legal(self, genomes: Any) -> np.ndarray:
         """Every genome within the bounds is a network, bool [N]."""

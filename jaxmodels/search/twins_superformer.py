@@ -16,17 +16,22 @@ import numpy as np
 
 from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.depthwise import depthwise_conv
-from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.search import vitas_space
 from jaxmodels.search.masked_layers import active_rows, affine, head_layout, masked_norm
-from jaxmodels.search.twins import PATCH_EPSILON, from_windows, to_windows
+from jaxmodels.search.twins import (
+    PATCH_EPSILON,
+    conv_init,
+    from_windows,
+    kernel_init,
+    position_init,
+    to_windows,
+)
 from jaxmodels.search.twins_space import IDENTITY, Space
 from jaxmodels.search.vitas_nets import Layer, embed_patches
 
 EPSILON = 1e-6
 SIDES = ("left", "right", "cyclic")
 
-_kernel_init = nn.initializers.truncated_normal(0.02)
 _zeros, _ones = nn.initializers.zeros, nn.initializers.ones
 
 
@@ -72,15 +77,11 @@ def _norm(features):
 
 
 def _linear(inputs, features):
-    return (("kernel", (inputs, features), _kernel_init), ("bias", (features,), _zeros))
+    return (("kernel", (inputs, features), kernel_init), ("bias", (features,), _zeros))
 
 
-def _conv(kernel, inputs, features):
-    init = torch_bias(kernel * kernel * inputs)
-    return (
-        ("kernel", (kernel, kernel, inputs, features), torch_kernel()),
-        ("bias", (features,), init),
-    )
+def _conv(kernel, inputs, features, init=conv_init):
+    return (("kernel", (kernel, kernel, inputs, features), init), ("bias", (features,), _zeros))
 
 
 class TwinsSuperformer(nn.Module):
@@ -156,7 +157,7 @@ class TwinsSuperformer(nn.Module):
                 x = run(x) if i < 2 else jax.lax.cond(gene.ops == IDENTITY, lambda x: x, run, x)
                 if i == 0:
                     grid = x.reshape(-1, side, side, dim)
-                    position = self._layer(f"pos_block.{s}.proj.0", _conv(3, 1, dim))
+                    position = self._layer(f"pos_block.{s}.proj.0", _conv(3, 1, dim, position_init))
                     moved = depthwise_conv(grid, position["kernel"].astype(x.dtype))
                     moved = (moved + position["bias"].astype(x.dtype)) * mask
                     x = (moved + grid).reshape(-1, side * side, dim)

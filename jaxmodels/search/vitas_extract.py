@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxmodels.restoration.resampling import resize
 from jaxmodels.search import vitas
 from jaxmodels.search.vitas_nets import ViTAS, standalone_arguments
 
@@ -80,9 +80,10 @@ def _qkv(state, prefix, leaf, module, op, rows):
 
 
 def resize_positions(table: Any, side: int) -> Any:
-    """A position table [1, 1 + n n, D] for `side` x `side` patches: bicubic, the class slot kept.
+    """A position table [1, 1 + n n, D] for `side` x `side` patches, the class slot kept.
 
-    The same side gives the table back. Raises ValueError for a table of no square grid.
+    Bicubic with the kernel of PyTorch's `interpolate(mode="bicubic")`; the same side gives the
+    table back. Raises ValueError for a table of no square grid.
     """
     count = table.shape[1] - 1
     old = math.isqrt(count)
@@ -91,6 +92,5 @@ def resize_positions(table: Any, side: int) -> Any:
     if old == side:
         return table
     grid = np.asarray(table)[:, 1:].reshape(1, old, old, -1)
-    shape = (1, side, side, grid.shape[-1])
-    grid = jax.image.resize(grid, shape, "bicubic", antialias=False)
+    grid = np.asarray(resize(grid, (side, side), "bicubic"))
     return np.concatenate([np.asarray(table)[:, :1], grid.reshape(1, side * side, -1)], axis=1)

@@ -272,35 +272,8 @@ class Space:
     def identity_probability(
         self, least: float, budget: float, draws: int = 1000, seed: int = 0
     ) -> tuple[float, float]:
-        """`(probability, mean FLOPs)`: the identity probability whose draws lie in the band.
-
-        From 0.5 in steps of 0.01, up while the mean of `draws` draws is over the budget and down
-        while it is under `least`, as the official search does.
-
-        Raises ValueError for a band out of reach or when the probability leaves (0, 1).
-        """
-        self.check_budget(least, budget)
-        probability, mean = 0.5, float("nan")
-        seen: dict[int, float] = {}
-        while True:
-            hundredths = round(100 * probability)
-            if not 0 < hundredths < 100:
-                raise ValueError(
-                    f"no identity probability in (0, 1) gives a mean between {least:,.0f} and "
-                    f"{budget:,.0f} multiply-adds; at {probability:.2f} it is {mean:,.0f}"
-                )
-            rng = np.random.default_rng((seed, hundredths))
-            mean = float(self.flops(self.sample_many(rng, draws, probability)).mean())
-            if least <= mean <= budget:
-                return probability, mean
-            seen[hundredths] = mean
-            step = 1 if mean > budget else -1
-            if hundredths + step in seen:
-                raise ValueError(
-                    f"the mean jumps over the band {least:,.0f} to {budget:,.0f} between identity "
-                    f"probabilities {probability:.2f} and {(hundredths + step) / 100:.2f}"
-                )
-            probability = (hundredths + step) / 100
+        """As `search_identity_probability`."""
+        return search_identity_probability(self, least, budget, draws, seed)
 
     def recover(self, ops: Any, widths: Any) -> np.ndarray:
         """Genomes [N, genes] of op genes [N, depth + 3] and width shares [N, 1 + 2 depth].
@@ -322,6 +295,40 @@ def check_band(least: float, budget: float, reach: tuple[int, int]) -> None:
             f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
             f"they have {reach[0]:,} to {reach[1]:,}"
         )
+
+
+def search_identity_probability(
+    space: Any, least: float, budget: float, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """`(probability, mean FLOPs)`: the identity probability whose draws lie in the band.
+
+    From 0.5 in steps of 0.01, up while the mean of `draws` draws is over the budget and down
+    while it is under `least`, as the official search does.
+
+    Raises ValueError for a band out of reach or when the probability leaves (0, 1).
+    """
+    space.check_budget(least, budget)
+    probability, mean = 0.5, float("nan")
+    seen: dict[int, float] = {}
+    while True:
+        hundredths = round(100 * probability)
+        if not 0 < hundredths < 100:
+            raise ValueError(
+                f"no identity probability in (0, 1) gives a mean between {least:,.0f} and "
+                f"{budget:,.0f} multiply-adds; at {probability:.2f} it is {mean:,.0f}"
+            )
+        rng = np.random.default_rng((seed, hundredths))
+        mean = float(space.flops(space.sample_many(rng, draws, probability)).mean())
+        if least <= mean <= budget:
+            return probability, mean
+        seen[hundredths] = mean
+        step = 1 if mean > budget else -1
+        if hundredths + step in seen:
+            raise ValueError(
+                f"the mean jumps over the band {least:,.0f} to {budget:,.0f} between identity "
+                f"probabilities {probability:.2f} and {(hundredths + step) / 100:.2f}"
+            )
+        probability = (hundredths + step) / 100
 
 
 # The official configuration form

@@ -176,7 +176,8 @@ def face_attack(
 
     Args:
       embed: faces [B, H, W, 3] in [0, high] to unit features [B, D] (or what `loss` takes).
-      target: features [B, D] of one's own (dodging) or of the victim (impersonation).
+      target: features [B, D] of one's own (dodging) or of the victim (impersonation). Features of x
+        itself have no gradient to leave them by: take another photo, or `random_start=True`.
       method: one of `FACE_METHODS`; TI uses a 7x7 kernel, DI resizes at every step (nearest).
       eps: in pixel units; under `l2` the radius is eps sqrt(H W C), its root mean square.
       steps: each of 1.5 eps / steps; `fgsm` is one of eps.

@@ -25,6 +25,12 @@ from jaxmodels.vision.resnet import ResNet, projection_spelling
 
 # Other encoders than the ResNet, and the last map of each.
 BACKBONES = {"efficientnet": (EfficientNet, "head"), "convnext": (ConvNeXt, None)}
+# First components of an encoder's names.
+_ENCODER_PARTS = {
+    "resnet": r"conv1|bn1|layer\d",
+    "efficientnet": "conv_stem|bn1|blocks|conv_head|bn2",
+    "convnext": "stem|stages|head",
+}
 PARTS_SIDE = 3
 MARGIN, SCALE = -0.2, 1.0
 _LOG_FLOOR = -100.0  # of torch's binary cross-entropy
@@ -121,11 +127,18 @@ MODEL = AttributionNet
 
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
-    """The encoder's own classifier is not used; Lightning's prefix is found by itself."""
-    del module
+    """The encoder's own classifier is not used; Lightning's prefix is found by itself.
+
+    Files of the encoder alone (ImageNet's, where a run begins officially) have no prefix.
+    """
+    alone = _ENCODER_PARTS[getattr(module, "backbone", "resnet")]
     return {
-        "spellings": [*projection_spelling("downsample"), (r"^encoder\.encoder\.", "encoder.")],
-        "drops": [r"encoder\.(fc|classifier|head\.fc)\..*"],
+        "spellings": [
+            *projection_spelling("downsample"),
+            (r"^encoder\.encoder\.", "encoder."),
+            (rf"^(?=(?:{alone})\.)", "encoder."),
+        ],
+        "drops": [r"(encoder\.)?(fc|classifier|head\.fc)\..*"],
     }
 
 
@@ -237,12 +250,16 @@ def cluster_accuracy(predicted: Any, labels: Any) -> float:
     """Accuracy under the best one-to-one renaming of the predicted ids (Hungarian)."""
     from scipy.optimize import linear_sum_assignment
 
-    predicted, labels = np.asarray(predicted), np.asarray(labels)
-    size = int(max(predicted.max(), labels.max())) + 1
-    table = np.zeros((size, size), np.int64)
+    # Numbered anew: ids are names, and a table up to the largest of them may not fit anywhere.
+    ids, predicted = np.unique(np.asarray(predicted), return_inverse=True)
+    classes, labels = np.unique(np.asarray(labels), return_inverse=True)
+    table = np.zeros((len(ids), len(classes)), np.int64)
     np.add.at(table, (predicted, labels), 1)
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].sum() / len(labels))
+
+
+METRICS = tuple(f"{rows}_{m}" for rows in ("all", "known", "novel") for m in ("acc", "nmi", "ari"))
 
 
 def open_world_metrics(predicted: Any, labels: Any, known: int) -> dict[str, float]:
@@ -281,10 +298,16 @@ def known_classes(labels: Any, tags: Any) -> int:
     return int(np.asarray(labels)[np.asarray(tags) == 1].max()) + 1
 
 
-def same_tool_auc(features: Any, labels: Any) -> float:
-    """AUROC of the cosine of two rows' features for whether one tool made both, over all pairs."""
+def same_tool_auc(features: Any, labels: Any, most: int = 4000) -> float:
+    """AUROC of the cosine of two rows' features for whether one tool made both, over all pairs.
+
+    Of more than `most` rows so many, evenly spread: pairs grow with the square.
+    """
     from jaxmodels.security.detection import detection_metrics
 
+    if len(features) > most:
+        chosen = np.linspace(0, len(features) - 1, most).round().astype(int)
+        features, labels = np.asarray(features)[chosen], np.asarray(labels)[chosen]
     features = np.asarray(features, np.float64)
     features = features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     rows, columns = np.triu_indices(len(features), 1)

@@ -17,7 +17,13 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.security import perturbations
-from jaxmodels.security.perturbations import ascent_step, cross_entropy, per_image, project
+from jaxmodels.security.perturbations import (
+    ascent_step,
+    check_labels,
+    cross_entropy,
+    per_image,
+    project,
+)
 
 LOSSES = ("ce", "dlr")
 _MOMENTUM, _SHARE = 0.75, 0.75
@@ -44,6 +50,7 @@ def dlr_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-(z_y - max over i != y of z_i) / (z_pi1 - z_pi3) of each row [B]; needs three classes."""
     if logits.shape[-1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, got {logits.shape[-1]}")
+    check_labels(labels, logits.shape[-1])
     top = lax.top_k(logits, 3)[0]
     return -perturbations.margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 

@@ -40,7 +40,8 @@ def detection_metrics(scores: Any, labels: Any) -> Detection:
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], labels[order].astype(np.float64)
     # The last place of each group of equal scores: thresholds fall between groups only.
-    ends = np.r_[np.flatnonzero(np.diff(ranked)), len(ranked) - 1]
+    # (Compared, not subtracted: infinite scores tie as well.)
+    ends = np.r_[np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1]
     true = np.cumsum(hits)[ends]
     false = ends + 1 - true
     tpr, fpr = np.r_[0, true / positives], np.r_[0, false / negatives]

@@ -24,6 +24,7 @@ ADVERSARY_ACCELERATION, ADVERSARY_STEER = 4.0, 0.06
 YIELD_BRAKING = -4.0  # m/s^2, the most for a vehicle that is only expected in the way
 _REACH = 0.5 * (WIDTH + LANE) - 0.6  # a vehicle's middle this far sideways is in the ego's way
 _FAR = 1e3
+_TRIES = 2000  # places that are drawn for a scene's vehicles
 
 
 @struct.dataclass
@@ -95,12 +96,19 @@ def check_scene(states: Any) -> None:
 
 
 def sample_scene(seed: int, traffic: Traffic = Traffic(), vehicles: int = 3) -> Scene:  # noqa: B008
-    """The scene of a seed: the ego in a middle lane, `vehicles` others around it, none touching."""
+    """The scene of a seed: the ego in a middle lane, `vehicles` others around it, none touching.
+
+    Raises ValueError for no vehicle, and for more than find room within 18 m behind and 32 m ahead.
+    """
     check_traffic(traffic)
+    if vehicles < 1:
+        raise ValueError(f"a scene needs at least one other vehicle, got {vehicles}")
     rng = np.random.default_rng((2022, seed))
     lane = traffic.lanes // 2
     states = [[0.0, (lane + 0.5) * LANE, 0.0, traffic.speed]]
-    while len(states) < vehicles + 1:
+    for _ in range(_TRIES):
+        if len(states) > vehicles:
+            break
         own = int(rng.integers(traffic.lanes))
         new = [rng.uniform(-18, 32), (own + 0.5) * LANE, 0.0, rng.uniform(0.8, 1.1) * 15.0]
         clear = all(
@@ -109,6 +117,11 @@ def sample_scene(seed: int, traffic: Traffic = Traffic(), vehicles: int = 3) -> 
         )
         if clear:
             states.append(new)
+    if len(states) <= vehicles:
+        raise ValueError(
+            f"no room for {vehicles} vehicles around the ego on {traffic.lanes} lanes; "
+            f"{len(states) - 1} found a place"
+        )
     shape = (traffic.steps, vehicles)
     return Scene(
         jnp.asarray(states, jnp.float32),

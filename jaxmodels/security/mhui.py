@@ -21,6 +21,7 @@ from jax import lax
 from jaxmodels.interop.conversion import CheckpointMismatch
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.normalization import BatchNorm
+from jaxmodels.security.perturbations import check_labels
 from jaxmodels.vision import resnet, vgg
 
 HEAD_KINDS = ("mlp", "linear", "conv")
@@ -238,11 +239,16 @@ def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str,
     The shallow heads are then missing from it: load it with `skip="heads"` or with
     `skip=r"heads\\.[0-2]"` and `head_kind="linear"`.
     """
-    if not isinstance(module, MHUIResNet) or "conv1.weight" not in state:
+    if isinstance(module, MHUIResNet) and "conv1.weight" in state:
+        classifier, prefix, heads = "linear.", "backbone.", len(module.taps)
+    elif isinstance(module, MHUIVGG) and "classifier.weight" in state:
+        classifier, prefix = "classifier.", ""
+        heads = len(module.taps) or len(vgg.pools_of(module.cfg))
+    else:
         return dict(state)
-    last = f"heads.{len(module.taps) - 1}.classifier."
+    last = f"heads.{heads - 1}.classifier."
     return {
-        (last + key.split(".", 1)[1] if key.startswith("linear.") else f"backbone.{key}"): value
+        (last + key.removeprefix(classifier) if key.startswith(classifier) else prefix + key): value
         for key, value in state.items()
     }
 
@@ -277,23 +283,16 @@ def check_checkpoint(keys: Mapping[str, tuple[int, ...]], module: nn.Module) -> 
 
 
 def head_losses(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Mean cross-entropy of every head [M] from logits [B, M, K] and labels [B]."""
+    """Mean cross-entropy of every head [M] from logits [B, M, K] and labels int [B].
+
+    Raises ValueError, outside `jit`, for labels that are no integers in [0, K).
+    """
+    check_labels(labels, logits.shape[-1])
     log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     nll = -jnp.take_along_axis(log_p, labels[:, None, None], axis=-1)[..., 0]
     if label_smoothing:
         nll = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
     return nll.mean(0)
-
-
-def check_labels(labels: Any, num_classes: int) -> None:
-    """Refuse labels that are not integers in [0, num_classes); call it outside `jit`."""
-    labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}"
-        )
 
 
 def pixel_logits(module: nn.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
@@ -317,6 +316,7 @@ def attack_loss(
         raise ValueError(f"attack target {target!r}; known: {', '.join(ATTACK_TARGETS)}")
 
     def loss(logits, labels):
+        check_labels(labels, logits.shape[-1])
         log_p = jax.nn.log_softmax(logits)
         if target == "mean":
             log_p = jax.nn.logsumexp(log_p, axis=1, keepdims=True) - np.log(logits.shape[1])

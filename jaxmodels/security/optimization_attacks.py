@@ -149,6 +149,7 @@ def deepfool(
     perturbations.check_pixels(x, cfg.low, cfg.high)
     x = jnp.asarray(x)
     classes = jax.eval_shape(apply_fn, x).shape[-1]
+    perturbations.check_labels(y, classes)
     looked_at = min(cfg.candidates or classes - 1, classes - 1)
     clean = apply_fn(x)
     others = jnp.where(jax.nn.one_hot(y, classes, dtype=bool), -jnp.inf, clean)

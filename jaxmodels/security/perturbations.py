@@ -57,13 +57,31 @@ def random_start(
     return jnp.clip(x + noise, low, high)
 
 
+def check_labels(labels: Any, num_classes: int) -> None:
+    """Refuse labels that are not integers in [0, num_classes), which indexing would wrap or clip.
+
+    Traced labels pass: only their users know them.
+    """
+    if isinstance(labels, jax.core.Tracer):
+        return
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}"
+        )
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of each row, logits [B, K], labels int [B] -> [B]."""
+    check_labels(labels, logits.shape[-1])
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """z_y - max over j != y of z_j, [B]; the true class is masked by minus infinity."""
+    check_labels(labels, logits.shape[-1])
     true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     own = jnp.where(true, logits, 0).sum(-1)
     return own - jnp.where(true, -jnp.inf, logits).max(-1)
@@ -147,9 +165,11 @@ def check_mask(mask: Any, budget: float | None = None) -> float:
     if not np.isin(mask, (0, 1)).all():
         odd = float(mask[~np.isin(mask, (0, 1))].flat[0])
         raise ValueError(f"a patch mask holds only 0 and 1, got {odd:g}")
-    area = float(mask.mean(axis=(-3, -2, -1)).max()) if mask.ndim >= 3 else float(mask.mean())
-    if not area:
-        raise ValueError("the patch mask is empty (area 0 %)")
+    areas = np.atleast_1d(mask.mean(axis=(-3, -2, -1)) if mask.ndim >= 3 else mask.mean())
+    area = float(areas.max())
+    if not areas.all():
+        rows = f" at rows {np.flatnonzero(areas == 0)[:5].tolist()}" if areas.size > 1 else ""
+        raise ValueError(f"the patch mask is empty (area 0 %){rows}")
     if budget is not None and area > budget + 1e-9:
         raise ValueError(
             f"the patch mask covers {100 * area:.2f} % of the image, the budget is "

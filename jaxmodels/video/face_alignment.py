@@ -103,11 +103,16 @@ def crop_quad(frame: jax.Array, quad: Quad, size: int) -> jax.Array:
 def paste_quad(frame: jax.Array, crop: jax.Array, quad: Quad, feather: float = 0.05) -> jax.Array:
     """The frame [H, W, C] with `crop` [s, s, C] put back where `crop_quad` took it from.
 
-    The border of the crop fades over the share `feather` of its half width.
+    The border of the crop fades over the share `feather` of its half width. A crop of more pixels
+    than its place in the frame is averaged down first.
     """
     center, x, y = (jnp.asarray(a, jnp.float32) for a in quad)
     height, width = frame.shape[:2]
     size = crop.shape[0]
+    shrink = max(int(size / (2 * float(np.linalg.norm(np.asarray(quad.x))))), 1)
+    shrink = next(n for n in range(shrink, 0, -1) if size % n == 0)
+    size //= shrink
+    crop = crop.reshape(size, shrink, size, shrink, -1).mean((1, 3))
     rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
     offset = jnp.stack([columns, rows], -1) - center
     # Axes need not stay orthogonal after smoothing: the 2x2 system is solved.

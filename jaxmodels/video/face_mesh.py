@@ -396,9 +396,14 @@ def face_model_from_arrays(
     posedirs = posedirs.reshape(-1, posedirs.shape[-1]).T if posedirs.ndim == 3 else posedirs
     parents = get["kintree_table"][0].astype(np.int64)
     embedding = {} if landmarks is None else dict(landmarks)
-    triangles = np.asarray(embedding.get("full_lmk_faces_idx", np.zeros(0, int))).reshape(-1)
-    bary = np.asarray(embedding.get("full_lmk_bary_coords", np.zeros((0, 3)))).reshape(-1, 3)
     dynamic = embedding.get("dynamic_lmk_faces_idx")
+    alone = dynamic is not None and "static_lmk_faces_idx" in embedding
+    kind = "static" if alone else "full"
+    triangles = np.asarray(embedding.get(f"{kind}_lmk_faces_idx", np.zeros(0, int))).reshape(-1)
+    bary = np.asarray(embedding.get(f"{kind}_lmk_bary_coords", np.zeros((0, 3)))).reshape(-1, 3)
+    if dynamic is not None and not alone:
+        contour = np.shape(dynamic)[-1]
+        triangles, bary = triangles[contour:], bary[contour:]
     floats = {
         "v_template": get["v_template"],
         "shapedirs": directions,

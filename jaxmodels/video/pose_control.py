@@ -174,18 +174,7 @@ class PoseEditor(NamedTuple):
 
         `relative` adds to the present angles instead of replacing them.
         """
-        present = face_mesh.axis_angle_to_euler(mesh.pose[:, :3])
-        asked = []
-        for now, angle in zip(present, (yaw, pitch, roll)):
-            if angle is None:
-                asked.append(now)
-            else:
-                asked.append(now + angle if relative else jnp.broadcast_to(angle, now.shape))
-        if yaw is None and pitch is None and roll is None:
-            return self.drive(ws, mesh, mesh)
-        turned = face_mesh.euler_to_axis_angle(*asked)
-        pose = jnp.concatenate([turned, mesh.pose[:, 3:]], -1)
-        return self.drive(ws, mesh, mesh._replace(pose=pose))
+        return self.drive(ws, mesh, turned(mesh, yaw, pitch, roll, relative))
 
     def set_expression(
         self, ws: jax.Array, mesh: MeshCode, expression: jax.Array, relative: bool = False
@@ -208,13 +197,49 @@ class PoseEditor(NamedTuple):
         source = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), mesh_source)
         ws = jnp.broadcast_to(w_source, (count, *w_source.shape[1:]))
 
-        def moved(name):
-            theirs = getattr(driving, name)
-            # The driver's change first: a driver that stands still changes nothing, exactly.
-            return getattr(source, name) + (theirs - theirs[:1]) if relative else theirs
+        if relative:
+            return self.drive(ws, source, followed(source, driving, first_of(driving)))
+        target = {name: getattr(driving, name) for name in FOLLOWED}
+        return self.drive(ws, source, source._replace(**target))
 
-        names = ("pose", "expression", "camera")
-        return self.drive(ws, source, source._replace(**{n: moved(n) for n in names}))
+
+# What of a face follows a driver's; its shape stays its own.
+FOLLOWED = ("pose", "expression", "camera")
+
+
+def first_of(faces: MeshCode) -> MeshCode:
+    """The first of a sequence of faces, [1, ...]."""
+    return jax.tree.map(lambda x: x[:1], faces)
+
+
+def followed(mesh: MeshCode, driving: MeshCode, first: MeshCode) -> MeshCode:
+    """A face moved as a driver moved since its first frame; itself, exactly, if it did not."""
+
+    def moved(name):
+        return getattr(mesh, name) + (getattr(driving, name) - getattr(first, name))
+
+    return mesh._replace(**{name: moved(name) for name in FOLLOWED})
+
+
+def turned(
+    mesh: MeshCode,
+    yaw: float | jax.Array | None = None,
+    pitch: float | jax.Array | None = None,
+    roll: float | jax.Array | None = None,
+    relative: bool = False,
+) -> MeshCode:
+    """A face with its head turned, angles as in `PoseEditor.set_pose`; itself without any."""
+    if yaw is None and pitch is None and roll is None:
+        return mesh
+    present = face_mesh.axis_angle_to_euler(mesh.pose[:, :3])
+    asked = []
+    for now, angle in zip(present, (yaw, pitch, roll)):
+        if angle is None:
+            asked.append(now)
+        else:
+            asked.append(now + angle if relative else jnp.broadcast_to(angle, now.shape))
+    rotation = face_mesh.euler_to_axis_angle(*asked)
+    return mesh._replace(pose=jnp.concatenate([rotation, mesh.pose[:, 3:]], -1))
 
 
 def apply_control(

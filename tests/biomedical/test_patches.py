@@ -56,7 +56,8 @@ def test_patches_never_read_outside_without_padding(shape):
     for axis, n in enumerate(shape):
         starts = {s[axis] for s in seen}
         pad = max(0, 8 - n)
-        assert min(starts) == -(pad // 2) and max(starts) == n + pad // 2 + pad % 2 - 8
+        # As nnU-Net's `-pad // 2`: an odd pad is rounded up on both sides.
+        assert min(starts) == -pad // 2 and max(starts) == n + pad // 2 + pad % 2 - 8
 
 
 def test_centered_patches_are_clipped_only_below():
@@ -102,7 +103,7 @@ def test_augmentation_invents_no_label_and_keeps_the_prior_unchanged_in_value(au
     run, image, label, _ = augmented
     for seed in range(3):
         x, y = run(jax.random.key(seed), image, label)
-        assert set(np.unique(y)) <= {0, 1, 2} and np.isfinite(x).all()
+        assert set(np.unique(y)) <= {-1, 0, 1, 2} and np.isfinite(x).all()
 
 
 def test_without_any_step_the_center_is_cut():
@@ -118,6 +119,7 @@ def test_rotation_ranges_and_enlarged_patches_follow_the_shape():
     assert augmentation.rotation_range((64, 64)) == pytest.approx(np.pi)
     assert augmentation.rotation_range((32, 64)) == pytest.approx(np.radians(15))
     assert augmentation.rotation_range((64, 64, 64)) == pytest.approx(np.radians(30))
+    assert augmentation.rotation_range((16, 32, 64)) == pytest.approx(np.pi)  # whatever the slices
     assert augmentation.dummy_2d((16, 64, 64)) and not augmentation.dummy_2d((32, 64, 64))
     assert augmentation.enlarged_patch((16, 64, 64))[0] == 16
     assert augmentation.enlarged_patch((64, 64)) == (75, 75)
@@ -139,9 +141,15 @@ def test_a_prior_loses_small_components_and_keeps_its_large_ones():
     prior = np.zeros((1, 24, 24, 2), np.float32)
     prior[0, 2:16, 2:16, 0] = 1
     prior[0, 20:22, 20:22, 0] = 1
-    gone = augmentation.remove_random_components(jax.random.key(0), jnp.asarray(prior), 1.0, 1.0)
-    assert float(gone[0, 20:22, 20:22, 0].sum()) == 0
-    np.testing.assert_array_equal(gone[0, 2:16, 2:16, 0], prior[0, 2:16, 2:16, 0])
+    prior[0, 20:22, 2:4, 0] = 1
+    remove = jax.jit(lambda k: augmentation.remove_random_components(k, prior, 1.0, 1.0))
+    corners = []
+    for seed in range(8):
+        gone = remove(jax.random.key(seed))
+        np.testing.assert_array_equal(gone[0, 2:16, 2:16, 0], prior[0, 2:16, 2:16, 0])
+        corners.append((float(gone[0, 20:22, 20:22, 0].sum()), float(gone[0, 20:22, 2:4, 0].sum())))
+    # One of the small ones, not all.
+    assert set(corners) == {(0.0, 4.0), (4.0, 0.0)}
     same = augmentation.random_morphology(jax.random.key(0), jnp.asarray(prior), probability=0.0)
     np.testing.assert_array_equal(same, prior)
     run = jax.jit(lambda k: augmentation.random_morphology(k, jnp.asarray(prior), 1.0, 1.0, 2))
@@ -149,3 +157,55 @@ def test_a_prior_loses_small_components_and_keeps_its_large_ones():
     assert any(not np.array_equal(c, prior) for c in changed)
     for c in changed:
         assert set(np.unique(c)) <= {0.0, 1.0} and (c.sum(-1) <= 1).all()
+
+
+def test_unannotated_voxels_center_no_patch():
+    label = np.full((6, 40, 40), 3, np.int16)  # 3 says "ignore"
+    label[2, 5:9, 30:34] = 0
+    label[2, 6, 31] = 1
+    rng = np.random.default_rng(0)
+    places = patches.class_locations(label, (1, 2), rng)
+    seen = (label != 3).astype(np.int8)
+    places[patches.ANNOTATED] = patches.class_locations(seen, (1,), rng)[1]
+    assert set(patches.chosen_locations(places, True)) == {1}
+    for forced in (False, True):
+        own = patches.chosen_locations(places if forced else {**places, 1: places[1][:0]}, forced)
+        for _ in range(20):
+            start = patches.patch_start(label.shape, (4, 8, 8), rng, own)
+            assert (patches.cut(label, start, (4, 8, 8)) != 3).any()
+    assert patches.chosen_locations({1: places[1]}, False) is None
+
+
+def test_intensity_steps_have_the_published_ranges():
+    image = jnp.zeros((48, 48, 1))
+    noise = jax.jit(lambda k: augmentation._noise(k, image).std())
+    spread = np.asarray([noise(jax.random.key(s)) for s in range(40)])
+    # The deviation itself is uniform in [0, 0.1].
+    assert spread.max() < 0.11 and 0.03 < spread.mean() < 0.07
+    ramp = jnp.broadcast_to(jnp.arange(24.0)[:, None, None, None], (24, 16, 16, 2))
+    flat = jax.jit(lambda k: augmentation._low_resolution(k, ramp, 1))
+    for seed in range(4):
+        # Along the axis that keeps its resolution nothing changes.
+        np.testing.assert_allclose(flat(jax.random.key(seed)), ramp, atol=1e-4)
+    coarse = jax.jit(lambda k: augmentation._low_resolution(k, ramp))
+    changed = [np.abs(coarse(jax.random.key(s)) - ramp).max((0, 1, 2)) for s in range(8)]
+    assert max(c.max() for c in changed) > 0.1
+    # Linear interpolation of a ramp stays within it.
+    assert all(float(coarse(jax.random.key(s)).max()) <= 23 for s in range(4))
+    blur = jax.jit(lambda k: augmentation._blur(k, ramp))
+    inner = np.asarray([blur(jax.random.key(s))[4:-4] for s in range(4)])
+    np.testing.assert_allclose(inner, np.broadcast_to(ramp[4:-4], inner.shape), atol=1e-4)
+
+
+def test_zooms_are_uniform_and_what_lies_beyond_the_border_is_no_label():
+    image = jnp.broadcast_to(jnp.arange(16.0)[:, None, None], (16, 16, 1))
+    label = jnp.ones((16, 16), jnp.int32)
+    zoom = jax.jit(jax.vmap(lambda k: augmentation.spatial(k, image, label, (8, 8), 0.0, 1.0)))
+    x, y = zoom(jax.random.split(jax.random.key(0), 600))
+    factors = np.asarray(x[:, -1, 4, 0] - x[:, 0, 4, 0]) / 7
+    assert factors.min() > 0.699 and factors.max() < 1.401
+    # Not below and above 1 with equal chance.
+    assert abs((factors < 1).mean() - 3 / 7) < 0.05 and (y == 1).all()
+    whole = jax.jit(lambda k: augmentation.spatial(k, image, label, (16, 16), 0.0, 1.0)[1])
+    seen = [set(np.unique(whole(jax.random.key(s)))) for s in range(12)]
+    assert {1} in seen and {-1, 1} in seen and all(s <= {-1, 1} for s in seen)

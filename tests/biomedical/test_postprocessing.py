@@ -1,9 +1,19 @@
 """Components and post-processing: what is kept, what is refused, pure JAX against scipy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from jaxmodels.biomedical import components, ensembling, metrics, postprocessing, ranking
+from jaxmodels.biomedical import (
+    components,
+    ensembling,
+    metrics,
+    postprocessing,
+    preprocessing,
+    ranking,
+)
+from train import challenge_choices, challenge_report
 
 RNG = np.random.default_rng(2)
 
@@ -84,6 +94,17 @@ def test_the_threshold_sweep_takes_the_first_best():
         np.asarray([0.1, 0.4, 0.8, 0.9]), np.asarray([0, 0, 1, 1])
     )
     assert values.shape == (101,) and values.max() == 1 and best == pytest.approx(0.41)
+    # What two halves have adds up; the order of thresholds is the caller's.
+    scores, truth = RNG.random(60).round(2), RNG.random(60) < 0.4
+    whole = postprocessing.threshold_counts(scores, truth)
+    halves = [postprocessing.threshold_counts(scores[i::2], truth[i::2]) for i in (0, 1)]
+    for one, parts in zip(whole, zip(*halves)):
+        np.testing.assert_array_equal(one, sum(parts))
+    backwards = postprocessing.threshold_counts(scores, truth, postprocessing.THRESHOLDS[::-1])
+    np.testing.assert_array_equal(backwards[0][::-1], whole[0])
+    t = postprocessing.THRESHOLDS[:, None]
+    np.testing.assert_array_equal(whole[0], ((scores >= t) & truth).sum(1))
+    np.testing.assert_array_equal(whole[1], (scores >= t).sum(1))
 
 
 def members(seed, noise, count=2000):
@@ -148,3 +169,64 @@ def test_ties_go_to_the_simpler_ensemble_and_leaks_are_named():
         ensembling.assert_out_of_fold({"x": 0, "y": 0}, folds)
     with pytest.raises(ValueError, match="'y' has no out-of-fold prediction"):
         ensembling.assert_out_of_fold({"x": 0}, folds)
+
+
+KNOWN = {
+    "classes": {"regions": False, "outputs": 2, "targets": {"a": [1]}, "ignore_label": 2},
+    "regions": {
+        "regions": True,
+        "region_order": [1, 2],
+        "targets": {"whole": [1, 2], "core": [2]},
+        "ignore_label": None,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_thresholds_are_kept_where_they_help_out_of_fold(kind):
+    known = KNOWN[kind]
+    rng = np.random.default_rng(0)
+    references, probabilities = {}, {}
+    for case in "abc":
+        truth = np.zeros((20, 20), np.int16)
+        truth[4:14, 5:15] = 1
+        truth[6:10, 7:11] = 2 if known["regions"] else 1
+        # Too shy: what is there scores about 0.4.
+        first = 0.3 * (truth > 0) + 0.2 * rng.random(truth.shape)
+        if known["regions"]:
+            parts = [first, 0.9 * (truth == 2)]
+        else:
+            parts = [1 - first, first]
+            truth[0, :] = 2
+            first[0, :] = 1.0  # nobody looked there
+        references[case], probabilities[case] = truth, np.stack(parts, -1)
+    found, record = challenge_choices.choose_thresholds(probabilities, references, known)
+    assert 0.19 < found[0] <= 0.31 and record[0]["kept"] and record[0]["gain"] > 0.2
+    if known["regions"]:
+        assert found[1] == 0.5 and not record[1]["kept"]
+    order = challenge_choices.region_order(known)
+    labels = preprocessing.labels_of(probabilities["a"], order, found)
+    seen = references["a"] != (2 if not known["regions"] else -1)
+    np.testing.assert_array_equal(labels[seen], references["a"][seen])
+    several = {**KNOWN["classes"], "targets": {"a": [1], "b": [2]}, "outputs": 3}
+    assert challenge_choices.choose_thresholds(probabilities, references, several) == (None, [])
+    with pytest.raises(ValueError, match="2 thresholds for 1 regions or classes"):
+        preprocessing.labels_of(np.zeros((2, 2, 2)), None, [0.5, 0.5])
+
+
+def test_intervals_draw_patients_and_an_empty_answer_to_an_empty_case_is_the_best(tmp_path):
+    assert challenge_report.patients_of(["p1_a", "p1_b", "x"], r"^(p\d)_") == ["p1", "p1", "x"]
+    assert challenge_report.patients_of(["p1_a"], "") is None
+    cases = [f"p{i // 4}_{i}" for i in range(16)]
+    gains = {c: float(int(c[1]) % 2) for c in cases}
+    zero = dict.fromkeys(cases, 0.0)
+    widths = []
+    for regex in ("", r"^(p\d)_"):
+        low, high = challenge_report._gain(zero, gains, regex).split("[")[1][:-1].split(",")
+        widths.append(float(high) - float(low))
+    assert widths[1] > 1.5 * widths[0]
+    settings = SimpleNamespace(content={"ranking": "aggregate_then_rank", "bootstrap": 20})
+    # Nothing is there in case b: one method sees that, the other does not.
+    scores = {"right": {"a": 0.8, "b": float("nan")}, "wrong": {"a": 0.8, "b": 0.0}}
+    table = challenge_report._ranking(scores, settings, tmp_path)
+    assert "| right | 1 | 0.9000" in table and "| wrong | 2 | 0.4000" in table

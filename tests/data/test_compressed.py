@@ -155,6 +155,22 @@ def test_gray_pictures_serve_gray_models(tmp_path):
     write(tmp_path / "DIV2K_train_HR", "a.png", mode="L")
     batch = batch_of({"path": str(tmp_path), "gray": True, "scale": 1, "quality": (10, 40)})
     assert batch["lr"].shape == batch["hr"].shape == (2, 8, 8, 1)
+    # Published results of color sets in gray are measured on studio-range luma.
+    folder = tmp_path / "color"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "a.png")
+    assert image_pairs.read_rgb(folder / "a.png", gray=True).max() == 235
+    options = {"path": str(tmp_path), "hr": "color", "gray": True, "scale": 1, "crops": 32}
+    family, options = pipeline.resolve({"name": "compressed_images", "options": options})
+    transform, pair = (
+        family.train_transform({**options, "patch": 8}),
+        family.source("train", options)[0],
+    )
+    whites = {
+        round(255 * float(transform(pair, np.random.default_rng(seed))["hr"].max()))
+        for seed in range(16)
+    }
+    assert whites == {235, 255}
 
 
 def video_batch(options):
@@ -173,14 +189,34 @@ def test_videos_are_folders_of_frames_degraded_once_where_no_low_resolution_is(
     for video in ("001", "002"):
         for frame in range(1, 5):
             write(tmp_path / "train/HR" / video, f"{frame:03d}.png", (64, 96))
+    (tmp_path / "train/HR/readme.txt").write_text("no video")
     batch = video_batch({"path": str(tmp_path), "lr": ""})
     assert batch["lr"].shape == (2, 3, 8, 8, 3) and batch["hr"].shape == (2, 3, 32, 32, 3)
     (folder,) = (tmp_path / "prepared").glob("compressed_videos_*")
     assert sorted(f.name for f in (folder / "002").iterdir())[0] == "001.png"
+    # Sides are cropped to multiples of 64 before they are shrunk, as the challenge's were.
+    assert image_pairs.read_rgb(folder / "002" / "001.png").shape == (16, 16, 3)
+    _, options = pipeline.resolve(
+        {"name": "compressed_videos", "options": {"path": str(tmp_path), "val_lr": ""}}
+    )
+    options["val_hr"] = "train/HR"
+    ((_, lr, hr), _) = compressed_videos.eval_videos(options)
+    assert lr.shape == (4, 16, 16, 3) and hr.shape == (4, 64, 64, 3)
     with pytest.raises(FileNotFoundError, match=r"no low-resolution partner in .*: 001, 002"):
         video_batch({"path": str(tmp_path)})
     with pytest.raises(ValueError, match="has 4 frames, fewer than"):
         video_batch({"path": str(tmp_path), "lr": "", "frames": 5})
+
+
+def test_frames_are_read_in_the_order_of_their_numbers_and_pairs_of_other_sizes_refused(tmp_path):
+    for number in (1, 2, 10):
+        write(tmp_path / "valid/HR/v", f"{number}.png", (64, 72), seed=number)
+        write(tmp_path / "valid/LR/v", f"{number}.png", (16, 16), seed=number)
+    frames = compressed_videos.read_video(tmp_path / "valid/HR/v")
+    np.testing.assert_array_equal(frames[2], image_pairs.read_rgb(tmp_path / "valid/HR/v/10.png"))
+    _, options = pipeline.resolve({"name": "compressed_videos", "options": {"path": str(tmp_path)}})
+    with pytest.raises(ValueError, match="v: low resolution 16x16 times scale 4 is not 64x72"):
+        list(compressed_videos.eval_videos(options))
 
 
 def test_the_bundled_sets_know_their_sizes_and_keep_their_test_pictures_apart(tmp_path):

@@ -41,6 +41,9 @@ def test_texts_come_back_without_separator_and_with_blanks_around_edit_tokens(bp
     assert bpe.decode(ids).split() == text.replace("<s>", "").split()
     assert bpe.decode([*bpe.encode("a b"), 7, 8]) == "a b"
     assert bpe.decode(bpe.encode("old </s> context")) == "old"
+    # Neither an empty context nor an empty plan leaves a blank of its own.
+    assert bpe.encode(edit_plans.model_input("a b", [])) == bpe.encode("a b </s>")
+    assert bpe.encode(edit_plans.model_output("a", "a"))[:2] == [1, 1]
     lone = bpe.tokenizer.token_to_id("Ġ")
     assert bpe.pieces("x <DELETE> y")[1] == lone  # a blank before a marker stands alone
 
@@ -82,7 +85,7 @@ def test_long_sequences_are_refused_or_cut_and_counted(caplog, monkeypatch):
         code_tokenizer.padded([], 3, truncate=False, what="input")
     monkeypatch.setattr(code_tokenizer, "_cut", itertools.count(10))
     with caplog.at_level(logging.WARNING):
-        assert code_tokenizer.padded(range(1, 6), 3, truncate=True).tolist() == [1, 2, 3]
+        assert code_tokenizer.padded(range(1, 6), 3, truncate=True).tolist() == [1, 2, 5]
     assert "10 sequences cut" in caplog.text
 
 
@@ -202,7 +205,52 @@ def test_published_files_are_read_line_by_line_and_mistakes_are_named(tmp_path):
         ValueError, match=r"6 in test\.bf-small\.buggy, .* 1 in test\.bf-small\.seq"
     ):
         edit_sources.published(tmp_path, "bf-small", "test")
+    # Line ends inside strings, and bytes that are no text, end no line.
+    (folder / "test.bf-small.seq").write_bytes(b"a\r;\nb \xff\n" + 4 * b"c\n")
+    assert edit_sources.published(tmp_path, "bf-small", "test")[2][:2] == ["a\r;", "b \ufffd"]
+    # Training needs no `.seq`: the new text stands behind the plan.
+    for split in ("train", "valid"):
+        whole = edit_sources.published(tmp_path, "bf-small", split)
+        (folder / f"{split}.bf-small.seq").unlink()
+        assert edit_sources.published(tmp_path, "bf-small", split) == whole
     without = pipeline.resolve({"name": "edits:published"})[1]
     assert edits.split_sizes(without)["train"] == 46680
     with pytest.raises(ValueError, match=r"data\.options\.target: no 'plans'; did you mean 'plan'"):
         edits.element_spec({**options, "target": "plans"})
+
+
+def test_raw_files_of_the_three_tasks_become_inputs_and_outputs(tmp_path):
+    lines = {
+        "comment-update": ("@return the old name <s> <INSERT> int <INSERT_END>",
+                           "@return  the name"),
+        "code-review": ("int f ( ) { } <s> rename  it <s> please", "int g ( ) { }"),
+        "bf-small": ("return a ;", "return b ;"),
+    }  # fmt: skip
+    wanted = {
+        "comment-update": (
+            "@return the old name </s> <INSERT> int <INSERT_END>",
+            "<DELETE> old <DELETE_END> <s> @return the name",
+        ),
+        "code-review": (
+            "int f ( ) { } </s> rename it </s> please",
+            "<REPLACE_OLD> f <REPLACE_NEW> g <REPLACE_END> <s> int g ( ) { }",
+        ),
+        "bf-small": (
+            "return a ; </s> ",
+            "<REPLACE_OLD> a <REPLACE_NEW> b <REPLACE_END> <s> return b ;",
+        ),
+    }
+    for dataset, (old, new) in lines.items():
+        folder = tmp_path / "raw_data" / dataset
+        folder.mkdir(parents=True)
+        (folder / f"test.{dataset}.buggy").write_text(f"{old}\n")
+        (folder / f"test.{dataset}.fixed").write_text(f"{new}\n")
+        options = options_of(str(tmp_path), "raw", dataset=dataset)
+        (example,) = edits.eval_examples("test", options)
+        assert (example.source, example.output) == wanted[dataset]
+        (plain,) = edits.eval_examples("test", {**options, "target": "sequence"})
+        assert plain.output == plain.new == example.new
+    # A tag of its own moves no plan, and what differs in nothing else has an empty one.
+    assert edits.gold_output("@return a b", "@param a b", comments=True) == " <s> @param a b"
+    with pytest.raises(FileNotFoundError, match=r"train\.bf-small\.buggy is missing"):
+        edits.source("train", options)

@@ -1,6 +1,7 @@
 """fairseq's files, packed documents, and the pairs of fine-tuning."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -140,6 +141,15 @@ def test_documents_keep_apart_when_asked_to(corpus):
     assert sizes["complete_doc"] > sizes["complete"]
 
 
+def test_held_out_text_is_missed_before_training_begins(corpus, tmp_path):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "train.json").write_text("[]")
+    with pytest.raises(
+        ValueError, match=r"wanted a folder with json/train\.json, json/valid\.json"
+    ):
+        pipeline.train_batches(data(tmp_path), batch_size=2, seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -194,13 +204,15 @@ def test_pairs_are_padded_shifted_and_truncated_as_fairseq_does(pairs):
         padding = [1] * (5 - len(kept))
         assert batch["targets"][i].tolist() == kept + padding
         assert batch["previous"][i].tolist() == [2, *kept[:-1], *padding]
+        # What a decoded text is compared with is the whole target.
+        assert fairseq_pairs.eval_transform(full).texts((source, target))[1] is target
     data["options"] = {**options, "reverse_target": True}
     batch = next(pipeline.eval_batches(data, "train", batch_size=16))
     words = batch["source"][0][batch["source"][0] > 2]
     assert batch["targets"][0][: len(words)].tolist() == words[::-1].tolist()
 
 
-def test_sentence_pairs_have_xnlis_form(pairs):
+def test_sentence_pairs_have_xnlis_form(pairs, tmp_path):
     options = {"path": str(pairs), "languages": ("sw",), "eval_languages": ("sw",),
                "max_tokens": 14, "vocab_size": SIZE}  # fmt: skip
     data = {"name": "sentence_pairs", "options": options}
@@ -211,6 +223,13 @@ def test_sentence_pairs_have_xnlis_form(pairs):
     row = sentence_pairs.pair_row([5] * 9 + [2], [6, 7, 2], 12)
     assert row.tolist() == [0, *[5] * 6, 2, 2, 6, 7, 2]
     assert sentence_pairs.classes(pipeline.resolve(data)[1]) == ["yes", "no", "maybe"]
+    # Without `input1` there are single sentences.
+    shutil.copytree(pairs / "sw", tmp_path / "sw")
+    shutil.rmtree(tmp_path / "sw" / "input1")
+    single = {**data, "options": {**options, "path": str(tmp_path), "max_tokens": 6}}
+    batch = next(pipeline.eval_batches(single, "train", batch_size=16))
+    kept = [0, *first[:-1][:4], 2]
+    assert batch["source"][0].tolist() == kept + [1] * (6 - len(kept))
     data["options"] = {**options, "num_classes": 2}
     with pytest.raises(ValueError, match="label 2 is not below num_classes 2"):
         list(pipeline.eval_batches(data, "train", batch_size=16))

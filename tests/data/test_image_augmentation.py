@@ -247,6 +247,20 @@ def test_rand_augment_levels_are_those_without_inc1(name, at_9, at_0, at_10):
     assert signed == name.startswith(("Rotate", "Shear", "Translate"))
 
 
+def test_the_increasing_set_grows_with_the_level():
+    table = augmentation.RAND_AUGMENT_INCREASING
+    assert tuple(table) == tuple(augmentation.RAND_AUGMENT_ARGUMENTS)
+    assert [table["Posterize"][0](level) for level in (0.0, 9.0, 10.0)] == [4, 1, 0]
+    assert [table["Solarize"][0](level) for level in (0.0, 9.0, 10.0)] == [256, 26, 0]
+    assert table["Rotate"] == augmentation.RAND_AUGMENT_ARGUMENTS["Rotate"]
+    # Brightness by 1 + 0.81 or 1 - 0.81 at level 9, by the sign that was drawn.
+    place = tuple(table).index("Brightness")
+    for sign, expected in ((0.6, 181), (0.4, 19)):
+        rng = Draws(random=[0.4, sign, 0.6], integers=[place, place, 0])
+        out = augmentation.rand_augment(rng, gray(100), increasing=True)
+        assert np.asarray(out)[0, 0, 0] == pytest.approx(expected, abs=1)
+
+
 def test_rand_augment_operations_have_their_known_effects():
     def value(name, argument, before):
         return np.asarray(augmentation.apply_operation(gray(before), name, argument))[0, 0, 0]

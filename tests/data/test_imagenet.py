@@ -68,6 +68,19 @@ def test_rand_augment_takes_the_place_of_color_jitter_as_in_timm(imagenet_path):
         with_jitter, trained(rand_augment="rand-m9-mstd0.5", color_jitter=0.0)
     )
     assert not np.array_equal(trained(color_jitter=0.4), trained(color_jitter=0.0))
+    both = trained(rand_augment="rand-m9-mstd0.5", color_jitter=0.4, jitter_too=True)
+    assert not np.array_equal(both, with_jitter)
+
+
+def test_training_crops_are_resized_as_asked(imagenet_path):
+    def kinds(**options):
+        full = pipeline.resolve(config(imagenet_path, **options))[1]
+        return [kind.name for kind in imagenet.train_transform(full).crop_interpolations]
+
+    assert kinds() == ["BILINEAR", "BICUBIC"]
+    assert kinds(crop_interpolation="bicubic") == ["BICUBIC"]
+    with pytest.raises(ValueError, match=r"crop_interpolation must be one of random, bilinear"):
+        kinds(crop_interpolation="lanczos")
 
 
 def test_array_record_gives_the_images_of_the_folders(imagenet_path, tmp_path):
@@ -154,13 +167,19 @@ def test_without_data_the_published_sizes_are_given():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", None), ("rand-m9-mstd0.5", (9.0, 0.5)), ("rand-m7", (7.0, 0.0)), ("rand", (10.0, 0.0))],
+    [
+        ("", None),
+        ("rand-m9-mstd0.5", (9.0, 0.5, False)),
+        ("rand-m9-mstd0.5-inc1", (9.0, 0.5, True)),
+        ("rand-m7", (7.0, 0.0, False)),
+        ("rand", (10.0, 0.0, False)),
+    ],
 )
 def test_timms_rand_augment_names_are_read(text, expected):
     assert imagenet.parse_rand_augment(text) == expected
 
 
-@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "augmix", "rand-mx"])
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc2", "augmix", "rand-mx"])
 def test_other_policies_are_refused(text):
     with pytest.raises(ValueError, match=r"must look like rand-m9-mstd0\.5"):
         imagenet.parse_rand_augment(text)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmodels.biomedical import patches
 from train.data import (
     brain_slices,
     brain_template,
@@ -209,7 +210,7 @@ def test_batches_hold_foreground_in_their_last_third_and_depend_on_the_step_alon
     later = pipeline.train_batches(data, batch_size=3, seed=1, start_step=3)
     np.testing.assert_array_equal(next(later)["image"], first[3]["image"])
     later.close()
-    assert all(b["label"][2].any() for b in first)
+    assert all((b["label"][2] > 0).any() for b in first)
     assert first[0]["image"].shape == (3, 4, 4, 4, 2)
     held_out = list(pipeline.eval_batches(data, "validation", batch_size=3))
     assert len(held_out) == 2 and not np.array_equal(first[0]["image"], first[1]["image"])
@@ -227,6 +228,43 @@ def test_slices_with_neighbors_and_a_prior_become_channels(prepared, tmp_path):
     assert batch["image"].shape == (3, 8, 8, 5 * 2 + 2)
     np.testing.assert_array_equal(batch["image"][..., 10] > 0, batch["label"] == 1)
     np.testing.assert_array_equal(batch["image"][..., 11] > 0, batch["label"] == 2)
+
+
+def test_masked_images_say_where_they_are_none_and_sparse_labels_where_to_look(tmp_path):
+    root = write(tmp_path / "raw", count=3)
+    change(root, labels={**LABELS, "ignore": 3})
+    for case in ("case00", "case01", "case02"):
+        image = np.load(root / "imagesTr" / f"{case}_0000.npy")
+        label = np.load(root / "labelsTr" / f"{case}.npy")
+        image[-3:] = 0
+        image[-1, -1, -1] = 1  # the box reaches there
+        label[:, 10:] = 3
+        replace(root, case, image, label)
+    folder = tmp_path / "prepared"
+    medical_preparation.prepare(root, folder, "3d_fullres", 3)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["use_mask"] = True
+    (folder / "plans.json").write_text(json.dumps(plans))
+    for old in (folder / "fullres").iterdir():
+        old.unlink()
+    medical_preparation.preprocess_all(RawDataset.open(root), folder, "3d_fullres")
+    _, options = pipeline.resolve(options_of(folder, channels=1))
+    assert medical_patches.masked_channels(options) == (0,)
+    assert medical_patches.masked_channels({**options, "path": ""}) == ()
+    told = medical_patches.task_arguments({**options, "context": 1})
+    assert told["ignore_label"] == 3 and told["regions"] == () and told["masked"] == (1,)
+    assert told["context"] == 1 and told["view"] == told["prior_labels"] == 0
+    for case in ("case00", "case01", "case02"):
+        image = np.load(folder / "fullres" / f"{case}.image.npy")[..., 0]
+        label = np.load(folder / "fullres" / f"{case}.label.npy")
+        assert (label == -1).any() and not image[label == -1].any()
+        with np.load(folder / "fullres" / f"{case}.npz") as stored:
+            seen = stored[str(patches.ANNOTATED)]
+        assert len(seen) and (label[tuple(seen.T)] != 3).all()
+    reader = medical_patches.train_transform({**options, "patch_size": (2, 2, 2)})
+    assert reader.sparse
+    for index in range(20):
+        assert (reader(index, np.random.default_rng(index))["label"] != 3).any()
 
 
 def test_folds_hold_out_every_case_once_and_options_are_checked(prepared):

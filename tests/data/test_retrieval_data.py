@@ -143,9 +143,13 @@ def test_bm25_finds_documents_by_their_synopses(options):
 
 
 @pytest.mark.xdist_group("docstrings")
-def test_batches_are_the_curriculum_whatever_the_start(options):
+def test_batches_are_the_curriculum_whatever_the_start(options, capsys):
     data = {"name": "docstrings", "options": options}
     whole = pipeline.train_batches(data, batch_size=4, seed=3)
+    # How far the parts are apart is said before training, and once.
+    assert (
+        capsys.readouterr().out.count("ROUGE-L of pseudo queries with the real query: part 1") == 1
+    )
     batches = [next(whole) for _ in range(9)]
     assert batches[0]["doc_ids"].shape == (4, 3, 40)
     for start in (2, 3, 7):
@@ -221,6 +225,18 @@ def test_gold_and_joined_expansion(options):
 def test_contradictory_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         docstrings.element_spec({**docstrings.OPTIONS, **changes})
+
+
+def test_the_curriculum_is_as_long_as_the_run():
+    from train.command_line import read_flags
+
+    def given(*flags):
+        words = ["train", "--config=configs/capstone.py", "--workdir=w", *flags]
+        config, _ = read_flags(words, need_workdir=True)
+        return config.steps, pipeline.resolve(config.data)[1]["curriculum_steps"]
+
+    assert given("--config.steps=60") == (60, 60)
+    assert given("--config.data.options.curriculum_steps=30", "--config.steps=60") == (60, 30)
 
 
 def test_short_curricula_are_refused():

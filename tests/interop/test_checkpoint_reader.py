@@ -18,6 +18,7 @@ from tests.interop import torch_files
 from tests.interop.torch_files import Call, Name, New, Raw, Strided, Writer
 
 BASE = np.arange(120, dtype=np.float32).reshape(10, 12)
+_ORDERED = Name("collections", "OrderedDict")
 FORMATS = {"zip": torch_files.zip_bytes, "legacy": torch_files.legacy_bytes}
 
 
@@ -52,11 +53,42 @@ def test_a_view_shares_the_mapped_file(tmp_path):
     assert np.shares_memory(tree["state_dict"]["view"], tree["state_dict"]["transposed"])
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_scheduler_that_holds_itself_and_its_optimizer_is_left_out(tmp_path, form):
+    """As PyTorch 1 pickles OneCycleLR's state: a bound method, hence the scheduler, hence AdamW."""
+    shared = Strided("shared", BASE)
+    rebuilt = Call(Name("torch._utils", "_rebuild_parameter"), (shared, True, Call(_ORDERED, ())))
+    parameter = Raw(Writer(legacy=form == "legacy").encode(rebuilt))
+    optimizer = New(
+        Name("transformers.optimization", "AdamW"),
+        {"defaults": {"lr": 0.1}, "state": {parameter: {"step": 3}}, "param_groups": []},
+    )
+    scheduler = New(
+        Name("torch.optim.lr_scheduler", "OneCycleLR"),
+        {"optimizer": optimizer, "total_steps": 50},
+    )
+    method = Call(Name("__builtin__", "getattr"), (scheduler, "_annealing_linear"))
+    tree = {
+        "state_dict": {"model.shared.weight": shared},
+        "lr_schedulers": [{"total_steps": 50, "anneal_func": method}],
+    }
+    found = torch_archive.read(write(tmp_path, FORMATS[form](tree), "model.ckpt"))
+    np.testing.assert_array_equal(found["state_dict"]["model.shared.weight"], BASE)
+    assert found["lr_schedulers"] == [{"total_steps": 50}]
+
+
 HARMFUL = {
     "a call of os.system": Call(Name("os", "system"), ("true",)),
     "a call of eval": Call(Name("builtins", "eval"), ("1",)),
     "a name alone": Name("posix", "system"),
     "an attribute of an allowed name": Name("collections", "OrderedDict.fromkeys"),
+    "an attribute of an object": Call(Name("builtins", "getattr"), ({}, "clear")),
+    "an attribute of a constructor": Call(
+        Name("__builtin__", "getattr"), (Name("collections", "OrderedDict"), "fromkeys")
+    ),
+    "a method of what is left out, called": Call(
+        Call(Name("builtins", "getattr"), (Name("argparse", "Namespace"), "f")), ()
+    ),
     "a type called": Call(Name("builtins", "int"), ("1",)),
     "a storage type called": Call(Name("torch", "FloatStorage"), (1,)),
     "state of a constructor": Raw(Writer().encode(Name("_codecs", "encode")) + b"}b"),

@@ -145,6 +145,24 @@ def test_dropout_differs_between_two_passes_and_the_discriminator_has_none(token
     np.testing.assert_array_equal(one, other)
 
 
+def test_rescaled_initialization_divides_the_residual_outputs_of_every_stack():
+    scaled, plain = (
+        catalog.initialize(GanLM(**SIZES, rescale_init=rescale))["params"]
+        for rescale in (True, False)
+    )
+    for stack in ("encoder.discriminator", "decoder.generator", "decoder.discriminator"):
+        ours, theirs = scaled[stack]["layers.*"], plain[stack]["layers.*"]
+        outputs = [["self_attn", "out_proj"], ["fc2"]]
+        if stack.startswith("decoder"):
+            outputs.append(["encoder_attn", "out_proj"])
+        for path in outputs:
+            a, b = (functools.reduce(dict.__getitem__, path, tree) for tree in (ours, theirs))
+            for layer in range(len(a["kernel"])):
+                want = b["kernel"][layer] / np.sqrt(2 * (layer + 1))
+                np.testing.assert_allclose(a["kernel"][layer], want, rtol=1e-5)
+        np.testing.assert_array_equal(ours["fc1"]["kernel"], theirs["fc1"]["kernel"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -123,6 +123,18 @@ def test_a_batch_without_words_has_no_detection_loss_and_no_nan(batch):
         assert all(np.isfinite(v) for v in summary(outputs).values())
 
 
+def test_a_tie_counts_as_gold_and_changes_no_context_behind_a_wrong_token(batch):
+    module, variables = model()
+    params = jax.tree.map(lambda x: x, variables["params"])
+    head = params["decoder.discriminator"]["output_projection"]
+    head |= {name: jnp.zeros_like(head[name]) for name in ("kernel", "bias")}
+    outputs = jax.jit(
+        lambda p: three_passes(module, p, *batch, OBJECTIVE, rng=jax.random.key(0))[1]
+    )(params)
+    assert outputs["true_positive"] + outputs["false_positive"] == outputs["words"] > 0
+    assert outputs["accepted"] == 0
+
+
 def test_draws_follow_the_distribution_and_forced_ones_are_never_gold():
     rng = np.random.default_rng(0)
     count, words = 100_000, 37

@@ -258,6 +258,23 @@ def test_added_tokens_get_rows_and_the_others_stay():
         t5.resize_embedding(tiny(gated=True)[1]["params"], 64)
 
 
+def test_a_file_of_fewer_rows_is_refused_with_both_sizes_or_gets_rows_where_asked():
+    module, variables = tiny()
+    state = catalog.export("language.t5", module, variables)
+    larger = {**SIZES, "vocab_size": 64}
+    with pytest.raises(ValueError, match=r"has 40 rows, vocab_size is 64; resize_checkpoint=True"):
+        jaxmodels.load("language.t5", state, **larger)
+    for prefix in ("", "model."):
+        file = {f"{prefix}{k}": v for k, v in state.items()}
+        params = jaxmodels.load("language.t5", file, **larger, resize_checkpoint=True)[1]["params"]
+        table = params["shared"]["embedding"]
+        assert table.shape == (64, 16) and 0.8 < np.std(table[40:]) < 1.2
+        np.testing.assert_array_equal(table[:40], variables["params"]["shared"]["embedding"])
+    untied = catalog.export("language.t5", *tiny(gated=True))
+    with pytest.raises(ValueError, match="has 40 rows, vocab_size is 64"):
+        jaxmodels.load("language.t5", untied, **{**GATED, "vocab_size": 64}, resize_checkpoint=True)
+
+
 def test_ids_outside_the_vocabulary_and_empty_rows_are_named():
     t5.check_ids(IDS, 40)
     with pytest.raises(ValueError, match=r"input \[0, 3\]: token id 30 is not in 0..29"):

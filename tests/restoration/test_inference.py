@@ -84,6 +84,7 @@ def test_equal_images_have_infinite_psnr_and_so_has_a_mean_with_them():
     expected = 20 * np.log10(255 / np.sqrt(3 / a.size))
     np.testing.assert_allclose(metrics.psnr(a, b), expected, rtol=1e-12)
     assert metrics.psnr(a, b, crop=5) == np.inf
+    assert metrics.gain(np.inf, np.inf) == 0 and metrics.gain(np.inf, 30.0) == np.inf
     np.testing.assert_allclose(metrics.luma(np.array([255, 255, 255])), 235)
 
 

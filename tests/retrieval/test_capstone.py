@@ -54,13 +54,18 @@ def test_draws_of_a_part_are_uniform_and_more_similar_from_part_to_part():
         ("4-th", {4}),
         ("2-part", {4, 5, 6}),
         ("batch-uniform", {8}),
-        ("batch-uniform-gold", {7}),
+        ("batch-uniform-gold", {8}),
     ],
 )
 def test_every_strategy_draws_its_ranks(text, ranks):
     selection = Selection.parse(text, n_parts=3)
     rng = np.random.default_rng(1)
     assert {selection.rank(rng, 10, sample_index=7) for _ in range(300)} == ranks
+
+
+def test_uniform_over_the_batch_with_gold_takes_ranks_in_turn_and_the_real_query_last():
+    selection, rng = Selection.parse("batch-uniform-gold"), np.random.default_rng(0)
+    assert [selection.rank(rng, 3, sample_index=i) for i in range(8)] == [1, 2, 3, 0] * 2
 
 
 def test_the_real_query_is_an_expansion_always_or_never():
@@ -81,6 +86,23 @@ def test_filter_keeps_low_scores_or_the_single_lowest():
     assert kept.queries == ["x y"]
     kept = capstone.rank_pseudo_queries("a b", ["a b c", "b a d e"], filter_threshold=0.0)
     assert kept.queries == ["b a d e"]
+
+
+def test_parts_are_counted_over_what_there_was_before_the_filter():
+    rng = np.random.default_rng(0)
+    # Six of nine are left: part 1 of 3 is ranks 1 to 3, part 3 is ranks 7 to 9, which is the last.
+    ranks = [{Selection("k-part", k, 3).rank(rng, 6, total=9) for _ in range(99)} for k in (1, 3)]
+    assert ranks == [{1, 2, 3}, {6}]
+    assert Selection("batch-uniform").rank(rng, 2, sample_index=4, total=4) == 1
+    assert Selection("batch-uniform-gold").rank(rng, 2, sample_index=4, total=4) == 0
+    assert Selection("batch-uniform-gold").rank(rng, 2, sample_index=3, total=4) == 2
+    texts = ["a b c", "x y", "a z"]
+    kept = capstone.rank_pseudo_queries("a b", texts, filter_threshold=0.6)
+    tokens = [[rouge.rouge_tokens(t) for t in texts]]
+    table = RankTable([["a", "b"]], [[0]], tokens, lambda query, row: [], 0.6)
+    assert kept.total == table.count(0, 0) == 3
+    assert len(kept.order) == len(table(0, 0)) == 2
+    assert all(np.isfinite(part).all() for part in table.spread(3))
 
 
 def test_precomputed_ranks_equal_those_of_the_strings():

@@ -135,6 +135,12 @@ def test_other_queries_documents_matter_for_dual_and_late_teachers_and_not_for_c
         assert others == 0 if kind == "cross" else others > 1e-4, kind
 
 
+def test_late_interaction_adds_up_in_float32():
+    tokens = jnp.full((1, 300, 4), 1.0, jnp.bfloat16)
+    scores = lead.maxsim(tokens, tokens[:, :2], jnp.ones((1, 2), bool))
+    assert scores.dtype == jnp.float32 and scores[0, 0] == 1200.0
+
+
 def test_late_interaction_hides_masked_tokens_and_counts_every_query_position():
     q, d = features(20, tokens=3), features(21, rows=B * N, tokens=5)
     ones, chosen = jnp.ones((B * N, 5), jnp.int32), jnp.array([0, 2])

@@ -123,6 +123,11 @@ def test_published_layouts_are_read(tmp_path):
     assert pseudo[0] == ["q1", "q2"] and pseudo[1] == ["q3"]
     triples = files.read_triples(put("t.tsv", "7\t1\t2\n7\t1\t3\n7\t1\t2\n"), 2)
     assert triples == {"7": ["2", "3"]}
+    many = "".join(f"{q}\t0\t{d}\n" for q in (1, 2) for d in range(100))
+    triples = files.read_triples(put("t.tsv", many), 30)
+    # Not the first thirty, which may be the hardest: any, and the same ones every time.
+    assert all(len(set(t)) == 30 and max(map(int, t)) > 60 for t in triples.values())
+    assert triples["1"] != triples["2"] and triples == files.read_triples(tmp_path / "t.tsv", 30)
     put(
         "n.json",
         '[{"question": "q", "answers": [], "positive_ctxs": [{"title": "", "text": "",'
@@ -152,6 +157,7 @@ def read_all(path):
         ("7\ta\n7\tb\n", files.read_queries, "line 2: query '7' stands there twice"),
         ("a\tt\tx\na\tt\tx\n", files.Corpus, "id 'a' stands there twice"),
         ("a\n", files.Corpus, "line 1: wanted rocketqa fields"),
+        ("D1\tt\tx\n", lambda f: files.Corpus(f, "psgs"), "line 1: psgs ids are numbers, not 'D1'"),
         ('[{"query_id": 1, "query_string": "q", "pos_id": []}]', read_all, "entry 0: no 'neg_id'"),
         ('[{"title": "q"}]', read_all, "entry 0: neither query_string nor question"),
         ("q\tnot a list\n", files.read_questions_csv, "line 1: 'not a list' is no list"),

@@ -26,11 +26,13 @@ def parent():
     return catalog.export("language.bert", module, variables), states
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_a_student_of_n_blocks_gives_the_parents_hidden_state_n(parent, blocks):
+@pytest.mark.parametrize(("blocks", "prefix"), [(1, "bert."), (3, "ernie.")])
+def test_a_student_of_n_blocks_gives_the_parents_hidden_state_n(parent, blocks, prefix):
     state, states = parent
     # Files of pre-training carry a prefix and heads.
-    file = {f"bert.{k}": v for k, v in state.items()} | {"cls.predictions.bias": np.zeros(20)}
+    file = {f"{prefix}{k}": v for k, v in state.items()} | {"cls.predictions.bias": np.zeros(20)}
+    if prefix == "ernie.":  # it has task types, which a plain BERT does not read
+        file["ernie.embeddings.task_type_embeddings.weight"] = np.ones((3, 8), np.float32)
     module = catalog.find("retrieval.dual_encoder").build(num_hidden_layers=blocks, **SIZES)
     student, variables = jaxmodels.load(
         "retrieval.dual_encoder",

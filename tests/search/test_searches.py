@@ -2,12 +2,14 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmodels.search import vitas_space
 from tests.search.tiny_space import SPACE
-from train.search import genome_search, mcea, nsga2
+from train.search import genome_search, mcea, nsga2, scoring
+from train.tasks import supernet
 
 OPTIONS = mcea.Options(
     budget=21_000, base_error=9_000, scale_error=9_000, population=12, generations=4,
@@ -138,6 +140,60 @@ def test_an_empty_set_of_scalings_is_an_error_with_what_there_is():
 def test_random_search_scores_as_many_networks():
     value, history = mcea.random_search(problem(), OPTIONS, 0, 40)
     assert history == sorted(history) and value == history[-1]
+
+
+def test_a_scalings_objective_has_no_penalty_for_the_narrower_band():
+    options = mcea.Options(**{**OPTIONS.__dict__, "base_error": 2_500, "iterations": 1})
+    state = mcea.run(problem(), options, mcea.init(2))
+    base, scaled = (link["objective"] for link in state.chain)
+    assert scaled > 50 and scaled >= base - 1e-9
+    value, _ = mcea.random_search(problem(), options, 0, 30)
+    assert value > 50
+
+
+class Remembered(supernet.Supernet):
+    """The class is said by whether an image is brighter than its batch."""
+
+    def logits(self, variables, images, ops, width, resolution):
+        value = images.mean((1, 2, 3))
+        bright = value > value.mean()
+        return jnp.stack([~bright, bright], 1).astype(jnp.float32)
+
+
+def held_out(sizes, seed=0):
+    """Batches of four of which some rows fill up, and the same rows without those."""
+    rng = np.random.default_rng(seed)
+    padded, plain = [], []
+    for count in sizes:
+        image = rng.random((count, 2, 2, 3)).astype(np.float32)
+        label = rng.integers(0, 2, count).astype(np.int32)
+        plain.append((image, label, np.ones(count, np.float32)))
+        fill = [(0, 4 - count)]
+        padded.append((np.pad(image, fill + [(0, 0)] * 3), np.pad(label, fill),
+                       np.pad(np.ones(count, np.float32), fill)))  # fmt: skip
+    return padded, plain
+
+
+def test_rows_that_fill_up_a_batch_have_no_part_in_scores():
+    task = Remembered(model=None)
+    padded, plain = held_out((4, 2, 1))
+    candidates = np.zeros((5, 3), np.int32), np.zeros(5), np.zeros(5)
+    scorer = scoring.Scorer(task.hits, {}, padded, chunk=2)
+    found = scorer(*candidates)
+    hits = sum(int(task.hits({}, *batch, 0, 0, 0)) for batch in plain)
+    assert found == pytest.approx([100 * hits / 7] * 5) and 0 < hits < 7
+    assert scorer.traces == 1 and scorer.scored == 5
+
+
+def test_a_large_split_is_read_anew_and_scores_alike():
+    data = {"name": "held_out", "options": {"every": 300, "inner": {"image_size": 8}}}
+    kept = scoring.HeldOut(data, "minival", 3)
+    anew = scoring.HeldOut(data, "minival", 3, keep=0)
+    assert kept.rows == 4 and [float(b[2].sum()) for b in kept] == [3, 1]
+    for _ in range(2):
+        for a, b in zip(kept, anew, strict=True):
+            np.testing.assert_array_equal(a[0], b[0])
+    assert len(list(scoring.HeldOut(data, "minival"))) == 1
 
 
 GENOMES = vitas_space.Space(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import jaxmodels
 from jaxmodels.search import vitas, vitas_extract, vitas_space
+from jaxmodels.search.twins_space import Space as TwinsSpace
 from jaxmodels.search.vitas_space import Space
 from tests.search.tiny_space import CHEAP, drawn_variables
 
@@ -163,6 +164,13 @@ def test_the_identity_probability_is_found_or_the_band_refused():
         space.identity_probability(1.0, 2.0)
     with pytest.raises(ValueError, match="no network has between"):
         space.identity_probability(2e9, 1e9)
+    twins = TwinsSpace((24, 48), (2, 2), (2, 6), (4, 2), (4, 2), image_size=32)
+    least, most = (twins.flops(twins.sample_many(np.random.default_rng(0), 999, p)).mean()
+                   for p in (0.9, 0.8))  # fmt: skip
+    probability, mean = twins.identity_probability(least, most, draws=400)
+    assert 0.75 < probability < 0.95 and least <= mean <= most
+    with pytest.raises(ValueError, match=r"stage 0: a 8x8 map does not divide by .* ratio 3"):
+        TwinsSpace((24, 48), (2, 2), (2, 6), (4, 2), (3, 2), image_size=32)
 
 
 def test_positions_for_another_image_size_are_resized_bicubically():
@@ -170,6 +178,17 @@ def test_positions_for_another_image_size_are_resized_bicubically():
     assert vitas_extract.resize_positions(table, 4) is table
     larger = vitas_extract.resize_positions(table, 6)
     assert larger.shape == (1, 37, 6) and (larger[:, 0] == table[:, 0]).all()
+    # PyTorch 2.13's interpolate(mode="bicubic", align_corners=False): first and last rows.
+    grid = np.arange(16, dtype=np.float32) ** 1.5
+    rows = {
+        6: ([-0.76482, -0.44675, 0.38913, 1.3763, 3.07654, 4.23411],
+            [42.74615, 45.38144, 49.76609, 52.97458, 57.60194, 60.473]),
+        3: ([1.04404, 3.09345, 6.46496], [39.75576, 46.95706, 54.59396]),
+    }  # fmt: skip
+    for side, (first, last) in rows.items():
+        table = np.concatenate([[7.0], grid]).astype(np.float32)[None, :, None]
+        found = vitas_extract.resize_positions(table, side)[0, 1:, 0].reshape(side, side)
+        np.testing.assert_allclose(found[[0, -1]], [first, last], rtol=1e-5, atol=2e-5)
     flat = np.ones((1, 17, 1), np.float32)
     assert np.allclose(vitas_extract.resize_positions(flat, 7), 1)
     with pytest.raises(ValueError, match="no square grid"):

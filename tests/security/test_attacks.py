@@ -219,6 +219,12 @@ BAD = {
     "must lie in [0, 1], got 0 to 2": lambda: attacks.attack(
         KEY, victim(), np.array([[[[0.0, 2.0, 1.0]]]]), data()[1], attacks.make("pgd")
     ),
+    "labels must lie in [0, 5), got 0 to 5": lambda: attacks.attack(
+        KEY, victim(), data()[0][:2], np.array([0, 5]), attacks.make("bim", steps=1)
+    ),
+    "labels must be integers, got float32": lambda: attacks.attack(
+        KEY, victim(), data()[0][:2], np.zeros(2, np.float32), attacks.make("deepfool")
+    ),
     "pixels of 0..1 where high=255": lambda: perturbations.check_pixels(
         np.ones((1, 2, 2, 3)), 0, 255, 8.0
     ),
@@ -230,6 +236,9 @@ BAD = {
         data()[1], data()[1], True
     ),
     "the patch mask is empty": lambda: perturbations.check_mask(np.zeros((4, 4, 1))),
+    "the patch mask is empty (area 0 %) at rows [1]": lambda: perturbations.check_mask(
+        np.stack([np.ones((4, 4, 1)), np.zeros((4, 4, 1))])
+    ),
     "covers 25.00 % of the image, the budget is 10 %": lambda: perturbations.check_mask(
         np.pad(np.ones((2, 2, 1)), ((0, 2), (0, 2), (0, 0))), 0.1
     ),

@@ -73,6 +73,18 @@ def test_a_plain_classifier_becomes_the_backbone_and_the_last_linear_head():
     np.testing.assert_allclose(got, jax.jit(want_module.apply)(want, x), atol=1e-5)
 
 
+def test_a_plain_vggs_classifier_becomes_the_last_linear_head():
+    cfg = (4, "M", 6, "M")
+    plain = random_state(VGG(cfg=cfg, num_classes=3))
+    linear = {"cfg": cfg, "head_kind": "linear", "num_classes": 3}
+    _, variables = jaxmodels.load("security.mhui:MHUIVGG", plain, skip=r"heads\.0", **linear)
+    kernel = variables["params"]["heads.1"]["classifier"]["kernel"]
+    np.testing.assert_array_equal(kernel, plain["classifier.weight"].T)
+    np.testing.assert_array_equal(
+        variables["params"]["features.0"]["bias"], plain["features.0.bias"]
+    )
+
+
 def test_detached_shallow_heads_do_not_reach_the_trunk_and_all_heads_do_otherwise():
     x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)), jnp.float32)
     labels = jnp.array([0, 1, 2, 0])
@@ -173,6 +185,12 @@ BAD = {
     ),
     "labels must be integers, got float64": lambda: mhui.check_labels([0.0, 1.0], 3),
     "labels must lie in [0, 3), got -1 to 2": lambda: mhui.check_labels([-1, 2], 3),
+    "labels must lie in [0, 3), got -1 to -1": lambda: mhui.head_losses(
+        jnp.zeros((1, 2, 3)), jnp.array([-1])
+    ),
+    "labels must lie in [0, 3), got 3 to 3": lambda: mhui.attack_loss("final")(
+        jnp.zeros((1, 2, 3)), jnp.array([3])
+    ),
     "4 heads (heads.0.classifier.4.weight": lambda: load_wrong(taps=("layer1", "layer4")),
     "has 3 classes in the checkpoint, the model num_classes=7": lambda: load_wrong(num_classes=7),
     "attack target 'all'": lambda: mhui.attack_loss("all"),

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.interop.catalog import export, shapes
-from jaxmodels.interop.conversion import to_torch
+from jaxmodels.interop.conversion import from_torch, resolve_rules, to_torch
 from jaxmodels.security import (
     attribution,
     driving_simulator,
@@ -126,6 +126,15 @@ def test_an_attribution_checkpoint_goes_in_and_out_under_lightnings_prefix():
         loaded, variables = jaxmodels.load("security.attribution", given, **small)
         back = export("security.attribution", loaded, variables)
         assert all(np.array_equal(back[k], v) for k, v in state.items())
+    # An ImageNet file, from which the published recipe starts, is the encoder and a classifier.
+    start = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    start |= {"fc.weight": np.zeros((7, 32), np.float32), "fc.bias": np.zeros(7, np.float32)}
+    rules = resolve_rules(attribution.TORCH_RULES, module)
+    rest = "(bottleneck|bnneck.|fc2)"
+    variables, done = from_torch(start, shapes(module), rules, skip=rest, fresh=tree)
+    back = to_torch(variables, rules)
+    assert all(np.array_equal(back[f"encoder.{k}"], v) for k, v in start.items() if k[:3] != "fc.")
+    assert sorted(done.dropped) == ["fc.bias", "fc.weight"]
 
 
 def test_voting_needs_neighbors():
@@ -349,6 +358,9 @@ def test_scenes_without_time_or_with_overlaps_are_refused():
             driving_simulator.check_traffic(traffic)
     with pytest.raises(ValueError, match="vehicles 0 and 1 overlap"):
         driving_simulator.check_scene(scene_of((1.0, 5.25, 0.0, 1.0)).states)
+    for vehicles, message in ((40, r"no room for 40 vehicles .* on 3 lanes"), (0, "at least one")):
+        with pytest.raises(ValueError, match=message):
+            driving_simulator.sample_scene(0, vehicles=vehicles)
 
 
 # Face rules

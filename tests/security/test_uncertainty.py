@@ -104,6 +104,8 @@ def test_detection_counts_ties_as_scikit_learn_and_chance_is_a_half():
         found = detection_metrics(scores, labels)
         assert found.auroc == pytest.approx(roc_auc_score(labels, scores))
         assert found.aupr == pytest.approx(average_precision_score(labels, scores))
+    infinite = detection_metrics([np.inf, np.inf, 0.0], [1, 0, 0])
+    assert infinite.auroc == 0.75 and infinite.aupr == 0.5  # equal scores, infinite or not, tie
     assert detection_metrics(rng.normal(size=4000), np.arange(4000) % 2).auroc == pytest.approx(
         0.5, abs=0.03
     )

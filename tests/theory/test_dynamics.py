@@ -12,7 +12,7 @@ from theory.dynamics import certify, simulate, simulate_aligned
 from theory.factorization import balance_defects, gauge_transform, initialize, product
 from theory.optimizers import gradients, make_optimizer
 from theory.problem import make_problem, random_problem, spectrum_target
-from theory.stages import detect, stages
+from theory.stages import confirm_swaps, detect, stages
 
 LIGHT = ("loss", "grad_norm", "singular_values")
 
@@ -213,6 +213,12 @@ def test_the_certificate_tells_escapes_from_rings():
     )
     found = stages(heavy)
     assert found.n_stages == 2 and found.n_rings >= 1
+    # An overshoot that loses as much as a swap is none by the certificate; stages have theirs.
+    certificates = {escape.valley_step: certify(heavy, escape) for escape in found.escapes}
+    confirmed = confirm_swaps(found, certificates)
+    assert found.n_swaps >= 1 and confirmed.n_swaps == 0
+    assert confirmed.n_rings == found.n_rings + found.n_swaps
+    assert [e.kind for e in confirmed.escapes] == ["rank", "rank"]
     # The host form on every step and the streaming form are the same detectors.
     rows = heavy.rows
     again = detect(rows["grad_norm"], rows["loss"], rows["singular_values"], heavy.sigma)

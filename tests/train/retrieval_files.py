@@ -78,6 +78,50 @@ def write_psgs(folder: Path) -> Path:
     return folder
 
 
+def write_nq(folder: Path) -> Path:
+    """DPR's files of Natural Questions: ids as they are, contexts with their texts, answers."""
+    documents, queries = texts()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["id\ttext\ttitle", *(f"{i + 1}\t{t}\tw{i % 24}" for i, t in enumerate(documents))]
+    (folder / "psgs_w100.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+
+    def context(row):
+        row %= DOCUMENTS
+        return {"title": "", "text": documents[row], "passage_id": str(row + 1)}
+
+    lists = [
+        {
+            "question": q,
+            "answers": [documents[i].split()[4]],
+            "positive_ctxs": [context(i)],
+            "hard_negative_ctxs": [context(i + k) for k in range(1, 6)],
+            "negative_ctxs": [],
+        }
+        for i, q in enumerate(queries)
+    ]
+    (folder / "train.json").write_text(json.dumps(lists), encoding="utf-8")
+    return folder
+
+
+def write_marcodoc(folder: Path) -> Path:
+    """MS MARCO documents in their published files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "msmarco-docs.tsv": ["D7\tw1\tw2 \tw3 w4", "D8\tw5\tw6", "D9\tw7\t\t"],
+        "msmarco-doctrain-queries.tsv": ["1\tw1"],
+        "msmarco-doctrain-qrels.tsv": ["1 0 D7 1"],
+        "msmarco-docdev-queries.tsv": ["2\tw5"],
+        "msmarco-docdev-qrels.tsv": ["2 0 D8 1"],
+        "vocab.txt": (*WORDS, "<", "sep", ">"),
+    }
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lists = [{"query_id": 1, "query_string": "w1", "pos_id": [7], "neg_id": [8, "D9"]}]
+    (folder / "train.json").write_text(json.dumps(lists), encoding="utf-8")
+    return folder
+
+
 def reduce(config, folder: Path, *, batch: int = 4, negatives: int = 2):
     """A paper config, and its stages, at a size for tests."""
     config.data.options.update(

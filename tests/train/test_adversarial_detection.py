@@ -16,9 +16,11 @@ from jaxmodels.security.mhui import MHUIResNet
 from jaxmodels.vision.resnet import ResNet
 from train import predict
 from train.__main__ import main
-from train.data import pipeline
+from train.command_line import load_config
+from train.data import forgeries, forgery_folders, pipeline
 from train.naming import ConfigError
 from train.optimizers import make_schedule
+from train.tasks import face_recognition
 from train.tasks.adversarial_detection import (
     METHODS,
     AdversarialDetection,
@@ -201,6 +203,32 @@ def test_labels_beyond_the_networks_classes_are_refused():
         task.detection(variables, images, np.asarray([1, 4]), batch_size=2)
 
 
+def test_options_that_do_not_fit_the_network_or_the_data_are_named():
+    from train.building import build_task
+    from train.command_line import load_config
+
+    config = load_config(f"{MHUI}:paper")
+    with config.unlocked():
+        config.data.name = "cifar:cifar100"
+    with pytest.raises(ConfigError, match=r"num_classes: 10, .* cifar:cifar100 has 100 classes"):
+        build_task(config)
+    model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
+    task = AdversarialDetection(model, head_weights=(1.0,), attacks=())
+    batch = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros(2, jnp.int32)}
+    key = jax.random.key(0)
+    with pytest.raises(ConfigError, match="head_weights: 1 for 4 heads"):
+        jax.eval_shape(task.loss, *jax.eval_shape(task.init, key, batch), batch, key)
+    with pytest.raises(ConfigError, match="prediction: 'final_head'; softmax knows: mean"):
+        AdversarialDetection(model, "softmax", prediction="final_head")
+
+
+def test_the_class_can_be_the_last_heads():
+    outputs = jnp.asarray([[[0.0, 3.0, 0.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]])
+    for prediction, label in (("mean", 1), ("final_head", 0)):
+        task = AdversarialDetection(None, prediction=prediction, attacks=())
+        assert int(task.probabilities(outputs).argmax(-1)[0]) == label
+
+
 def test_noise_is_of_three_kinds_within_the_pixel_range():
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (64, 8, 8, 3)), jnp.float32)
     noise = noise_images(jax.random.key(0), x)
@@ -282,6 +310,86 @@ def test_attribution_runs_on_the_published_folder_layout(tmp_path):
         assert name in report
 
 
+def test_classes_are_methods_with_their_data_set_and_videos_stay_whole(tmp_path):
+    for name, count in (
+        ("A/StyleGAN2/X", 1),
+        ("A/StyleGAN2/Y", 1),
+        ("B/FOMM/X", 6),
+        ("R/Real/X", 6),
+    ):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for video in range(count):
+            for frame in range(4):
+                (folder / f"c23-{video:03d}-{frame}.png").touch()
+    open_world = forgery_folders.folders(str(tmp_path), ("FOMM",), real=False, by_video=False)
+    assert open_world.classes == ("FOMM/X", "StyleGAN2/X", "StyleGAN2/Y")
+    assert open_world.known_count == 1
+    train, test = open_world.faces("train"), open_world.faces("test")
+    assert len(train) == 20 + 2 * 4 and len(test) == 4
+    assert sum(face.labeled for face in train) == 15  # three quarters, of the known class only
+    assert {face.label for face in train if face.labeled} == {0}
+    assert not {f.path for f in train} & {f.path for f in test}
+    one = forgery_folders.folders(str(tmp_path), ("StyleGAN2/Y",), real=True, by_video=False)
+    assert one.classes[0] == "StyleGAN2/Y" and one.known_count == 1 and one.is_real(2)
+    with pytest.raises(ValueError, match="no folder of 'StyleGAN'"):
+        _ = forgery_folders.folders(str(tmp_path), ("StyleGAN",), True, False).classes
+    whole = forgery_folders.folders(str(tmp_path), (), real=True, by_video=True)
+    videos = [{(f.label, f.video) for f in whole.faces(split)} for split in ("train", "test")]
+    assert not videos[0] & videos[1] and len(videos[1]) == 2
+    # Every file of the test split is judged once, under its own label and video.
+    data = {"name": "forgeries:detection", "options": {"set": "folders", "path": str(tmp_path)}}
+    module, options = pipeline.resolve(data)
+    assert module.split_sizes(options)["test"] == len(whole.faces("test")) == 8
+
+
+def test_published_forgery_recipes_augment_as_published_and_know_protocol_one():
+    config = load_config(f"{SECURITY}:paper")
+    assert (config.task_args.known, config.model_args.classes) == (8, 20)
+    assert len(pipeline.resolve(config.data)[1]["known_methods"]) == 8
+    options = pipeline.resolve(load_config(f"{SECURITY}:paper_detection").data)[1]
+    shares = {k: options[k] for k in ("blur", "light", "brightness", "contrast", "jpeg")}
+    assert shares == {"blur": 0.5, "light": 0.5, "brightness": 0.1, "contrast": 0.1, "jpeg": 0.5}
+    assert options["jpeg_quality"] == (40, 100)
+    crop = {**pipeline.resolve(config.data)[1], "resized_crop": 1.0, "light": 1.0}
+    image = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
+    seen = forgeries._augmented(np.random.default_rng(1), image, crop)
+    assert seen.shape == image.shape and seen.dtype == np.uint8 and (seen != image).any()
+
+
+def test_detection_runs_on_folders_with_a_method_of_real_faces(tmp_path):
+    root = tmp_path / "fakes"
+    tiny_images(root, ["IdentitySwap/FaceSwap/ff", "RealFace/Real/ff"], count=10)
+    report = paper_run(
+        "paper_detection",
+        tmp_path / "run",
+        root,
+        "--config.model=security.tiny_conv:TinyConvClassifier",
+        "--config.model_args.classes=2",
+        "--config.data.options.image_size=32",
+        "--config.batch_size=4",
+        "--config.eval.batch_size=4",
+    )
+    assert "video_auc" in report and "log_loss" in report
+    fakes = tmp_path / "fakes_only"
+    tiny_images(fakes, ["IdentitySwap/FaceSwap/ff"])
+    module, options = pipeline.resolve({"name": "forgeries:detection", "options": {"path": fakes}})
+    with pytest.raises(ValueError, match="a method named real"):
+        module.source("train", {**options, "set": "folders"})
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("task_args.known=4", "config.task_args.known: 4, the data have 5 known classes"),
+        ("model_args.classes=8", "config.model_args.classes: 8, the data have 9"),
+    ],
+)
+def test_a_network_and_a_task_of_other_classes_than_the_data_are_refused(flag, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        main(flags_of(SECURITY, tmp_path, f"--config.{flag}"))
+
+
 def test_faces_are_embedded_from_folders_with_sampled_centers(tmp_path):
     for split in ("train", "test"):
         tiny_images(tmp_path / "faces" / split, ["anna", "berta", "clara"])
@@ -303,6 +411,12 @@ def test_faces_are_embedded_from_folders_with_sampled_centers(tmp_path):
         "--config.eval.batch_size=5",
     )
     assert "verification_accuracy" in report and "threshold" in report
+    config = load_config(f"{SECURITY}:paper_face")
+    with config.unlocked():
+        config.data.options.path = str(tmp_path / "faces")
+        config.task_args.classes = 2
+    with pytest.raises(ConfigError, match=r"task_args\.classes: 2, the data have 3 identities"):
+        face_recognition.from_config(config)
 
 
 def test_configs_are_frozen_dataclasses_of_their_tasks():

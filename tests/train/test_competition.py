@@ -1,6 +1,8 @@
 """Submissions: what is accepted, and every kind of offense refused before any score."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,7 +14,7 @@ import pytest
 from jaxmodels.driving.frame_detector import FrameDetector
 from jaxmodels.driving.patch_classifier import PatchClassifier
 from jaxmodels.driving.vectornet import VectorNet
-from jaxmodels.security.attribution import open_world_metrics
+from jaxmodels.security.attribution import cluster_accuracy, open_world_metrics
 from jaxmodels.security.face_track import face_mask
 from train.building import build_task
 from train.command_line import read_flags, stop_with_one_line
@@ -20,6 +22,7 @@ from train.competition import driving, ego, face, street, submissions
 from train.competition.__main__ import main, read_rules
 from train.competition.deepfake import align_clusters
 from train.competition.roster import Member, member_config, train_members
+from train.competition.rules import check_rules
 from train.competition.submissions import SubmissionError
 from train.naming import ConfigError
 
@@ -59,6 +62,9 @@ def spoil(folder, names, how):
         "range": lambda: np.save(first, image + 200),
         "text": lambda: first.write_text("no array"),
         "pickle": lambda: np.save(first, np.array([{}], object), allow_pickle=True),
+        "empty": lambda: first.write_bytes(b""),
+        "cut": lambda: first.write_bytes(first.read_bytes()[:-100]),
+        "archive": lambda: np.savez(first.open("wb"), image),
     }
     changes[how]()
 
@@ -74,6 +80,9 @@ def spoil(folder, names, how):
         ("range", "pixels from 303 to 303, not 0..255"),
         ("text", "0000.npy: unreadable"),
         ("pickle", "0000.npy: unreadable"),
+        ("empty", "0000.npy: unreadable"),
+        ("cut", "0000.npy: unreadable"),
+        ("archive", "0000.npy: unreadable"),
     ],
 )
 def test_malformed_images_are_refused(tmp_path, how, message):
@@ -117,11 +126,13 @@ def test_late_and_foreign_heads_are_refused(tmp_path, head, message):
         ("image,cluster\na,1\na,2\nb,1\n", "a stands twice"),
         ("image,cluster\na,-1\nb,nan\n", "line 2: 'a,-1'"),
         ("a,1\nb,2\n", "the first line must be image,cluster"),
+        ("image,cluster\na,1\nb,99999999999\n", "line 3: cluster 99999999999 is not below"),
+        ("image,cluster\na,1\nb,\udcff\n", "clusters.csv is unreadable"),
     ],
 )
 def test_malformed_clusters_are_refused(tmp_path, text, message):
     submissions.write_head(tmp_path, "deepfake")
-    (tmp_path / "clusters.csv").write_text(text)
+    (tmp_path / "clusters.csv").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(SubmissionError, match=message):
         submissions.read_clusters(tmp_path, ["a", "b"])
 
@@ -132,6 +143,23 @@ def test_malformed_arrays_are_refused(tmp_path):
         submissions.read_arrays(tmp_path, "s.npz", {"a": (3,), "b": (2,)})
     with pytest.raises(SubmissionError, match=r"missing c.*unexpected b"):
         submissions.read_arrays(tmp_path, "s.npz", {"a": (3,), "c": (2,)})
+    whole = (tmp_path / "s.npz").read_bytes()
+    for content in (b"", whole[:-40], b"no archive"):
+        (tmp_path / "s.npz").write_bytes(content)
+        with pytest.raises(SubmissionError, match=r"s\.npz is unreadable"):
+            submissions.read_arrays(tmp_path, "s.npz", {"a": (3,)})
+    with (tmp_path / "s.npz").open("wb") as file:
+        np.save(file, np.zeros(3, np.float32))
+    with pytest.raises(SubmissionError, match="not an archive of arrays"):
+        submissions.read_arrays(tmp_path, "s.npz", {"a": (3,)})
+
+
+def test_large_cluster_ids_cost_no_memory():
+    labels = np.arange(60) % 3
+    names = np.asarray([7, 2**31 - 1, 12])[labels]
+    assert cluster_accuracy(names, labels) == 1.0
+    assert cluster_accuracy(np.zeros(60, int), labels) == pytest.approx(1 / 3)
+    assert open_world_metrics(names, labels, 1)["novel_acc"] == 1.0
 
 
 def test_novel_clusters_are_aligned_and_known_ones_left():
@@ -337,6 +365,7 @@ def test_the_rules_of_every_track_are_there_and_mistakes_get_one_line(tmp_path, 
     for name in ("deepfake", "driving", "driving_systems", "face"):
         rules = read_rules(f"configs/rules/{name}.yaml")
         assert rules["deadline"] is None
+        check_rules(name.partition("_")[0], rules)
         groups = ("members", "detectors", "hidden_detector", "surrogates", "victims")
         entries = [entry for group in groups for entry in rules.get(group, [])]
         entries += [(rules.get("ego") or {}).get("forecaster")] * ("ego" in rules)
@@ -350,3 +379,47 @@ def test_the_rules_of_every_track_are_there_and_mistakes_get_one_line(tmp_path, 
     ):
         assert stop_with_one_line(main, ["competition", *argv]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+RULE_MISTAKES = {
+    "goal: dodge": "goal is 'dodge'; did you mean 'dodging'",
+    "recipe: []": "recipe: no such key; did you mean 'recipes'",
+    "pairs: 0": "pairs must be a positive number, got 0",
+    "budget: {kind: pixels, norm: linf}": "budget.eps is missing",
+    "budget: {kind: pixels, norm: l1, eps: 8}": "budget.norm is 'l1'",
+    "budget: {kind: linf, eps: 8}": "budget.kind is 'linf'",
+    "budget: {kind: patch, mask: hat, area: 0.1}": "budget.mask is 'hat'",
+    "recipes: [{name: a, steps: 2, transform: [di]}]": "recipes[0].transform: no such key",
+    "recipes: [{name: a, steps: 2, transforms: [dim]}]": "recipes[0].transforms is 'dim'",
+    "recipes: [{name: a, steps: 2, models: [white_iresnet_7]}]": "recipes[0].models is 'white_ire",
+    "victims: [{name: v}]": "victims[0].config is missing",
+}
+
+
+@pytest.mark.parametrize("text", RULE_MISTAKES)
+def test_a_mistake_in_the_rules_is_named_before_anything_is_trained(text, tmp_path, capsys):
+    key = text.partition(":")[0]
+    lines = (Path("configs/rules/face.yaml")).read_text().split("\n")
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), len(lines))
+    rest = lines[start + 1 :]
+    while rest and (not rest[0] or rest[0][0] in " #"):
+        rest.pop(0)
+    (tmp_path / "rules.yaml").write_text("\n".join([*lines[:start], text, *rest]))
+    argv = ["competition", "face", f"--workdir={tmp_path}", f"--rules={tmp_path / 'rules.yaml'}"]
+    assert stop_with_one_line(main, argv) == 2
+    assert RULE_MISTAKES[text] in capsys.readouterr().err
+    assert not (tmp_path / "members").exists()
+
+
+def test_driving_and_deepfake_rules_name_their_mistakes():
+    driving_rules = read_rules("configs/rules/driving.yaml")
+    for change, message in (
+        ({"search": {"methods": ["gradients"]}}, "search.methods is 'gradients'"),
+        ({"traffic": {"horizons": 2.0}}, "traffic.horizons: no such key; did you mean 'horizon'"),
+        ({"texture_attack": {"step": 3}}, "texture_attack.step: no such key"),
+        ({"vehicles": 0}, "vehicles must be a positive number"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_rules("driving", {**driving_rules, **change})
+    with pytest.raises(ConfigError, match="metric is 'nmi'"):
+        check_rules("deepfake", {**read_rules("configs/rules/deepfake.yaml"), "metric": "nmi"})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zipfile
 
 import jax
 import numpy as np
@@ -55,6 +56,16 @@ def test_a_broken_or_foreign_network_is_named(term, tmp_path):
         with pytest.raises(ValueError) as error:
             critics.load(shapes)
         assert message in str(error.value)
+
+
+def test_the_landmark_networks_published_archive_is_named_with_the_way_to_export_it(tmp_path):
+    path = tmp_path / "2DFAN4-cd938726ad.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl"):
+            archive.writestr(f"2DFAN4/{name}", b"\x80\x02}q\x00.")
+    critics, shapes = critics_with("landmarks", path)
+    with pytest.raises(ValueError, match=r"TorchScript archive; save torch\.jit\.load\(it\)"):
+        critics.load(shapes)
 
 
 def test_lpips_takes_its_trunk_and_its_linear_maps_from_two_files(tmp_path):

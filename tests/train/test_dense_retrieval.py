@@ -226,6 +226,21 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
         retrieve.main(["retrieve", *[a for a in arguments if "pseudo" not in a]])
 
 
+def test_a_document_without_a_title_is_what_it_was_in_training(marco, tmp_path):
+    from train.data import docstrings, msmarco
+    from train.data.retrieval_files import Corpus
+    from train.data.wordpiece import WordPiece
+
+    (tmp_path / "corpus.tsv").write_text("7\t\tthe banana\n")
+    corpus, words = Corpus(tmp_path / "corpus.tsv"), WordPiece.read(marco / "vocab.txt")
+    fields = retrieve._Texts(corpus, words, "", msmarco.EMPTY_TITLES).fields(0)
+    assert fields == [[], words.pieces("the banana")]
+    options = {**msmarco.OPTIONS, "path": str(tmp_path), "vocabulary": str(marco / "vocab.txt")}
+    assert [list(f) for f in msmarco.collection(options).fields(0)] == fields
+    fields = retrieve._Texts(corpus, words, "", docstrings.EMPTY_TITLES).fields(0)
+    assert fields == [words.pieces("the banana")]
+
+
 @on_one_worker
 def test_prediction_lists_the_best_documents(paper_run, tmp_path):
     workdir, flags, _ = paper_run

@@ -284,6 +284,14 @@ def test_every_network_of_a_small_preset_is_small(configs, preset):
                     assert arguments.hidden_size <= 128 and arguments.num_hidden_layers <= 4, name
 
 
+@pytest.mark.parametrize(("preset", "blocks"), [("student", 6), ("student_large", 12)])
+def test_both_of_leads_students_can_be_read_alone(preset, blocks):
+    config = lead_configs.get_config(preset)
+    assert (config.task, config.order) == ("ranking", ())
+    assert config.model_args.num_hidden_layers == blocks and config.model_args.share_weight
+    assert (config.model_args.get("architecture") == "distilbert") == (blocks == 6)
+
+
 def test_each_model_is_clipped_on_its_own():
     from train.optimizers import clip_by_group_norms
 
@@ -324,6 +332,127 @@ def test_a_mesh_of_eight_computes_what_one_device_does(psgs):
         _, metrics = plan.run.step(state, plan.run.put(batch))
         losses[name] = jax.device_get(metrics)
     chex.assert_trees_all_close(losses["one"], losses["eight"], rtol=2e-5, atol=1e-6)
+
+
+# -- collections -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mined(psgs, tmp_path_factory):
+    """LEAD's negative miner, two steps of it, and the negatives that it finds."""
+    workdir = tmp_path_factory.mktemp("mined")
+    config = retrieval_files.reduce(lead_configs.get_config("paper"), psgs)
+    config.order = ("W_miner", "M")
+    config.stages.M.changes.update(depth=12, count=6)
+    return workdir, run_progression(config, workdir)
+
+
+def test_leads_negatives_are_mined_for_the_queries_of_its_training_file(mined):
+    workdir, numbers = mined
+    assert numbers["M.queries"] == retrieval_files.QUERIES
+    lists = json.loads((workdir / "M" / "lists.json").read_text())
+    assert [e["query_string"] for e in lists] == retrieval_files.texts()[1]
+    assert all(e["pos_id"] == [str(i)] and len(e["neg_id"]) == 6 for i, e in enumerate(lists))
+
+
+def test_natural_questions_count_passages_that_contain_an_answer(mined, tmp_path, monkeypatch):
+    from train import progression_stages
+    from train.data.judged_texts import read_collection, read_lists
+    from train.ranker_search import ranker_of_run
+
+    folder = retrieval_files.write_nq(tmp_path / "nq")
+    texts = read_collection("nq", str(folder))
+    assert texts.document_ids[0] == "1"
+    entry = read_lists(folder / "train.json", texts)[3]
+    assert entry.positives == (3,) and entry.negatives[0] == 4
+    run = tmp_path / "run"
+    shutil.copytree(mined[0] / "W_miner", run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["options"] |= {"collection": "nq", "path": str(folder)}
+    (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "M").mkdir()
+    progression_stages.mine(tmp_path / "M", encoder=run, depth=24, count=24)
+    answers = {q: a[0] for q, a in texts.answers.items()}
+    lists = json.loads((tmp_path / "M" / "lists.json").read_text())
+    assert len(lists) == retrieval_files.QUERIES
+    for one in lists:
+        holding = {
+            d
+            for d, t in zip(texts.document_ids, texts.texts)
+            if answers[one["query_id"]] in t.split()
+        }
+        assert holding and set(one["neg_id"]) == set(texts.document_ids) - holding
+    # A teacher that turns the student's order around.
+    monkeypatch.setattr(progression_stages, "ranker_of_run", lambda _: ranker_of_run(run))
+    monkeypatch.setattr(
+        progression_stages,
+        "relevance",
+        lambda _, queries, ranking: np.arange(ranking.size).reshape(ranking.shape),
+    )
+    (tmp_path / "D").mkdir()
+    lists_file = tmp_path / "M" / "lists.json"
+    progression_stages.select(
+        tmp_path / "D", lists=lists_file, reranker=run, rule="nq", window=15, depth=24
+    )
+    with np.load(tmp_path / "M" / "ranking.npz") as stored:
+        ids, ranking = stored["query_ids"].tolist(), stored["ranking"]
+    wanted = []
+    for query, row in zip(ids, ranking):
+        hits = [k for k, d in enumerate(row) if answers[query] in texts.texts[int(d)].split()]
+        if 23 - hits[-1] < hits[0] and 23 - hits[-1] < 15:
+            wanted.append(query)
+    kept = json.loads((tmp_path / "D" / "lists.json").read_text())
+    assert [e["query_id"] for e in kept] == wanted and 0 < len(wanted) < len(ids)
+
+
+def test_answers_are_looked_for_in_texts_and_not_in_titles(mined, tmp_path, monkeypatch):
+    from train import retrieve
+
+    folder = retrieval_files.write_nq(tmp_path / "nq")
+    documents, queries = retrieval_files.texts()
+    answers = [f"w{i}" for i in range(4)]
+    lines = [f"{q}\t['{a}']\t{i}" for i, (q, a) in enumerate(zip(queries, answers))]
+    (tmp_path / "qa.csv").write_text("\n".join(lines) + "\n")
+    whole = retrieval_files.reduce(lead_configs.get_config("paper"), folder)
+    config = stage_config(whole, "W_miner")
+    config.data.options.collection = "nq"
+    config.retrieve.answers = str(tmp_path / "qa.csv")
+    paths = {"checkpoint": str(mined[0] / "W_miner"), "output": str(tmp_path / "out")}
+    monkeypatch.setattr(retrieve, "read_flags", lambda *_, **__: (config.lock(), paths))
+    assert retrieve.main(["retrieve"]) == 0
+    found = [line.split() for line in (tmp_path / "out" / "run.trec").read_text().splitlines()]
+    hits = {
+        query
+        for query, _, document, rank, *_ in found
+        if int(rank) <= 5 and answers[int(query)] in documents[int(document) - 1].split()
+    }
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["measures"]
+    assert measured["success@5"] == len(hits) / 4
+
+
+def test_marcos_documents_are_one_text_without_a_title(tmp_path):
+    from train.data import ranked_lists
+    from train.data.judged_texts import read_lists
+
+    folder = retrieval_files.write_marcodoc(tmp_path)
+    options = {"collection": "marcodoc", "path": str(folder), "vocabulary": "vocab.txt"}
+    rows = ranked_lists.collection_rows({**ranked_lists.OPTIONS, **options, "document_length": 9})
+    assert list(rows.texts.texts) == ["w1<sep>w2<sep>w3 w4", "w5<sep>w6", "w7<sep>"]
+    words = [rows.rows.words.words[i] for i in rows.document(1)]
+    assert words == ["[CLS]", "w5", "<", "sep", ">", "w6", "[SEP]"]
+    assert len(rows.document(0)) == 9 and rows.document(0)[-1] == rows.rows.words.separator
+    # PROD's lists have numbers where the collection has a D before them.
+    assert read_lists(folder / "train.json", rows.texts)[0].negatives == (1, 2)
+    assert rows.texts.judgments["validation"] == {"2": {"D8": 1}}
+
+
+def test_evaluation_scales_vectors_as_training_does(marco):
+    task = Plan(prod_stage(marco, **{"task_args.embedding_scale": 1e-9})).task
+    config = prod_stage(marco)
+    batch = {**batch_of(config), "mask": jnp.ones(config.batch_size)}
+    sums = task.evaluate({"params": task.init(jax.random.key(0), batch)[0]}, batch)
+    group = batch["doc_ids"].shape[1]
+    assert sums["loss"] / sums["count"] == pytest.approx(np.log(group), rel=1e-5)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

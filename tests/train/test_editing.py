@@ -1,6 +1,7 @@
 """CoditT5 as a user meets it: training, prediction, re-ranking, the published recipe, mistakes."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmodels.interop import catalog
 from tests.data.test_edits import SMALL, write_published
 from train import predict, rerank
 from train.__main__ import main
+from train.building import build_task
 from train.command_line import load_config, stop_with_one_line
 from train.hf_adamw import hf_adamw, one_cycle
 from train.initialization import starting_variables
 from train.loop import Plan, fit
 from train.naming import ConfigError
-from train.optimizers import make_optimizer, make_schedule
+from train.optimizers import make_optimizer, make_schedule, path_string
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "coditt5.py")
@@ -71,7 +74,8 @@ def test_a_run_reports_text_metrics_beside_those_of_copying(runs):
         assert 0 <= numbers["test_bleu4"] <= 100 and np.isfinite(numbers["loss"])
         assert ("test_unparsed" in numbers) == (preset == "small")
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        assert "bleu4" in next(r for r in rows if r["kind"] == "eval")
+        measured = next(r for r in rows if r["kind"] == "eval")
+        assert "bleu4" in measured and 0 <= measured["output_bleu4"] <= 100
 
 
 @on_one_worker
@@ -117,10 +121,13 @@ def test_reranking_goes_both_ways_and_a_constant_second_scorer_keeps_the_order(r
 
 def test_another_models_hypothesis_is_scored_with_the_plan_of_its_difference():
     class Writer:
-        writes_plans = True
+        writes_plans, comments = True, False
 
     class Plain:
-        writes_plans = False
+        writes_plans, comments = False, False
+
+    class Comments:
+        writes_plans, comments = True, True
 
     text = "<DELETE> b <DELETE_END> a c"
     assert rerank.scored_form(Writer, "a b c", text, own=True) == (
@@ -129,6 +136,12 @@ def test_another_models_hypothesis_is_scored_with_the_plan_of_its_difference():
     assert rerank.scored_form(Plain, "a b c", text, own=True) == "a c"
     assert rerank.scored_form(Writer, "a b", "a c", own=False) == (
         "<REPLACE_OLD> b <REPLACE_NEW> c <REPLACE_END> <s> a c"
+    )
+    assert rerank.scored_form(Comments, "@return a b", "@return a c", own=False) == (
+        "<REPLACE_OLD> b <REPLACE_NEW> c <REPLACE_END> <s> a c"
+    )
+    assert rerank.scored_form(Comments, "@return a b c", text, own=True) == (
+        "<DELETE> b <DELETE_END> <s> a c"
     )
 
 
@@ -247,6 +260,55 @@ def test_paper_recipe_runs_twenty_steps_on_published_files(tmp_path, runs):
     assert len(output.read_text().splitlines()) == 2
 
 
+@on_one_worker
+@pytest.mark.parametrize("example_mean", [False, True])
+def test_micro_batches_add_up_to_the_batch_and_no_likelihood_counts_padding(path, example_mean):
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": rng.integers(5, 500, (8, 40)).astype(np.int32),
+        "labels": rng.integers(5, 500, (8, 24)).astype(np.int32),
+        "index": np.arange(8, dtype=np.int32),
+    }
+    batch["labels"][1::2, 3:] = 0  # every second row is another micro-batch's
+    losses = []
+    for accumulate in (1, 2):
+        changes = {"optimizer.accumulate": accumulate, "parallel.data": 1,
+                   "task_args.example_mean": example_mean}  # fmt: skip
+        plan = Plan(tiny(path, "generator", **changes), jax.devices()[:1])
+        state = plan.run.place(plan.make(plan.sharding))
+        state_params = jax.device_get(state.params)
+        _, metrics = plan.run.step(state, plan.run.put(batch))
+        losses.append([float(metrics[k]) for k in ("loss", "grad_norm")])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    each = -np.asarray(plan.task._compiled[1]({"params": state_params}, batch))
+    assert (abs(np.mean(each) - losses[0][0]) < 1e-4) == example_mean
+    task, variables = plan.task, {"params": plan.make().params}
+    counting = dataclasses.replace(task, count_padding=True)
+    outputs = [["a b", "a b c d e f"]]
+    np.testing.assert_allclose(
+        counting.likelihoods(variables, ["x"], outputs, rows=2),
+        task.likelihoods(variables, ["x"], outputs, rows=2),
+        rtol=1e-5,
+    )
+
+
+def test_files_missing_at_the_end_of_an_epoch_are_missed_at_the_start(tmp_path):
+    folder = write_published(tmp_path)
+    config = load_config(f"{CONFIG}:paper")
+    with config.unlocked():
+        config.data.options.path = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"tokenizer: the folder .* 2048 tokens, .* 32124 rows"):
+        build_task(config)
+    with config.unlocked():
+        config.model_args.vocab_size = 2048
+    build_task(config)
+    (folder / "test.bf-small.fixed").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test\.bf-small\.fixed is missing"):
+        build_task(config)
+    config.task_args.report_split = ""
+    build_task(config)
+
+
 def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_sizes(path):
     with pytest.raises(ConfigError, match=r"500 rows for data.options.vocabulary of 512"):
         Plan(tiny(path, **{"model_args.vocab_size": 500}), jax.devices()[:1])
@@ -264,6 +326,21 @@ def test_one_cycle_is_flat_for_five_epochs_and_falls_to_a_ten_thousandth():
     b1 = [float(one_cycle(e, 0.95, 0.85, 0.95, steps=50, pct_start=0.1)) for e in range(50)]
     np.testing.assert_allclose([b1[0], b1[2], b1[4], b1[49]], [0.95, 0.9, 0.85, 0.95], rtol=1e-6)
     assert make_optimizer(config.optimizer, rate) is not None
+
+
+def test_the_published_recipe_decays_norms_but_no_table_of_relative_positions():
+    config = load_config(f"{CONFIG}:paper")
+    optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
+    module = catalog.find("language.t5").build(**TINY)
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), catalog.shapes(module)["params"])
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    kept = set()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        name = path_string(path)
+        np.testing.assert_allclose(update, 0 if "relative" in name else -0.01, err_msg=name)
+        kept |= {name} if not np.any(update) else set()
+    assert len(kept) == 2 and "encoder.final_layer_norm.scale" not in kept
 
 
 def test_hf_adamw_by_hand():

@@ -11,7 +11,7 @@ import pytest
 from configs.repghost import get_config
 from tests.train.tiny import tiny_config
 from train.naming import ConfigError
-from train.optimizers import make_optimizer, make_schedule
+from train.optimizers import decay_mask, make_optimizer, make_schedule, path_string
 from train.ranger import average_length, centralized
 from train.state import create_state, update_ema
 
@@ -67,6 +67,29 @@ def test_weight_decay_spares_one_dimensional_parameters_and_is_pytorchs_coupled_
     np.testing.assert_allclose(updates["a.0"]["kernel"], -0.05)
     np.testing.assert_allclose(updates["a.0"]["bias"], 0.0)
     np.testing.assert_allclose(updates["bn"]["scale"], 0.0)
+
+
+def test_layers_stacked_by_a_scan_decay_as_they_would_one_by_one():
+    norm = {"scale": jnp.ones((3, 4)), "bias": jnp.ones((3, 4))}
+    params = {"layers.*": {"norm": norm, "fc": {"kernel": jnp.ones((3, 4, 4))}}}
+    decays = decay_mask("matrices")(params)["layers.*"]
+    assert decays == {"norm": {"scale": False, "bias": False}, "fc": {"kernel": True}}
+
+
+def test_video2stylegans_second_stage_decays_the_weights_of_linear_maps_alone():
+    from configs import video2stylegan
+    from jaxmodels.video.video_encoder import VideoEncoder
+
+    config = video2stylegan.get_config("paper")
+    module = VideoEncoder(16, 8, 16, 1, 2, stylegan_size=16, w_dim=8, scan_layers=True)
+    params = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
+    decays = decay_mask(config.optimizer.decay_mask)(params)
+    names = {path_string(p) for p, d in jax.tree_util.tree_leaves_with_path(decays) if d}
+    assert names and all(name.endswith("kernel") for name in names)
+    assert "layers.*.mlp.fc1.kernel" in names
+    stills = video2stylegan.get_config("stills")
+    assert (stills.optimizer.name, stills.schedule.peak, stills.batch_size) == ("ranger", 1e-4, 8)
+    assert stills.optimizer.weight_decay == 0
 
 
 def test_decoupled_decay_equals_adamw():
@@ -161,6 +184,16 @@ def test_clipping_bounds_the_global_norm_and_frozen_parameters_stay():
     updates = _one_update(config, jax.tree.map(lambda x: 100.0 * x, PARAMS))
     np.testing.assert_allclose(updates["bn"]["scale"], 0.0)
     assert float(optax.global_norm(updates)) <= 0.1 + 1e-6
+
+
+def test_a_group_after_an_exclamation_mark_is_not_clipped_and_does_not_count():
+    from train.optimizers import clip_by_group_norms
+
+    clip = clip_by_group_norms(5.0, (r"!^margin_head\.",))
+    updates = {"conv": {"kernel": jnp.full(4, 5.0)}, "margin_head": {"weight": jnp.full(4, 50.0)}}
+    clipped, _ = clip.update(updates, clip.init(updates))
+    np.testing.assert_allclose(clipped["conv"]["kernel"], 2.5, rtol=1e-6)
+    np.testing.assert_array_equal(clipped["margin_head"]["weight"], 50.0)
 
 
 def test_average_of_constant_parameters_has_the_closed_form_and_covers_statistics():

@@ -10,12 +10,13 @@ from PIL import Image
 
 import jaxmodels
 from jaxmodels.interop import catalog
+from jaxmodels.restoration import metrics
 from tests.restoration import tiny
 from train import predict
 from train.__main__ import main
 from train.checkpoints import load_params
 from train.command_line import load_config, stop_with_one_line
-from train.data import compressed_images, degradation
+from train.data import compressed_images, degradation, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "compressed_sr.py")
@@ -171,6 +172,23 @@ def test_prediction_writes_pictures_strips_and_psnr(paper_run, div2k, tmp_path, 
     assert lines[0] == "file,psnr,bicubic_psnr" and len(lines) == 3
     for line in lines[1:]:
         assert 15 < float(line.split(",")[2]) < 40
+    # The border that is left out of reported metrics is left out here as well.
+    again = tmp_path / "again"
+    arguments[-1] = f"--output={again}"
+    assert predict.main(["predict", *arguments, "--config.task_args.border=4"]) == 0
+    _, _, hr = next(
+        compressed_images.eval_images(
+            pipeline.resolve(
+                {
+                    "name": "compressed_images",
+                    "options": {"path": str(div2k), "val_lr": "valid_LR"},
+                }
+            )[1]
+        )
+    )
+    sr = np.asarray(Image.open(again / "0801.png"))
+    given = float((again / "psnr.csv").read_text().splitlines()[1].split(",")[1])
+    assert given == pytest.approx(metrics.psnr(sr, hr, 4), rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +247,16 @@ MISTAKES = {
     "--config.data.options.patch=4": "data.options.patch must be an integer of at least 8",
     "--config.task_args.first=jpeg_color": "config.task_args.first_checkpoint",
 }
+
+
+def test_a_first_stage_that_enlarges_is_refused():
+    from train.building import build_task
+    from train.naming import ConfigError
+
+    config = load_config(CONFIG)
+    config.task_args.update(first="classical_sr_x2_64", first_checkpoint="x2.pth")
+    with pytest.raises(ConfigError, match="classical_sr_x2_64 enlarges by 2"):
+        build_task(config)
 
 
 @pytest.mark.parametrize("flag", MISTAKES)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmodels.search import scalenet_space
 from tests.search.test_vitas import ARGUMENTS as VITAS
 from tests.search.tiny_space import ARGUMENTS
 from train.building import build_task
 from train.checkpoints import load_params
-from train.command_line import load_config, stop_with_one_line
+from train.command_line import load_config, read_flags, stop_with_one_line
 from train.loop import Plan, fit
 from train.optimizers import make_optimizer
 from train.search import __main__ as command
@@ -101,9 +102,21 @@ def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path
 
 
 @pytest.mark.xdist_group("search")
-@pytest.mark.parametrize("axes", ({"data": 8}, {"data": 2, "fsdp": 4}), ids=("data", "fsdp"))
-def test_supernets_train_alike_on_eight_devices(axes, imagenet):
-    config = reduced(VITAS_CONFIG, "paper", imagenet, steps=1)
+@pytest.mark.parametrize(
+    ("file", "axes"),
+    (
+        (VITAS_CONFIG, {"data": 8}),
+        (VITAS_CONFIG, {"data": 2, "fsdp": 4}),
+        (SCALENET, {"data": 2, "fsdp": 4}),
+    ),
+    ids=("vitas-data", "vitas-fsdp", "scalenet-fsdp"),
+)
+def test_supernets_train_alike_on_eight_devices(file, axes, imagenet):
+    config = reduced(file, "paper", imagenet, steps=1)
+    if file == SCALENET:  # one stage and one kernel: what compiles in seconds
+        ops = ("id", "ir_3x3_se")
+        with config.unlocked():
+            config.model_args.backbone = scalenet_space.backbone((4, 6), (2,), (2,), 2, 8, ops)
     losses = []
     for devices in ({"data": 1}, axes):
         with config.unlocked():
@@ -123,7 +136,7 @@ def test_the_search_command_finds_resumes_and_reports(paper_run, tmp_path):
     config, workdir, _ = paper_run
     task, variables = build_task(config), load_params(workdir, ema=True)
     with config.unlocked():
-        config.search.update(population=4, generations=1, chunk=4, compare=False)
+        config.search.update(population=4, generations=1, chunk=4, compare=False, batch_size=4)
         if config.search.kind == "mcea":
             config.search.update(budget=21_000.0, base_error=9_000.0, scale_error=9_000.0,
                                  base_models=2, iterations=1)  # fmt: skip
@@ -133,10 +146,41 @@ def test_the_search_command_finds_resumes_and_reports(paper_run, tmp_path):
     run = getattr(command, f"_{config.search.kind}")
     found, table, points = run(config, task, variables, tmp_path)
     assert table["traces of the scoring function"] == 1
+    stages = found.get("stages", {})
+    assert all(s.keys() >= {"stages", "width", "resolution", "flops"} for s in stages.values())
+    assert list(stages) in ([], ["S0", "S1", "S2", "S3", "S4"])
     again, table, _ = run(config, task, variables, tmp_path)
     assert again == found and table["traces of the scoring function"] <= 1
     command.draw_frontier(points, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 3000
+
+
+def test_retraining_recipes_are_planned_for_the_published_sizes():
+    found = {}
+    for file in (SCALENET, VITAS_CONFIG):
+        config = load_config(f"{file}:paper_net")
+        with config.unlocked():
+            config.parallel.data = 1
+        plan = Plan(config)
+        found[file] = sum(int(np.prod(a.shape)) for a in jax.tree.leaves(plan.abstract.params))
+        assert plan.spec["image"].shape == (224, 224, 3)
+    model = plan.task.model
+    assert model.drop_path_rate == 0.1 and found[VITAS_CONFIG] == 6_048_414
+    assert 4e6 < found[SCALENET] < 6e6
+
+
+def test_what_was_found_can_be_retrained(tmp_path):
+    """The rows of `found.json` are constructor arguments, by the command line's own reading."""
+    flags = ["--config.model_args.stages=[[0], [1], [2, 2], [1, 1, 1], [1], [0], [0], [0]]",
+             "--config.model_args.width=1.2", "--config.data.options.image_size=240"]  # fmt: skip
+    config, _ = read_flags(["train", f"--config={SCALENET}:paper_net", f"--workdir={tmp_path}",
+                            *flags], need_workdir=True)  # fmt: skip
+    with config.unlocked():
+        config.model_args.backbone = scalenet_space.DIGITS["backbone"]
+        config.model_args.head = scalenet_space.DIGITS["head"]
+    module = build_task(config).model
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+    assert "net.backbone_stage3_2.1.conv2" in shapes
 
 
 def test_mistakes_in_a_search_are_one_line(tmp_path, capsys):
@@ -146,6 +190,8 @@ def test_mistakes_in_a_search_are_one_line(tmp_path, capsys):
         ([f"--config={SCALENET}", f"--workdir={tmp_path}"], "--checkpoint is missing"),
         ([f"--config={SCALENET}", f"--checkpoint={tmp_path}", f"--workdir={tmp_path}",
           "--config.task_args.law=evenly"], "config.task_args.law: 'evenly'; known: hierarchical"),
+        ([f"--config={SCALENET}", f"--checkpoint={tmp_path}", f"--workdir={tmp_path}",
+          "--config.parallel.mode=pmap"], "pmap would draw another sub-network on every device"),
     ]:  # fmt: skip
         assert stop_with_one_line(command.main, ["search", *argv]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
@@ -164,5 +210,6 @@ def test_convolutions_decay_twice_as_much_as_the_linear_layer():
     decay = {k: {n: -float(v.ravel()[0]) / 1.9 for n, v in leaf.items()}
              for k, leaf in updates.items()}  # fmt: skip
     assert decay["net.backbone_stage1_0.1.conv2"]["kernel"] == pytest.approx(8e-5)
-    assert decay["net.head_linear1.0.module.0"] == {"kernel": pytest.approx(4e-5), "bias": 0.0}
+    both = pytest.approx(4e-5)  # the official groups name convolutions and norms alone
+    assert decay["net.head_linear1.0.module.0"] == {"kernel": both, "bias": both}
     assert decay["net.backbone_stage1_0.1.bn2"] == {"scale": 0.0, "bias": 0.0}

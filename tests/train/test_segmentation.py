@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.biomedical import augmentation
 from jaxmodels.biomedical.unet import PlainConvUNet
 from train import challenge, predict, survey
 from train.__main__ import main
@@ -163,6 +164,8 @@ MISTAKES = {
     "data.options.patch_size=(9,8,8)": "the next valid patch is (10, 8, 8)",
     "task_args.voxel_loss=cross": "config.task_args.voxel_loss: 'cross'; known: cross_entropy",
     "task_args.augment=strong": "no augmentation 'strong'",
+    "model_args.num_classes=4": "config.model_args.num_classes: 4, the data have 3",
+    "task_args.image_weight=0.5": "config.model_args.image_classes: 0, image_weight needs one for",
     "model_args.input_channels=3": "config.model_args.input_channels: 3, the data have 1",
     "data.options.batch_size=4": "data.options.batch_size 4 differs from config.batch_size 2",
     "data.options.path=/nowhere": "neither raw (dataset.json) nor prepared",
@@ -197,6 +200,36 @@ def test_regions_overlap_and_ignored_voxels_count_in_no_loss():
     np.testing.assert_allclose(one, task._one_loss(logits.at[0, 1, 1].add(7.0), label), rtol=1e-6)
     assert one != task._one_loss(logits.at[0, 0, 0].add(7.0), label)
     assert task.windows().regions and task.windows().tile == (4, 4)
+    # An option that regions do not have is refused, not ignored.
+    with pytest.raises(ValueError, match="voxel_loss and overlap_loss are for exclusive classes"):
+        Segmentation(module, (4, 4), regions=regions, voxel_loss="focal")
+
+
+def test_augmentation_leaves_the_outside_of_masked_channels_at_zero(monkeypatch):
+    module = PlainConvUNet(
+        input_channels=2,
+        features_per_stage=(2, 2),
+        kernel_sizes=((3, 3),) * 2,
+        strides=((1, 1), (2, 2)),
+        n_conv_per_stage=(1, 1),
+        n_conv_per_stage_decoder=(1,),
+    )
+    label = jnp.zeros((4, 8, 8), jnp.int32).at[:, :, :3].set(-1).at[:, 2:5, 4:6].set(1)
+    image = jnp.where(label < 0, 0.0, 1.0 + label)[..., None] * jnp.ones(2)
+
+    def brighter(key, image, label, *arguments):
+        return image + 1, label
+
+    monkeypatch.setattr(augmentation, "augment", brighter)
+    task = Segmentation(module, (8, 8), augment="intensity", masked=(0,))
+    found, kept = task.prepare(jax.random.key(0), image, label)
+    np.testing.assert_array_equal(kept, np.maximum(label, 0))
+    np.testing.assert_array_equal(found[..., 0], np.where(label < 0, 0, image[..., 0] + 1))
+    np.testing.assert_array_equal(found[..., 1], image[..., 1] + 1)
+    plain = Segmentation(module, (8, 8), augment="none")
+    np.testing.assert_array_equal(
+        plain.prepare(jax.random.key(0), image, label)[1], np.maximum(label, 0)
+    )
 
 
 # -- the pipeline ----------------------------------------------------------------------------------
@@ -214,6 +247,7 @@ def challenge_flags(raw, **more):
         "challenge.mirroring": False,
         "challenge.step": 1.0,
         "challenge.bootstrap": 50,
+        "challenge.steps": (("3d_lowres", 2),),
         "steps": 3,
         "parallel.data": 1,
         **more,
@@ -245,7 +279,9 @@ def test_one_command_leads_from_a_folder_to_a_submission_and_resumes(raw, tmp_pa
     # The cascade read what the low resolution predicted for cases it had not seen.
     own = json.loads((workdir / "train_3d_cascade_seed0_fold0" / "config.json").read_text())
     assert own["data"]["options"]["prior"] == str(workdir / "oof_3d_lowres" / "prior")
-    assert own["model_args"]["input_channels"] == 3
+    assert own["model_args"]["input_channels"] == 3 and own["steps"] == 3
+    low = json.loads((workdir / "train_3d_lowres_seed0_fold0" / "config.json").read_text())
+    assert low["steps"] == 2
     # A lost result is made again, and nothing else.
     (workdir / "test" / "details" / "ball_Ts1.json").unlink()
     capsys.readouterr()
@@ -264,6 +300,11 @@ CHALLENGE_MISTAKES = {
     "challenge.weights=best": "config.challenge.weights: 'best'; known: uniform, least_squares",
     "challenge.plan.schemes=('ct',)": "plan.schemes: no normalization 'ct'; known: CT",
     "challenge.plan.schemes=('CT','CT')": "plan.schemes: 2 normalizations for 1 channels",
+    "challenge.tolerance=(1.0,2.0,3.0)": "(1.0, 2.0, 3.0) for 2 targets (shell, core)",
+    "challenge.tolerance=-1.0": "config.challenge.tolerance: (-1.0,), wanted millimeters",
+    "challenge.steps=(('3d_fullres',5),)": "wanted (configuration, steps) pairs like (('3d_lowres'",
+    "data.options.context=2": "config.data.options.context: the challenge decides it; known: path",
+    "model_args.conv_bias=False": "config.model_args.conv_bias: networks follow from config.chall",
     "challenge.ranking=mean": "known: aggregate_then_rank",
     "data.options.path=/nowhere": "no folder '/nowhere'",
 }

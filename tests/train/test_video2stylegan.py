@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxmodels
+from jaxmodels.interop import catalog
 from train import edit_video, predict, video_files
 from train.__main__ import main
+from train.checkpoints import load_params
 from train.command_line import read_flags, stop_with_one_line
 from train.data import face_clips, face_stills, pipeline
 from train.loop import Plan
@@ -185,7 +188,7 @@ def test_a_clip_is_predicted_and_edited_into_frames_and_into_a_video(small_run, 
     said = capsys.readouterr().out
     assert "frames_per_s" in said and "high codes equal over the clip  True" in said
     assert len(video_files.frame_files(tmp_path / "out")) == 4
-    assert "mean change by the edit" in said
+    assert "mean change by the edit" in said and "latent jitter" in said
     # Four rows of four frames of 16 pixels, six times as large, and headings.
     assert min(Image.open(tmp_path / "strip.png").size) > 4 * 100
     pytest.importorskip("av")
@@ -197,7 +200,29 @@ def test_a_clip_is_predicted_and_edited_into_frames_and_into_a_video(small_run, 
     assert abs(still.mean() - frames[0].mean()) < 10
 
 
-def test_videos_with_landmarks_are_aligned_and_pasted_back(tmp_path, small_run):
+@on_one_worker
+def test_edited_frames_are_as_large_and_as_fast_as_they_came(small_run, tmp_path, monkeypatch):
+    from train import video_critics
+    from train.tasks import video_inversion
+
+    pytest.importorskip("av")
+    workdir, flags = small_run
+    with video_files.frame_writer(tmp_path / "in.mp4", 10) as write:
+        for t in range(3):
+            write(np.full((16, 16, 3), 60 * t + 40, np.uint8))
+    assert video_files.frame_rate(tmp_path / "in.mp4") == 10
+    # Losses and measures see images averaged down; what is written is not.
+    small = lambda images: video_critics.adaptive_average_pool(images, 8)  # noqa: E731
+    monkeypatch.setattr(video_critics, "pool", small)
+    monkeypatch.setattr(video_inversion, "pool", small)
+    monkeypatch.setattr(edit_video, "_pooled", lambda frame, size: small(frame[None])[0])
+    command = ["edit_video", *flags, f"--checkpoint={workdir}", f"--input={tmp_path / 'in.mp4'}"]
+    assert edit_video.main([*command, f"--output={tmp_path / 'out.mp4'}"]) == 0
+    assert next(video_files.read_frames(tmp_path / "out.mp4")).shape == (16, 16, 3)
+    assert video_files.frame_rate(tmp_path / "out.mp4") == 10
+
+
+def test_videos_with_landmarks_are_aligned_and_pasted_back(tmp_path, small_run, capsys):
     pytest.importorskip("av")
     workdir, flags = small_run
     rng = np.random.default_rng(0)
@@ -226,6 +251,10 @@ def test_videos_with_landmarks_are_aligned_and_pasted_back(tmp_path, small_run):
     assert done.shape == (64, 96, 3)
     # Far from the face nothing changed.
     assert np.abs(done[:4, :4].astype(int) - first[:4, :4]).max() <= 1
+    np.savez(tmp_path / "talk.npz", landmarks=np.concatenate([points, points[:1]]))
+    assert stop_with_one_line(edit_video.main, ["edit_video", *flags, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "4 sets of landmarks for 3 frames; frame 3 has no counterpart" in error
 
 
 def test_flips_mirror_both_frames_and_their_landmarks():
@@ -262,6 +291,50 @@ def test_stills_of_a_folder_split_by_name_and_lfw_faces_are_in_range(tmp_path):
     assert -1 <= images[0]["image"].min() < -0.2
 
 
+@on_one_worker
+def test_a_run_begins_with_another_ones_networks_and_loads_what_that_one_lacks(small_run, tmp_path):
+    workdir, flags = small_run
+    sizes = {"width_divisor": 32, "stages": (1, 1, 1, 1), "hidden": 8}
+    name = "video.mesh_regressor"
+    module = catalog.find(name).build(**sizes)
+    rng = np.random.default_rng(0)
+    mesh = jax.tree.map(
+        lambda s: rng.random(s.shape, np.float32).astype(s.dtype), catalog.shapes(module)
+    )
+    jaxmodels.save(tmp_path / "mesh.safetensors", name, module, mesh)
+    critic = [f"--config.task_args.networks.mesh.{k}={v}" for k, v in sizes.items()]
+    critic += ["--config.task_args.sizes.mesh=32", "--config.task_args.weights.mesh=1.0"]
+    critic.append(f"--config.task_args.files.mesh={tmp_path / 'mesh.safetensors'}")
+
+    def fresh(*more):
+        argv = ["train", *flags, *critic, *more, f"--workdir={tmp_path}"]
+        plan = Plan(read_flags(argv, need_workdir=True)[0])
+        return plan, jax.device_get(plan.fresh())
+
+    _, second = fresh(f"--config.init_from={workdir}")
+    first = load_params(workdir)
+    jax.tree.map(np.testing.assert_array_equal, second.params, first["params"])
+    jax.tree.map(np.testing.assert_array_equal, second.extra["generator"], first["generator"])
+    kernel = second.extra["critics"]["mesh"]["params"]["layers.0"]["kernel"]
+    np.testing.assert_array_equal(kernel, mesh["params"]["layers.0"]["kernel"])
+
+    # A PyTorch file holds the encoder alone.
+    plan, _ = fresh()
+    encoder = {"params": first["params"], "buffers": first["buffers"]}
+    path = tmp_path / "encoder.safetensors"
+    jaxmodels.save(path, "video.video_encoder", plan.task.model, encoder)
+    generator = jax.tree.map(lambda x: np.asarray(x) + 1, first["generator"])
+    other = tmp_path / "generator.safetensors"
+    jaxmodels.save(other, "video.stylegan2", plan.task.generator, generator)
+    given = (f"--config.init_from={path}", f"--config.task_args.generator_from={other}")
+    _, third = fresh(*given)
+    jax.tree.map(np.testing.assert_array_equal, third.params, first["params"])
+    jax.tree.map(
+        np.testing.assert_array_equal, third.extra["generator"]["params"], generator["params"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, third.extra["critics"], second.extra["critics"])
+
+
 GAN_SIZES = ("img_resolution=8", "channel_base=32", "channel_max=8")
 
 
@@ -291,8 +364,6 @@ def test_generator_and_discriminator_train_in_turn_with_lazy_regularizers(gan_ru
 
 @on_one_worker
 def test_an_encoder_inverts_a_generator_of_a_finished_run(gan_run, tmp_path):
-    from train.checkpoints import load_params
-
     workdir, _ = gan_run
     flags = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
     flags += [f"--config.task_args.generator_from={workdir}"]
@@ -341,7 +412,9 @@ def test_a_mesh_regressor_learns_from_pictures_of_mesh_codes(tmp_path):
 
 
 @on_one_worker
-def test_the_third_stage_runs_on_folders_of_frames(clips, tmp_path):
+def test_the_third_stage_runs_on_folders_of_frames_and_its_network_edits_a_clip(
+    clips, small_run, tmp_path, capsys
+):
     kept = [f for f in PAPER if "model_args" not in f and "config.model=" not in f]
     encoder = [
         f.replace("model_args", "task_args.encoder_args") for f in PAPER if "model_args" in f
@@ -359,6 +432,29 @@ def test_the_third_stage_runs_on_folders_of_frames(clips, tmp_path):
     row = rows_of(tmp_path)[-1]
     assert {"codes", "cycle", "image"} <= set(row)
     assert np.isfinite(row["loss"])
+
+    workdir, flags = small_run
+    write_clip(tmp_path / "clip", 3, 16)
+    write_clip(tmp_path / "driver", 3, 16, seed=5)
+    write_clip(tmp_path / "short", 2, 16)
+    np.save(tmp_path / "smile.npy", 0.1 * np.arange(50))
+    command = ["edit_video", *flags, f"--checkpoint={workdir}", f"--input={tmp_path / 'clip'}"]
+    command += [f"--config.edit.control_from={tmp_path}", f"--output={tmp_path / 'out'}"]
+    command += [f"--config.edit.strip={tmp_path / 'strip.png'}"]
+    smile = f"--config.edit.expression={tmp_path / 'smile.npy'}"
+    driver = f"--config.edit.driver={tmp_path / 'driver'}"
+    assert edit_video.main([*command, "--config.edit.yaw=10.0", smile, driver]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = dict(line.split("  ", 1) for line in lines if "  " in line)
+    assert float(said["mean change by the edit"]) > 0
+    assert said["high codes equal over the clip"].strip() == "True"
+    for flag, message in (
+        (f"--config.edit.driver={tmp_path / 'short'}", "short has fewer frames than the input"),
+        (f"--config.edit.expression={tmp_path / 'pair.npy'}", "[2] numbers, the face model has 50"),
+    ):
+        np.save(tmp_path / "pair.npy", np.zeros(2))
+        assert stop_with_one_line(edit_video.main, [*command, flag]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 MISTAKES = {

@@ -82,9 +82,9 @@ def test_mesh_loss_is_zero_for_equal_codes_and_does_not_train_the_target():
     assert all((g == 0).all() for g in target)
 
 
-def test_flame_arrays_become_a_model_and_missing_ones_are_named():
-    rng, v = np.random.default_rng(0), 12
-    arrays = {
+def flame_arrays(v=12):
+    rng = np.random.default_rng(0)
+    return {
         "v_template": rng.normal(size=(v, 3)),
         "shapedirs": rng.normal(size=(v, 3, 400)),
         "posedirs": rng.normal(size=(v, 3, 36)),
@@ -93,6 +93,37 @@ def test_flame_arrays_become_a_model_and_missing_ones_are_named():
         "f": rng.integers(0, v, (8, 3)),
         "kintree_table": np.array([[4294967295, 0, 1, 1, 1], [0, 1, 2, 3, 4]]),
     }
+
+
+def test_contours_that_follow_the_yaw_replace_the_fixed_ones_and_68_landmarks_stay():
+    rng = np.random.default_rng(1)
+    fixed = {
+        "full_lmk_faces_idx": rng.integers(0, 8, (1, 68)),
+        "full_lmk_bary_coords": rng.random((1, 68, 3)),
+    }
+    contours = {
+        "dynamic_lmk_faces_idx": rng.integers(0, 8, (79, 17)),
+        "dynamic_lmk_bary_coords": rng.random((79, 17, 3)),
+    }
+    inner = {
+        "static_lmk_faces_idx": fixed["full_lmk_faces_idx"][0, 17:],
+        "static_lmk_bary_coords": fixed["full_lmk_bary_coords"][0, 17:],
+    }
+    pose = jnp.zeros((2, 6))
+    found = []
+    for given in (fixed, fixed | contours, fixed | contours | inner, contours | inner):
+        model = face_mesh.face_model_from_arrays(flame_arrays(), landmarks=given)
+        vertices = jnp.broadcast_to(model.v_template, (2, 12, 3))
+        found.append(face_mesh.face_landmarks(model, vertices, pose))
+    assert {x.shape for x in found} == {(2, 68, 3)}
+    for x in found[1:]:
+        np.testing.assert_array_equal(x[:, 17:], found[0][:, 17:])
+        np.testing.assert_array_equal(x, found[1])
+    assert np.abs(found[1][:, :17] - found[0][:, :17]).max() > 1e-3
+
+
+def test_flame_arrays_become_a_model_and_missing_ones_are_named():
+    arrays, v = flame_arrays(), 12
     model = face_mesh.face_model_from_arrays(arrays)
     assert model.parents == (-1, 0, 1, 1, 1) and model.shapedirs.shape == (v, 3, 150)
     np.testing.assert_allclose(model.shapedirs[..., 100], arrays["shapedirs"][..., 300], rtol=1e-6)
@@ -129,6 +160,15 @@ def test_a_crop_pasted_back_leaves_the_frame_as_it_was():
     changed = face_alignment.paste_quad(frame, crop + 1, quad)
     assert float(jnp.abs(changed - frame)[30:36, 28:32].min()) > 0.9
     assert jnp.array_equal(changed[:8], frame[:8])
+
+
+def test_a_large_crop_is_averaged_into_a_small_place():
+    crop = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3)).astype(np.float32)
+    place = face_alignment.Quad(*(np.array(a, float) for a in ([16, 16], [8, 0], [0, 8])))
+    pasted = np.asarray(face_alignment.paste_quad(jnp.zeros((32, 32, 3)), crop, place, 0.0))
+    # Each pixel shows 4x4 of the crop, not the nearest few: a sixteenth of the variance.
+    np.testing.assert_allclose(pasted[10:22, 10:22].std(), crop.std() / 4, rtol=0.2)
+    assert (pasted[:6] == 0).all()
 
 
 def test_smoothing_steadies_centers_and_keeps_still_clips():

@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
     if arguments.track not in TRACKS:
         raise ConfigError(f"no track {arguments.track!r}; {nearest(arguments.track, TRACKS)}")
     rules = read_rules(arguments.rules or f"configs/rules/{arguments.track}.yaml")
+    from train.competition.rules import check_rules
+
+    check_rules(arguments.track, rules)
     compilation_cache()
     workdir = Path(arguments.workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ import numpy as np
 
 HEAD = "submission.json"
 SHOWN = 5
+MOST_CLUSTERS = 2**31  # ids are below
+# What NumPy raises on files that are not what they are called.
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class SubmissionError(ValueError):
@@ -74,11 +79,14 @@ def read_images(folder: Path, wanted: Sequence[str], shape: tuple[int, ...]) -> 
     images, problems = [], []
     for name in wanted:
         try:
-            image = np.load(folder / name, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            # Mapped: a header that promises more than the file holds allocates nothing.
+            image = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+        except _UNREADABLE as error:
             problems.append(f"{name}: unreadable ({error})")
             continue
-        if image.dtype != np.float32:
+        if not isinstance(image, np.ndarray):
+            problems.append(f"{name}: unreadable (not one array)")
+        elif image.dtype != np.float32:
             problems.append(f"{name}: dtype {image.dtype}, not float32")
         elif image.shape != shape:
             problems.append(f"{name}: shape {image.shape}, not {shape}")
@@ -87,7 +95,7 @@ def read_images(folder: Path, wanted: Sequence[str], shape: tuple[int, ...]) -> 
         elif image.min() < 0 or image.max() > 255:
             problems.append(f"{name}: pixels from {image.min():g} to {image.max():g}, not 0..255")
         else:
-            images.append(image)
+            images.append(np.array(image))
     refuse(problems)
     # What a camera's file can hold.
     return np.rint(np.stack(images)).astype(np.float32)
@@ -138,13 +146,18 @@ def read_clusters(folder: Path, wanted: Sequence[str], file: str = "clusters.csv
     check_files(folder, [file])
     found: dict[str, int] = {}
     problems = []
-    with open(folder / file, newline="", encoding="utf-8") as stream:
-        rows = list(csv.reader(stream))
+    try:
+        with open(folder / file, newline="", encoding="utf-8") as stream:
+            rows = list(csv.reader(stream))
+    except (OSError, ValueError, csv.Error) as error:
+        raise SubmissionError(f"submission refused: {file} is unreadable ({error})") from None
     if not rows or rows[0] != ["image", "cluster"]:
         refuse([f"{file}: the first line must be image,cluster"])
     for i, row in enumerate(rows[1:], 2):
         if len(row) != 2 or not row[1].strip().isdecimal():
-            problems.append(f"line {i}: {','.join(row)!r} is not image,cluster >= 0")
+            problems.append(f"line {i}: {','.join(row)[:80]!r} is not image,cluster >= 0")
+        elif len(row[1].strip()) > 10 or int(row[1]) >= MOST_CLUSTERS:
+            problems.append(f"line {i}: cluster {row[1].strip()[:20]} is not below {MOST_CLUSTERS}")
         elif row[0] in found:
             problems.append(f"line {i}: {row[0]} stands twice")
         else:
@@ -160,9 +173,12 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
     """float32 arrays of an `.npz` file, exactly these names and shapes, all finite."""
     try:
-        with np.load(folder / file, allow_pickle=False) as stored:
+        stored = np.load(folder / file, mmap_mode="r", allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("not an archive of arrays")
+        with stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise SubmissionError(f"submission refused: {file} is unreadable ({error})") from None
     problems = [f"{file}: missing {name}" for name in shapes if name not in arrays]
     problems += [f"{file}: unexpected {name}" for name in sorted(set(arrays) - set(shapes))]

@@ -113,8 +113,11 @@ class CodeTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids `<s> ... </s>` of a text."""
-        return [BOS, *self.pieces(text), EOS]
+        """Ids `<s> ... </s>` of a text without the blanks around it, as the published code has it.
+
+        So neither an empty context nor an empty plan leaves the token of a lone blank.
+        """
+        return [BOS, *self.pieces(text.strip()), EOS]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids up to the first `</s>`: no special tokens, blanks around edit tokens."""
@@ -180,7 +183,8 @@ def padded(
 ) -> np.ndarray:
     """Ids int32 `[length]`, right-padded with 0; cut on the right where `truncate` allows it.
 
-    The log counts what was cut, at 1, 10, 100, ...
+    What is cut keeps its last id, `</s>`, as transformers' tokenizers have it. The log counts what
+    was cut, at 1, 10, 100, ...
 
     Raises ValueError with the length for a longer one, and for an empty one.
     """
@@ -197,4 +201,6 @@ def padded(
             _log.warning("%d sequences cut to their maximum so far, this %s to %d", n, what, length)
     row = np.zeros(length, np.int32)
     row[: min(len(ids), length)] = ids[:length]
+    if len(ids) > length:
+        row[-1] = ids[-1]
     return row

@@ -151,7 +151,10 @@ def _copy_photographs(folder: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """A crop of both pictures, degraded if need be, and one of the eight symmetries of both."""
+    """A crop of both pictures, degraded if need be, and one of the eight symmetries of both.
+
+    Half of the crops that a gray model sees of color pictures are of the full-range luma (KAIR).
+    """
 
     reader: Reader
     scale: int
@@ -164,7 +167,8 @@ class TrainTransform:
         from jaxmodels.restoration import inference
 
         scale, patch = self.scale, self.patch
-        hr = self.reader.high(pair.hr)
+        mixed = self.augment and self.reader.gray and pair.lr is None
+        hr = self.reader.high(pair.hr, mixed and rng.random() < 0.5)
         rows, columns = hr.shape[0] // scale - patch, hr.shape[1] // scale - patch
         if min(rows, columns) < 0:
             raise ValueError(

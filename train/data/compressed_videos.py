@@ -1,9 +1,10 @@
 """Track 2 of AIM 2022: clips shrunk by bicubic interpolation and compressed with HEVC at QP 37.
 
 Folders as the challenge has them: `PATH/HR/001/001.png, 002.png, ...` and the same names under
-`LR`; without an LR folder every video is degraded as a whole, once, into the data folder. Without
-a path clips are rendered from scikit-image's photographs: a camera that pans, zooms and turns over
-a picture, written in the same layout and coded with libx265 (the extra `video`).
+`LR`; without an LR folder every video is cropped to sides that are multiples of 64, as the
+challenge's were, and degraded as a whole, once, into the data folder. Without a path clips are
+rendered from scikit-image's photographs: a camera that pans, zooms and turns over a picture,
+written in the same layout and coded with libx265 (the extra `video`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from train import video_files
 from train.data import compressed_images, degradation, image_pairs, preparation
 
 # hr, lr, val_hr, val_lr: folders of videos below `path`; an empty lr means degraded here, at qp.
@@ -46,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {"skimage": {"rendered": True, "kept": 100
 SPLITS = ("train", "test")
 PUBLISHED_SIZES = {"train": 335, "test": 15}
 
+# Sides of videos that are degraded here are cropped to multiples of this many pixels.
+MULTIPLE = 64
 _SIDE = 256
 _TRAINED, _HELD_OUT = compressed_images.TRAINED, compressed_images.HELD_OUT
 _MOTIONS = 4
@@ -80,11 +84,15 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """One video: its name and the files of its frames, in order."""
+    """One video: its name and the files of its frames, in order.
+
+    cropped: whether `lr` shows the upper left of `hr` alone, having been made of it here.
+    """
 
     name: str
     hr: tuple[str, ...]
     lr: tuple[str, ...]
+    cropped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +120,8 @@ def source(split: str, options: Mapping[str, Any]) -> VideoSource:
     hr, lr = (image_pairs.option_path(options, name) for name in names)
     if not hr.is_dir():
         raise FileNotFoundError(f"no folder {hr} (data.options.{names[0]})")
-    if lr is None:
+    made_here = lr is None
+    if made_here:
         lr = _degraded_folder(hr, options["scale"], options["qp"])
     found = sorted(folder for folder in hr.iterdir() if folder.is_dir())
     if not found:
@@ -128,12 +137,13 @@ def source(split: str, options: Mapping[str, Any]) -> VideoSource:
             raise ValueError(
                 f"video {folder.name}: {len(large)} frames in {hr}, {len(small)} in {lr}"
             )
-        videos.append(Video(folder.name, large, small))
+        videos.append(Video(folder.name, large, small, made_here))
     return VideoSource(tuple(videos), options["clips"] if train else 1)
 
 
 def _frames_of(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(str(f) for f in image_pairs.files_by_stem(folder, "a video's frames").values())
+    files = image_pairs.files_by_stem(folder, "a video's frames").values()
+    return tuple(str(f) for f in sorted(files, key=video_files.frame_number))
 
 
 def _with_folder(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,13 +162,22 @@ def _with_folder(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _degraded_folder(hr: pathlib.Path, scale: int, qp: int) -> pathlib.Path:
     """Low-resolution versions of all videos of a folder, made once in the data folder."""
-    stamp = "|".join(f"{folder.name}:{len(_frames_of(folder))}" for folder in sorted(hr.iterdir()))
-    digest = hashlib.sha256(f"{hr.resolve()}|{scale}|{qp}|{stamp}".encode()).hexdigest()[:16]
+    videos = sorted(f for f in hr.iterdir() if f.is_dir())
+    stamp = "|".join(f"{video.name}:{len(_frames_of(video))}" for video in videos)
+    name = f"{hr.resolve()}|{scale}|{qp}|{MULTIPLE}|{stamp}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
 
     def fill(folder: pathlib.Path) -> None:
-        for video in sorted(f for f in hr.iterdir() if f.is_dir()):
+        for video in videos:
             frames = np.stack([image_pairs.read_rgb(f) for f in _frames_of(video)])
-            write_frames(folder / video.name, degradation.degrade_video(frames, scale, qp))
+            height, width = (n // MULTIPLE * MULTIPLE for n in frames.shape[1:3])
+            if not height or not width:
+                raise ValueError(
+                    f"video {video.name}: frames of {frames.shape[1]}x{frames.shape[2]} pixels, "
+                    f"wanted are at least {MULTIPLE}x{MULTIPLE}"
+                )
+            small = degradation.degrade_video(frames[:, :height, :width], scale, qp)
+            write_frames(folder / video.name, small)
 
     return preparation.prepare_folder(f"compressed_videos_{digest}", None, fill)
 
@@ -249,6 +268,8 @@ class TrainTransform:
         small, large, top, left = [], [], 0, 0
         for number in range(start, start + self.frames):
             lr, hr = self.reader.low(video.lr[number]), self.reader.high(video.hr[number])
+            if video.cropped:
+                hr = hr[: lr.shape[0] * scale, : lr.shape[1] * scale]
             if number == start:
                 image_pairs.check_pair(lr, hr, scale, video.name)
                 if min(lr.shape[:2]) < patch:
@@ -296,7 +317,8 @@ def eval_videos(options: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, n
             np.stack([image_pairs.read_rgb(f) for f in files[:count]])
             for files in (video.lr, video.hr)
         )
-        hr = hr[:, : lr.shape[1] * options["scale"], : lr.shape[2] * options["scale"]]
+        if video.cropped:
+            hr = hr[:, : lr.shape[1] * options["scale"], : lr.shape[2] * options["scale"]]
         image_pairs.check_pair(lr[0], hr[0], options["scale"], video.name)
         yield video.name, lr, hr
 

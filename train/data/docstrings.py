@@ -35,6 +35,7 @@ OPTIONS: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = docstring_corpus.SPLITS
+EMPTY_TITLES = False
 SIZES = {"train": 4526, "validation": 641, "test": 1279}
 
 _HARD_NEGATIVES = 30
@@ -237,6 +238,7 @@ def train_transform(options: Mapping[str, Any]) -> RetrievalExamples:
     own = np.arange(len(c.ids))[:, None]
     if selection is not None and selection.strategy != "gold":
         texts = texts.ranked(options)
+    expansion.tell_spread(options, lambda: relevance_spread(options))
     return RetrievalExamples(
         documents=texts,
         queries=c.query_pieces,

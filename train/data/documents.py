@@ -113,9 +113,11 @@ def folder(options: Mapping[str, Any]) -> pathlib.Path:
             f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings', 'messages'"
         )
     root = pathlib.Path(options["path"] or "").expanduser()
-    if not options["path"] or not (root / "json" / "train.json").is_file():
+    # Held-out text is asked for at the start, not at the first evaluation.
+    names = [f"json/{split}.json" for split in SPLITS]
+    if not options["path"] or not all((root / name).is_file() for name in names):
         raise ValueError(
-            f"data.options.path = {options['path']!r}: wanted a folder with json/train.json, "
+            f"data.options.path = {options['path']!r}: wanted a folder with {', '.join(names)}, "
             f"{options['dict_file']} and {options['spm_model']}"
         )
     return root

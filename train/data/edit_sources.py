@@ -13,10 +13,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxmodels.language import edit_plans
 from train.data import python_sources
 from train.naming import nearest
 
 SPLITS = ("train", "valid", "test")
+# Endings of a split's files: input and output, as published for training or raw; what is published
+# may have the new text beside them.
+ENDINGS = ("buggy", "fixed")
+NEW = "seq"
+FOLDERS = {"published": "CoditT5", "raw": "raw_data"}
 DATASETS = ("comment-update", "code-review", "bf-small", "bf-medium", "pretrain")
 _LAYOUT = {
     tokenize.COMMENT,
@@ -197,36 +203,61 @@ def _git(repository: str | Path, *arguments: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def published(
-    path: str | Path | None, dataset: str, split: str
-) -> tuple[list[str], list[str], list[str]]:
-    """(inputs, plans with targets, targets), one line an example, of the published layout.
+def split_files(
+    path: str | Path | None, dataset: str, split: str, kind: str = "published"
+) -> list[Path]:
+    """The files `{dataset}/{split}.{dataset}.ENDING` of a split, that of `NEW` where it is there.
 
-    Files are `{dataset}/{split}.{dataset}.{buggy,fixed,seq}` below `path` or below its folder
-    `CoditT5`.
+    They are below `path`, or below its folder `CoditT5` (kind "published") or `raw_data` ("raw").
 
-    Raises ValueError for an unknown data set and for files of different length, FileNotFoundError.
+    Raises ValueError for an unknown data set, FileNotFoundError.
     """
     if dataset not in DATASETS:
         raise ValueError(f"data.options.dataset: no {dataset!r}; {nearest(dataset, DATASETS)}")
     if not path:
         raise FileNotFoundError(
-            "data.options.path: the folder of the published data is wanted (CoditT5/ inside it)"
+            f"data.options.path: the folder of the {kind} data is wanted ({FOLDERS[kind]}/ "
+            "inside it)"
         )
-    homes = [Path(path) / "CoditT5" / dataset, Path(path) / dataset]
+    homes = [Path(path) / FOLDERS[kind] / dataset, Path(path) / dataset]
     home = next((h for h in homes if h.is_dir()), None)
     if home is None:
         raise FileNotFoundError(f"data.options.path {path}: neither {homes[0]} nor {homes[1]}")
-    lines = {}
-    for ending in ("buggy", "fixed", "seq"):
-        file = home / f"{split}.{dataset}.{ending}"
+    files = [home / f"{split}.{dataset}.{ending}" for ending in ENDINGS]
+    for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
-        # Only "\n" ends a line: sources hold other separators inside strings.
-        lines[file] = file.read_text("utf-8").removesuffix("\n").split("\n")
-    counts = {file.name: len(found) for file, found in lines.items()}
+    beside = home / f"{split}.{dataset}.{NEW}"
+    return [*files, beside] if kind == "published" and beside.is_file() else files
+
+
+def published(
+    path: str | Path | None, dataset: str, split: str, kind: str = "published"
+) -> tuple[list[str], ...]:
+    """(inputs, plans with targets, targets), one line an example; of raw data (inputs, targets).
+
+    Targets without a file of their own are what stands behind the plans.
+
+    Raises ValueError for an unknown data set and for files of different length, FileNotFoundError.
+    """
+    files = split_files(path, dataset, split, kind)
+    lines = {file.name: lines_of(file) for file in files}
+    counts = {name: len(found) for name, found in lines.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(
-            f"{home}: line counts differ: " + ", ".join(f"{n} in {f}" for f, n in counts.items())
+            f"{files[0].parent}: line counts differ: "
+            + ", ".join(f"{n} in {f}" for f, n in counts.items())
         )
-    return tuple(lines.values())
+    found = list(lines.values())
+    if kind == "published" and len(found) == len(ENDINGS):
+        found.append([" ".join(edit_plans.split_prediction(line)[0]) for line in found[1]])
+    return tuple(found)
+
+
+def lines_of(path: str | Path) -> list[str]:
+    """Lines of a file. Only a newline ends one: sources hold other separators inside strings.
+
+    Bytes that are no UTF-8 become U+FFFD, as in the published reader.
+    """
+    text = Path(path).read_bytes().decode("utf-8", "replace")
+    return text.removesuffix("\n").split("\n")

@@ -2,7 +2,9 @@
 
 Variants: `repairs`, statements of Python's library with a bug to mend; `pretraining`, its code and
 docstrings corrupted as CoditT5 corrupts them; `git`, the edits of a repository's history;
-`published`, the files of the published data sets. Splits are by source file.
+`published`, the files of the published data sets, whose splits are their own; `raw`, the raw ones
+that those are made of (`old <s> context1 <s> context2` and the new text). Other splits are by
+source file.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxmodels.language import edit_corruption, edit_plans
+from jaxmodels.language import edit_corruption, edit_metrics, edit_plans
 from train.data import array_source, bug_injection, code_tokenizer, edit_sources, preparation
 from train.data.code_tokenizer import CodeTokenizer
 from train.naming import nearest
 
-TASKS = ("repairs", "pretraining", "git", "published")
+# Tasks whose examples stand in files; the others make theirs.
+FILES = tuple(edit_sources.FOLDERS)
+TASKS = ("repairs", "pretraining", "git", *FILES)
 TARGETS = ("plan", "sequence")
 OPTIONS: dict[str, Any] = {
     "task": "repairs",
@@ -30,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "target": "plan",
     "packages": ("stdlib",),
     "repository": None,  # git: a working copy or bare repository
-    "dataset": "bf-small",  # published: its name
+    "dataset": "bf-small",  # published, raw: its name
     "tokenizer": None,  # folder of vocab.json and merges.txt; None trains one on the texts
     "vocabulary": 2048,
     "max_source": 64,
@@ -46,7 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "repairs": {},
     "pretraining": {"task": "pretraining", "words": (5, 32), "max_source": 96, "max_target": 160},
     "git": {"task": "git", "words": (4, 24), "max_source": 96, "max_target": 144},
-    "published": {"task": "published", "max_source": 512, "max_target": 512, "truncate": True},
+    **{
+        kind: {"task": kind, "max_source": 512, "max_target": 512, "truncate": True}
+        for kind in FILES
+    },
 }
 SPLITS = edit_sources.SPLITS
 PUBLISHED_SIZES = {"bf-small": (46680, 5835, 5835), "bf-medium": (52364, 6545, 6545)}
@@ -149,7 +156,7 @@ def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Number of examples of each split; the published numbers for data that is not there."""
-    if options["task"] == "published" and not options["path"]:
+    if options["task"] in FILES and not options["path"]:
         return dict(zip(SPLITS, PUBLISHED_SIZES.get(options["dataset"], (0, 0, 0))))
     return {split: len(source(split, options)) for split in SPLITS}
 
@@ -168,7 +175,7 @@ def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
     """Texts of a split, by `index`: `edit_sources.Text` fields, or published lines."""
     _check(options)
     key = _frozen(options)
-    found = (_published if key[0] == "published" else _texts)(split, *key)
+    found = (_published if key[0] in FILES else _texts)(split, *key)
     most = int(options["evaluated"])
     if split == SPLITS[0] or not most:
         return found
@@ -183,7 +190,7 @@ def _frozen(options: Mapping[str, Any]) -> tuple:
         options["repository"],
         tuple(options["words"]),
         int(options["limit"]),
-        options["path"] if options["task"] == "published" else directory,
+        options["path"] if options["task"] in FILES else directory,
         options["dataset"],
     )
 
@@ -210,14 +217,17 @@ def _texts(split, task, packages, repository, words, limit, directory, dataset):
 
 @functools.lru_cache(maxsize=8)
 def _published(split, task, packages, repository, words, limit, path, dataset):
-    del task, packages, repository, words
-    lines = edit_sources.published(path, dataset, split)
+    del packages, repository, words
+    lines = edit_sources.published(path, dataset, split, task)
     keep = slice(limit or None)
-    arrays = {
-        name: np.array(found[keep], object)
-        for name, found in zip(("source", "output", "new"), lines)
-    }
+    names = ("source", "output", "new") if task == "published" else ("source", "new")
+    arrays = {name: np.array(found[keep], object) for name, found in zip(names, lines)}
     return array_source.ArraySource({**arrays, "index": np.arange(len(arrays["new"]))})
+
+
+def check_split(split: str, options: Mapping[str, Any]) -> None:
+    """Raises FileNotFoundError where files of a split of `published` or `raw` are missing."""
+    edit_sources.split_files(options["path"], options["dataset"], split, options["task"])
 
 
 def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
@@ -225,7 +235,7 @@ def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
     if options["tokenizer"]:
         return _loaded(str(options["tokenizer"]))
     key = _frozen(options)
-    if key[0] != "published":
+    if key[0] not in FILES:
         # One vocabulary for all of them, so that weights go from pre-training to any fine-tuning.
         fixed = {**options, "task": "repairs", "repository": None, "words": _VOCABULARY_WORDS}
         key = _frozen(fixed)
@@ -239,7 +249,7 @@ def _loaded(folder: str) -> CodeTokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _trained(vocabulary: int, key: tuple) -> CodeTokenizer:
-    if key[0] == "published":
+    if key[0] in FILES:
         found = _published(SPLITS[0], *key).arrays
         texts = [*found["source"], *found["new"]]
     else:
@@ -256,6 +266,12 @@ def example_of(
         old = raw["source"].split(f" {edit_plans.CONTEXT}")[0].strip()
         output = raw["output"] if options["target"] == "plan" else raw["new"]
         return Example(raw["source"], output, old, raw["new"])
+    if options["task"] == "raw":
+        old, contexts = edit_plans.read_raw_line(raw["source"])
+        new = " ".join(raw["new"].split())
+        comments = options["dataset"] == "comment-update"
+        output = gold_output(old, new, comments=comments) if options["target"] == "plan" else new
+        return Example(edit_plans.model_input(old, contexts), output, old, new)
     words, contexts, new = raw["text"].split(), [raw["context"]], raw["new"]
     if options["task"] == "repairs":
         old = " ".join(bug_injection.inject(words, rng) or words)
@@ -267,6 +283,17 @@ def example_of(
     contexts = contexts if options["context"] else []
     output = edit_plans.model_output(old, new) if options["target"] == "plan" else new
     return Example(edit_plans.model_input(old, contexts), output, old, new)
+
+
+def gold_output(old: str, new: str, *, comments: bool = False) -> str:
+    """`plan <s> new`; the plan of `comments` is that of the texts without @return, @param, @throws.
+
+    (The README of EngineeringSoftware/CoditT5 on its data set comment-update.)
+    """
+    if not comments:
+        return edit_plans.model_output(old, new)
+    bare = (edit_metrics.remove_tags(text).split() for text in (old, new))
+    return f"{' '.join(edit_plans.plan(*bare))} {edit_plans.TARGET} {new}"
 
 
 def corrupted(words: list[str], modality: str, rng: np.random.Generator) -> list[str]:
@@ -323,8 +350,7 @@ def eval_examples(split: str, options: Mapping[str, Any]) -> list[Example]:
 
 def read_lines(path: str | Path) -> list[tuple[str, list[str]]]:
     """(old, contexts) of every line `old <s> context1 <s> context2` of a file."""
-    lines = Path(path).read_text("utf-8").removesuffix("\n").split("\n")
-    found = [edit_plans.read_raw_line(line) for line in lines]
+    found = [edit_plans.read_raw_line(line) for line in edit_sources.lines_of(path)]
     for n, (old, _) in enumerate(found, 1):
         if not old:
             raise ValueError(f"{path}, line {n}: empty input")

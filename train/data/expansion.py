@@ -8,7 +8,7 @@ of the example, for negatives as well.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -60,6 +60,9 @@ class RankedDocuments(Documents, Protocol):
 
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of the pseudo queries by rank against a real query, which itself is left out."""
+
+    def count(self, query: int, row: int) -> int:
+        """How many there were to rank, before the filter."""
 
 
 def check_options(options: Mapping[str, Any]) -> capstone.Selection | None:
@@ -122,6 +125,24 @@ def stages(options: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         options["curriculum_steps"], options["n_parts"], options["expansion"] == "gradual-gold"
     )
     return [(step, {**options, "part": part}) for step, part in parts]
+
+
+_TOLD: set[tuple] = set()
+
+
+def tell_spread(
+    options: Mapping[str, Any], spread: Callable[[], Sequence[tuple[float, float, float]]]
+) -> None:
+    """Prints, once, how similar each part's pseudo queries are: without range, no curriculum."""
+    key = (options["path"], options["n_parts"], options["filter_threshold"])
+    if not str(options["expansion"]).startswith("gradual") or key in _TOLD:
+        return
+    _TOLD.add(key)
+    parts = (
+        f"part {number} {mean:.3f} ({low:.3f} to {high:.3f})"
+        for number, (mean, low, high) in enumerate(spread(), 1)
+    )
+    print(f"ROUGE-L of pseudo queries with the real query: {', '.join(parts)}")
 
 
 def hard_negatives(negatives: Sequence[int], count: int) -> list[int]:
@@ -243,7 +264,7 @@ class RetrievalExamples:
         if self.selection.strategy == "gold":
             return self.layout.row(fields, self.queries[query])
         order = self.documents.order(query, row)
-        chosen = self.selection.choose(rng, order, query)
+        chosen = self.selection.choose(rng, order, query, self.documents.count(query, row))
         pseudo = self.queries[query] if chosen < 0 else self.documents.pseudo(row)[chosen]
         return self.layout.row(fields, pseudo)
 
@@ -299,6 +320,7 @@ class RankTable:
             1,
         )
         self.order = np.full((len(pairs), most), -1, np.int8)
+        self.totals = np.zeros(len(pairs), np.int8)
         self.scores = np.zeros((len(pairs), most), np.float32)
         for start in range(0, len(pairs), max(_PAIRS // most, 1)):
             part = pairs[start : start + max(_PAIRS // most, 1)]
@@ -314,6 +336,7 @@ class RankTable:
                 raise ValueError(
                     f"document row {document}: no pseudo queries but the real query {query}"
                 )
+            self.totals[start : start + len(part)] = keep.sum(1)
             kept = keep & (f <= filter_threshold)
             empty = ~kept.any(1)
             lowest = np.where(keep, f, np.inf).argmin(1)
@@ -326,21 +349,28 @@ class RankTable:
 
     def __call__(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank. Raises ValueError for a pair not in the table."""
+        order = self.order[self._pair(query, row)]
+        return order[order >= 0]
+
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return int(self.totals[self._pair(query, row)])
+
+    def _pair(self, query: int, row: int) -> int:
         slot = np.flatnonzero(self.candidates[query] == row)
         if not len(slot):
             raise ValueError(f"document {row} is no candidate of query {query}")
-        order = self.order[query * self.candidates.shape[1] + int(slot[0])]
-        return order[order >= 0]
+        return query * self.candidates.shape[1] + int(slot[0])
 
     def spread(self, n_parts: int) -> list[tuple[float, float, float]]:
         """(mean, least, largest) score of each part, 1 to N, over all pairs."""
         rows: list[list[np.ndarray]] = [[] for _ in range(n_parts)]
-        counts = (self.order >= 0).sum(1)
-        for m in np.unique(counts):
-            scores = self.scores[counts == m]
+        counts = np.stack([self.totals, (self.order >= 0).sum(1)], 1)
+        for total, m in np.unique(counts, axis=0).tolist():
+            scores = self.scores[(counts == (total, m)).all(1)]
             for part in range(1, n_parts + 1):
-                first, last = capstone.part_range(int(m), n_parts, part)
-                rows[part - 1].append(scores[:, first - 1 : last].ravel())
+                first, last = capstone.part_range(total, n_parts, part)
+                rows[part - 1].append(scores[:, min(first, m) - 1 : min(last, m)].ravel())
         joined = [np.concatenate(r) for r in rows]
         return [(float(r.mean()), float(r.min()), float(r.max())) for r in joined]
 
@@ -366,3 +396,7 @@ class Ranked:
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank."""
         return self.table(query, row)
+
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return self.table.count(query, row)

@@ -207,7 +207,8 @@ def read_clip(
 
 
 def _landmarks_of(path: Path, required: bool) -> np.ndarray | None:
-    file = path.with_suffix(".npz")
+    # A folder's name may hold dots.
+    file = path.with_name(path.name + ".npz") if path.is_dir() else path.with_suffix(".npz")
     if not file.is_file():
         if required:
             raise ConfigError(f"{path}: needs landmarks [frames, 68, 2] in {file.name}")

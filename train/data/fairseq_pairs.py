@@ -194,14 +194,19 @@ class PairTransform:
     left_pad_source: bool
     reverse_target: bool
 
-    def __call__(self, pair, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        del rng
+    def texts(self, pair) -> tuple[np.ndarray, np.ndarray]:
+        """(source, target) tokens of an example before they are truncated: what it asks for."""
         tokens, target = pair
         check_ids(tokens, self.vocab_size)
         check_ids(target, self.vocab_size)
         if self.reverse_target:
             words = tokens[tokens != EOS_ID][: min(self.max_source, self.max_target) - 1]
             tokens, target = np.append(words, EOS_ID), np.append(words[::-1], EOS_ID)
+        return tokens, target
+
+    def __call__(self, pair, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        del rng
+        tokens, target = self.texts(pair)
         targets = source_row(target, self.max_target, left_pad=False)
         previous = padded(np.append(EOS_ID, targets[targets != PAD_ID][:-1]), self.max_target)
         return {

@@ -3,7 +3,7 @@
 `procedural`: crops of scikit-image's color photographs (left halves train, right halves test), each
 passed through one of nine tools that leave traces as forgery tools do. The first `known` tools are
 labeled, the others appear unlabeled only. `folders`: the layout of OpenWorld-DeepFakeAttribution,
-`PATH/<group>/<method>/<dataset>/*.png`, known methods first in the order of `known_methods`.
+`PATH/<group>/<method>/<dataset>/*.png`, cropped faces (see `forgery_folders`).
 
 Variant `attribution`: an example is a labeled image of a known tool and an unlabeled image of any.
 Variant `detection`: one image, real (0) or fake (1).
@@ -23,26 +23,45 @@ import jax
 import numpy as np
 from PIL import Image
 
-from train.data import textures
+from train.data import forgery_folders, textures
 
 OPTIONS: dict[str, Any] = {
     "set": "procedural",
     "task": "attribution",
     "image_size": 64,
     "known": 5,
-    "real": False,  # attribution: unlabeled images may be real too, one more novel class
-    "known_methods": (),
+    "real": False,  # attribution: there are real images too; of procedures one more novel class
+    "known_methods": forgery_folders.KNOWN_METHODS,
     "examples": 4096,
     "test_examples": 512,
     "shuffled_labels": False,  # a control: labels of the labeled images say nothing
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
-    "augment": True,
+    "augment": True,  # a flip, and the following: the share of images, and the range
+    "resized_crop": 0.0,
+    "resized_crop_scale": (0.5, 1.0),  # area of the part
+    "blur": 0.0,
+    "blur_sigma": (0.5, 0.5),
+    "light": 0.0,
+    "brightness": 0.2,  # at most so much of white is added or taken
+    "contrast": 0.2,
+    "jpeg": 0.0,
+    "jpeg_quality": (70, 100),
     "threads": 1,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "attribution": {"task": "attribution"},
-    "detection": {"task": "detection", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    # Milder than published: some of the procedures are a blur and a JPEG themselves.
+    "detection": {
+        "task": "detection",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "blur": 0.1,
+        "light": 0.5,
+        "brightness": 12 / 255,
+        "contrast": 0.1,
+        "jpeg": 0.3,
+    },
 }
 SPLITS = ("train", "test")
 # Color photographs without gray twins: indices into the texture set.
@@ -51,9 +70,7 @@ _COLOR = tuple(
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg",
                  "retina.jpg", "rocket.jpg")
 )  # fmt: skip
-_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")
 _SEED = 20220917
-_HELD_OUT = 5  # every fifth file of a folder tests
 
 
 # Tools: (rng, crop uint8 [S, S, 3], another crop) -> uint8 [S, S, 3]
@@ -153,8 +170,14 @@ TOOLS: dict[str, Callable] = {
 
 def class_count(options: Mapping[str, Any]) -> int:
     """Known and novel classes together (real faces among the novel ones where they appear)."""
-    tools = TOOLS if options["set"] == "procedural" else _methods(_root(options), options)
-    return len(tools) + bool(options["real"])
+    if options["set"] == "folders":
+        return len(_folders(options).classes)
+    return len(TOOLS) + bool(options["real"])
+
+
+def known_count(options: Mapping[str, Any]) -> int:
+    """Classes that are labeled; they come first."""
+    return _folders(options).known_count if options["set"] == "folders" else options["known"]
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -184,7 +207,7 @@ def eval_element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStr
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Number of examples of each split."""
     if options["set"] == "folders" and options["path"]:
-        return {s: len(_folder_files(_root(options), s, options["known_methods"])) for s in SPLITS}
+        return {split: len(_folders(options).faces(split)) for split in SPLITS}
     return {"train": options["examples"], "test": options["test_examples"]}
 
 
@@ -205,7 +228,7 @@ class Source:
 def source(split: str, options: Mapping[str, Any]) -> Source:
     """The examples of a split."""
     if options["set"] == "folders":
-        _folder_files(_root(options), split, tuple(options["known_methods"]))
+        _check_folders(options)
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return Source(split, tuple(sorted(frozen.items())))
 
@@ -243,43 +266,37 @@ def _root(options: Mapping[str, Any]) -> str:
     return str(pathlib.Path(options["path"]).expanduser())
 
 
-@functools.lru_cache(maxsize=4)
-def _methods_of(root: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    found = sorted({p.name for p in pathlib.Path(root).glob("*/*") if p.is_dir()})
-    if not found:
-        raise FileNotFoundError(f"data.options.path {root}: no <group>/<method> folders there")
-    absent = [m for m in known if m not in found]
-    if absent:
-        raise ValueError(f"data.options.known_methods: no folder of {absent}; there are {found}")
-    return (*known, *(m for m in found if m not in known))
+def _folders(options) -> forgery_folders.Folders:
+    detection = options["task"] == "detection"
+    return forgery_folders.folders(
+        _root(options),
+        () if detection else tuple(options["known_methods"]),
+        real=detection or bool(options["real"]),
+        by_video=detection,
+    )
 
 
-def _methods(root: str, options) -> tuple[str, ...]:
-    return _methods_of(root, tuple(options["known_methods"]))
+def _check_folders(options) -> None:
+    """Refuse folders without what the task needs."""
+    found = _folders(options)
+    if options["task"] == "detection":
+        kinds = {found.is_real(label) for label in range(len(found.classes))}
+        if kinds != {True, False}:
+            raise ValueError(
+                f"data.options.path: detection needs a method named real (or original) and fakes, "
+                f"got {list(found.classes)}"
+            )
+    elif not found.by_class("train", True):
+        raise ValueError(
+            f"data.options.known_methods: no labeled images; there are {list(found.classes)}"
+        )
 
 
-@functools.lru_cache(maxsize=4)
-def _folder_files(root: str, split: str, known: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    methods, found = _methods_of(root, tuple(known)), []
-    for folder in sorted(pathlib.Path(root).glob("*/*/*")):
-        if not folder.is_dir():
-            continue
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
-        held = [(i % _HELD_OUT == _HELD_OUT - 1) == (split == "test") for i in range(len(files))]
-        label = methods.index(folder.parent.name)
-        found += [(str(p), label) for p, keep in zip(files, held) if keep]
-    return tuple(found)
-
-
-def _folder_image(rng, split, options, known_only: bool) -> tuple[np.ndarray, int]:
-    files = _folder_files(_root(options), split, tuple(options["known_methods"]))
-    if known_only:
-        files = tuple(f for f in files if f[1] < len(options["known_methods"]))
-    # A balanced sampler: the method first, then one of its files.
-    labels = sorted({label for _, label in files})
-    label = labels[rng.integers(len(labels))]
-    own = [file for file, its in files if its == label]
-    return _read_resized(own[rng.integers(len(own))], options), label
+def _folder_face(rng, split, options, labeled: bool) -> forgery_folders.Face:
+    """A balanced sampler: the class first, then one of its files."""
+    rows = _folders(options).by_class(split, labeled)
+    own = rows[rng.integers(len(rows))]
+    return own[rng.integers(len(own))]
 
 
 def _read_resized(path, options) -> np.ndarray:
@@ -293,13 +310,30 @@ def _normalized(image: np.ndarray, options) -> np.ndarray:
     return ((np.asarray(image, np.float32) / 255 - mean) / std).astype(np.float32)
 
 
-def _flipped(rng, image, options):
-    return image[:, ::-1] if options["augment"] and rng.random() < 0.5 else image
+def _augmented(rng, image, options):
+    """What training sees of an image uint8 [S, S, 3]."""
+    if not options["augment"]:
+        return image
+    image = _degraded(rng, image, options)
+    image = image[:, ::-1] if rng.random() < 0.5 else image
+    share = options["resized_crop"]
+    return _resized_crop(rng, image, options) if share and rng.random() < share else image
+
+
+def _resized_crop(rng, image, options):
+    """A random part of the image, sides at most 3:4 of each other, at its full size."""
+    side, scale = image.shape[0], options["resized_crop_scale"]
+    area = rng.uniform(*scale) * side**2
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    height, width = (min(round(float(np.sqrt(area * r))), side) for r in (1 / ratio, ratio))
+    top, left = rng.integers(side - height + 1), rng.integers(side - width + 1)
+    part = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
+    return np.asarray(part.resize((side, side), Image.Resampling.BILINEAR))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Draws the tools, then flips at random and normalizes."""
+    """Draws the tools (or files), augments and normalizes."""
 
     options: Any
 
@@ -307,13 +341,13 @@ class TrainTransform:
         options = dict(self.options)
         split = example["split"]
         if options["task"] == "detection":
-            image, label, _ = _detection_example(rng, split, options)
-            image = _degraded(rng, image) if options["augment"] else image
-            image = _normalized(_flipped(rng, image, options), options)
+            image, label = _detection_example(rng, split, options)
+            image = _normalized(_augmented(rng, image, options), options)
             return {"image": image, "label": np.int32(label)}
         if options["set"] == "folders":
-            labeled, label = _folder_image(rng, split, options, known_only=True)
-            free, hidden = _folder_image(rng, split, options, known_only=False)
+            faces = [_folder_face(rng, split, options, labeled) for labeled in (True, False)]
+            labeled, free = (_read_resized(face.path, options) for face in faces)
+            label, hidden = (face.label for face in faces)
         else:
             label = int(rng.integers(options["known"]))
             hidden = int(rng.integers(class_count(options)))
@@ -322,34 +356,37 @@ class TrainTransform:
             if options["shuffled_labels"]:
                 label = int(rng.integers(options["known"]))
         return {
-            "image": _normalized(_flipped(rng, labeled, options), options),
+            "image": _normalized(_augmented(rng, labeled, options), options),
             "label": np.int32(label),
-            "unlabeled": _normalized(_flipped(rng, free, options), options),
+            "unlabeled": _normalized(_augmented(rng, free, options), options),
             "unlabeled_label": np.int32(hidden),
         }
 
 
-def _detection_example(rng, split, options) -> tuple[np.ndarray, int, int]:
+def _detection_example(rng, split, options) -> tuple[np.ndarray, int]:
     if options["set"] == "folders":
-        image, label = _folder_image(rng, split, options, known_only=False)
-        # A method named `real` or `original` is what the others are told from.
-        real = _methods(_root(options), options)[label].lower() in ("real", "original")
-        return image, int(not real), label
+        face = _folder_face(rng, split, options, labeled=False)
+        return _read_resized(face.path, options), int(not _folders(options).is_real(face.label))
     fake = int(rng.integers(2))
     tool = int(rng.integers(len(TOOLS))) if fake else None
-    return draw(rng, split, options, tool), fake, tool if fake else -1
+    return draw(rng, split, options, tool), fake
 
 
-def _degraded(rng, image):
-    """DeepfakeBench's augmentations: blur, brightness and contrast, JPEG of quality 40-100."""
+def _degraded(rng, image, options):
+    """Blur, brightness and contrast, JPEG, each of a share of the images."""
     from scipy.ndimage import gaussian_filter
 
-    if rng.random() < 0.1:
-        image = _clip(gaussian_filter(image.astype(float), (0.5, 0.5, 0)))
-    if rng.random() < 0.5:
-        image = _clip((image - 128.0) * rng.uniform(0.9, 1.1) + 128 + rng.uniform(-12, 12))
-    if rng.random() < 0.3:
-        image = _jpeg(rng, image, None, quality=int(rng.integers(70, 101)))
+    if options["blur"] and rng.random() < options["blur"]:
+        low, high = options["blur_sigma"]
+        sigma = rng.uniform(low, high) if high > low else low
+        image = _clip(gaussian_filter(image.astype(float), (sigma, sigma, 0)))
+    if options["light"] and rng.random() < options["light"]:
+        gain = rng.uniform(1 - options["contrast"], 1 + options["contrast"])
+        shift = 255 * options["brightness"]
+        image = _clip((image - 128.0) * gain + 128 + rng.uniform(-shift, shift))
+    if options["jpeg"] and rng.random() < options["jpeg"]:
+        low, high = options["jpeg_quality"]
+        image = _jpeg(rng, image, None, quality=int(rng.integers(low, high + 1)))
     return image
 
 
@@ -362,27 +399,24 @@ class EvalTransform:
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         options, index = dict(self.options), example["index"]
         rng = np.random.default_rng((_SEED, index))
-        if options["task"] == "detection":
+        if options["set"] == "folders":
+            face = _folders(options).faces(example["split"])[index]
+            image, label = _read_resized(face.path, options), face.label
+            video = face.video
+            if options["task"] == "detection":
+                label = int(not _folders(options).is_real(label))
+        elif options["task"] == "detection":
             # Four frames a video: the same tool on neighboring draws.
             video = index // 4
             kind = np.random.default_rng((_SEED, 1, video))
-            if options["set"] == "folders":
-                image, label, _ = _detection_example(rng, example["split"], options)
-                video = index
-            else:
-                label = int(kind.integers(2))
-                tool = int(kind.integers(len(TOOLS))) if label else None
-                image = draw(rng, example["split"], options, tool)
-            image = _normalized(image, options)
-            return {"image": image, "label": np.int32(label), "video": np.int32(video)}
-        if options["set"] == "folders":
-            files = _folder_files(_root(options), example["split"], tuple(options["known_methods"]))
-            path, label = files[index]
-            image = _read_resized(path, options)
+            label = int(kind.integers(2))
+            tool = int(kind.integers(len(TOOLS))) if label else None
+            image = draw(rng, example["split"], options, tool)
         else:
             label = index % class_count(options)
             image = draw(rng, example["split"], options, label if label < len(TOOLS) else None)
-        return {"image": _normalized(image, options), "label": np.int32(label)}
+        found = {"image": _normalized(image, options), "label": np.int32(label)}
+        return {**found, "video": np.int32(video)} if options["task"] == "detection" else found
 
 
 def train_transform(options: Mapping[str, Any]) -> TrainTransform:

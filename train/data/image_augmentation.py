@@ -228,7 +228,7 @@ def random_erasing(
     return image
 
 
-# RandAugment, as timm's `rand-mM-mstdS` without `inc1`
+# RandAugment, as timm's `rand-mM-mstdS`, without and with `inc1`
 
 _MAX_LEVEL = 10.0
 
@@ -251,6 +251,15 @@ RAND_AUGMENT_ARGUMENTS: dict[str, tuple[Callable[[float], float] | None, bool]] 
     "TranslateYRel": (lambda level: level / _MAX_LEVEL * 0.45, True),
 }
 
+# The same under timm's `inc1`: every operation grows with the level, enhancements away from 1.
+_ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
+RAND_AUGMENT_INCREASING = {
+    **RAND_AUGMENT_ARGUMENTS,
+    "Posterize": (lambda level: 4 - int(level / _MAX_LEVEL * 4), False),
+    "Solarize": (lambda level: 256 - int(level / _MAX_LEVEL * 256), False),
+    **{name: (lambda level: level / _MAX_LEVEL * 0.9, True) for name in _ENHANCEMENTS},
+}
+
 # timm fills with the data set's mean color.
 IMAGENET_FILL = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
 
@@ -260,6 +269,7 @@ def rand_augment(
     image: Image.Image,
     magnitude: float = 9.0,
     magnitude_std: float = 0.5,
+    increasing: bool = False,
     num_ops: int = 2,
     probability: float = 0.5,
     fill: tuple[int, int, int] = IMAGENET_FILL,
@@ -268,18 +278,22 @@ def rand_augment(
 
     `num_ops` operations drawn with replacement from the fifteen of `RAND_AUGMENT_ARGUMENTS`; each
     is applied with `probability` at a level drawn from N(magnitude, magnitude_std) and clipped to
-    [0, 10]. Unlike the "increasing" set (`inc1`), Posterize and Solarize weaken as the level grows
-    and the enhancements go from 0.1 to 1.9.
+    [0, 10]. Posterize and Solarize weaken as the level grows and the enhancements go from 0.1 to
+    1.9; in the set `increasing` (timm's `inc1`) the former grow stronger, and the latter are
+    1 + 0.9 level / 10 or 1 - 0.9 level / 10.
     """
-    names = tuple(RAND_AUGMENT_ARGUMENTS)
+    arguments = RAND_AUGMENT_INCREASING if increasing else RAND_AUGMENT_ARGUMENTS
+    names = tuple(arguments)
     for choice in rng.integers(len(names), size=num_ops):
         if rng.random() >= probability:
             continue
         level = float(np.clip(rng.normal(magnitude, magnitude_std), 0, _MAX_LEVEL))
-        to_argument, signed = RAND_AUGMENT_ARGUMENTS[names[choice]]
+        to_argument, signed = arguments[names[choice]]
         argument = to_argument(level) if to_argument else 0.0
         if signed and rng.random() < 0.5:
             argument = -argument
+        if increasing and names[choice] in _ENHANCEMENTS:
+            argument = 1 + argument
         interpolation = INTERPOLATIONS[int(rng.integers(2))]
         image = apply_operation(image, names[choice], argument, interpolation, fill)
     return image

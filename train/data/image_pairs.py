@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxmodels.restoration import metrics
 from train.data import degradation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -22,8 +23,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MARGIN = 16
 
 
-def read_rgb(path: str | pathlib.Path, gray: bool = False) -> np.ndarray:
+def read_rgb(path: str | pathlib.Path, gray: bool = False, full_range: bool = False) -> np.ndarray:
     """uint8 [H, W, 3] of an image file; with `gray` the luma [H, W, 1] of it.
+
+    The luma of a color picture is BT.601's studio-range Y, rounded, on which published gray results
+    are measured; with `full_range` it is JPEG's own Y.
 
     Raises ValueError for gray pictures where color is wanted, and for pictures with an alpha
     channel or a palette, which are never flattened silently.
@@ -37,7 +41,9 @@ def read_rgb(path: str | pathlib.Path, gray: bool = False) -> np.ndarray:
                 f"{path}: {kind.get(image.mode, 'a picture of mode ' + image.mode)}; wanted "
                 + ("RGB or L" if gray else "RGB; for gray ones use a model with in_chans=1")
             )
-        pixels = np.asarray(image.convert("L") if gray else image)
+        pixels = np.asarray(image.convert("L") if gray and full_range else image)
+    if gray and not full_range:
+        pixels = np.rint(metrics.luma(pixels)).astype(np.uint8)
     return pixels[..., None] if gray else pixels
 
 
@@ -92,6 +98,11 @@ class Reader:
         self.arguments = (kept, scale, gray, crop)
         self._read = functools.lru_cache(maxsize=kept)(self._decode)
 
+    @property
+    def gray(self) -> bool:
+        """Whether pictures are read as their luma."""
+        return self.arguments[2]
+
     def __reduce__(self):
         return Reader, self.arguments
 
@@ -101,17 +112,17 @@ class Reader:
     def __hash__(self) -> int:
         return hash(self.arguments)
 
-    def high(self, path: str) -> np.ndarray:
-        """The picture, sides multiples of the scale."""
-        return self._read(path, True)
+    def high(self, path: str, full_range: bool = False) -> np.ndarray:
+        """The picture, sides multiples of the scale; `full_range` as in `read_rgb`."""
+        return self._read(path, True, full_range)
 
     def low(self, path: str) -> np.ndarray:
         """The partner as it is."""
-        return self._read(path, False)
+        return self._read(path, False, False)
 
-    def _decode(self, path: str, high: bool) -> np.ndarray:
+    def _decode(self, path: str, high: bool, full_range: bool) -> np.ndarray:
         _, scale, gray, crop = self.arguments
-        image = read_rgb(path, gray)
+        image = read_rgb(path, gray, full_range)
         if not high:
             return image
         if crop:

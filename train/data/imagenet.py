@@ -24,7 +24,8 @@ from PIL import Image
 from train.data import image_augmentation, preparation
 
 # reader: "auto" takes folders where they are, TFDS else. color_jitter: strength, 0 for none; as in
-# timm it is left out when rand_augment is on. rand_augment: timm's name for it, or "". erasing:
+# timm it is left out when rand_augment is on, unless jitter_too. rand_augment: timm's name for it,
+# or "". crop_interpolation: of training crops, bilinear, bicubic, or "random" for either. erasing:
 # probability. crop_fraction, interpolation: of the evaluation.
 OPTIONS: dict[str, Any] = {
     "image_size": 224,
@@ -34,6 +35,8 @@ OPTIONS: dict[str, Any] = {
     "ratio": (3 / 4, 4 / 3),
     "color_jitter": 0.4,
     "rand_augment": "",
+    "jitter_too": False,
+    "crop_interpolation": "random",
     "erasing": 0.2,
     "crop_fraction": 0.875,
     "interpolation": "bicubic",
@@ -285,18 +288,20 @@ class TrainTransform:
     scale: tuple[float, float]
     ratio: tuple[float, float]
     color_jitter: float
-    rand_augment: tuple[float, float] | None
+    rand_augment: tuple[float, float, bool] | None
+    jitter_too: bool
+    crop_interpolations: tuple[Image.Resampling, ...]
     erasing: float
 
     def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image = decode(example["bytes"], example["name"])
         image = image_augmentation.random_resized_crop(
-            rng, image, self.image_size, self.scale, self.ratio
+            rng, image, self.image_size, self.scale, self.ratio, self.crop_interpolations
         )
         image = image_augmentation.random_horizontal_flip(rng, image)
         if self.augment and self.rand_augment:
             image = image_augmentation.rand_augment(rng, image, *self.rand_augment)
-        elif self.augment and self.color_jitter:
+        if self.augment and self.color_jitter and (self.jitter_too or not self.rand_augment):
             image = image_augmentation.color_jitter(rng, image, self.color_jitter)
         pixels = image_augmentation.normalize(image)
         if self.augment:
@@ -325,6 +330,13 @@ class EvalTransform:
 
 def train_transform(options: Mapping[str, Any]) -> TrainTransform:
     """The training transform of these options."""
+    name = options["crop_interpolation"]
+    if name != "random" and name not in _INTERPOLATIONS:
+        raise ValueError(
+            f"data.options.crop_interpolation must be one of random, {', '.join(_INTERPOLATIONS)}, "
+            f"not {name!r}"
+        )
+    drawn = image_augmentation.INTERPOLATIONS
     return TrainTransform(
         image_size=options["image_size"],
         augment=bool(options["augment"]),
@@ -332,6 +344,8 @@ def train_transform(options: Mapping[str, Any]) -> TrainTransform:
         ratio=tuple(options["ratio"]),
         color_jitter=float(options["color_jitter"]),
         rand_augment=parse_rand_augment(options["rand_augment"]),
+        jitter_too=bool(options["jitter_too"]),
+        crop_interpolations=drawn if name == "random" else (_INTERPOLATIONS[name],),
         erasing=float(options["erasing"]),
     )
 
@@ -354,15 +368,15 @@ def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarra
     return eval_transform(options)(example)["image"]
 
 
-def parse_rand_augment(text: str) -> tuple[float, float] | None:
-    """(magnitude, magnitude std) of timm's `rand-mM-mstdS`; None for the empty string.
+def parse_rand_augment(text: str) -> tuple[float, float, bool] | None:
+    """(magnitude, its std, increasing) of timm's `rand-mM-mstdS-inc1`; None for the empty string.
 
     Raises:
-      ValueError: another form, `inc1` included.
+      ValueError: another form.
     """
     if not text:
         return None
-    magnitude, std = 10.0, 0.0
+    magnitude, std, increasing = 10.0, 0.0, False
     policy, *sections = text.split("-")
     try:
         if policy != "rand":
@@ -370,6 +384,8 @@ def parse_rand_augment(text: str) -> tuple[float, float] | None:
         for section in sections:
             if section.startswith("mstd"):
                 std = float(section[4:])
+            elif section in ("inc0", "inc1"):
+                increasing = section == "inc1"
             elif section.startswith("m"):
                 magnitude = float(section[1:])
             else:
@@ -378,7 +394,7 @@ def parse_rand_augment(text: str) -> tuple[float, float] | None:
         raise ValueError(
             f"data.options.rand_augment must look like rand-m9-mstd0.5, not {text!r}"
         ) from None
-    return magnitude, std
+    return magnitude, std, increasing
 
 
 def _subfolders(root: str) -> list[str]:

@@ -5,10 +5,15 @@ On-disk formats, blanks being tabs:
 - `marco` (PROD): `para.txt` (id, text), `para.title.txt` (id, title), `train.query.txt` and
   `dev.query.txt` (id, query), `qrels.train.tsv` (query, 0, document, 1), `qrels.dev.tsv` (query,
   document); training lists are JSON: [{query_id, query_string, pos_id: [], neg_id: []}].
-- `marcodoc` (PROD): the same with `msmarco-docs.tsv` (id, url, title, body), a document being
-  `url<sep>title<sep>body` cut at 10,000 characters.
-- `psgs` (LEAD): `psgs_w100.tsv` (id + 1, text, title: ids are shifted by one), training lists
-  [{question, positive_ctxs: [], hard_negative_ctxs: []}], `test.csv` (question, [document ids]).
+- `marcodoc` (PROD): `msmarco-docs.tsv` (id, url, title, body), a document being the *single* text
+  `url<sep>title<sep>body` cut at 10,000 characters; `msmarco-doctrain-queries.tsv` and
+  `-qrels.tsv`, `msmarco-docdev-queries.tsv` and `-qrels.tsv`. Lists may leave out the D of ids.
+- `psgs` (LEAD): `psgs_w100.tsv` (id + 1, text, title: ids are shifted by one), training queries and
+  lists in `train.json` [{question, positive_ctxs: [], hard_negative_ctxs: []}], `test.csv`
+  (question, [document ids]).
+- `nq` (PROD's Natural Questions, as DPR publishes it): `psgs_w100.tsv` with its ids as they are,
+  `train.json` [{question, answers, positive_ctxs: [{title, text, passage_id}], ..}]. A passage that
+  contains an answer counts as relevant.
 
 Ids are strings throughout: 1 and "1" are the same document, "D1" is allowed.
 """
@@ -46,6 +51,9 @@ class JudgedTexts:
       document_ids, titles, texts: of D documents; a missing title is "".
       queries: split -> {query id: text}.
       judgments: split -> {query id: {document id: grade}}.
+      answers: training query id -> its answers, where a passage with one of them is relevant.
+      single_text: documents are one text, rather than a pair of title and text.
+      prefix: what lists of documents may leave out of every id.
     """
 
     document_ids: Sequence[str]
@@ -53,6 +61,9 @@ class JudgedTexts:
     texts: Sequence[str]
     queries: Mapping[str, Mapping[str, str]]
     judgments: Mapping[str, Mapping[str, Mapping[str, int]]]
+    answers: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    single_text: bool = False
+    prefix: str = ""
 
     @functools.cached_property
     def rows(self) -> dict[str, int]:
@@ -61,10 +72,11 @@ class JudgedTexts:
 
     def row(self, document: Any, where: str) -> int:
         """The row of a document id. Raises ValueError for an unknown one."""
-        try:
-            return self.rows[str(document)]
-        except KeyError:
-            raise ValueError(f"{where}: no document {str(document)!r} in the collection") from None
+        name = str(document)
+        row = self.rows.get(name, self.rows.get(f"{self.prefix}{name}"))
+        if row is None:
+            raise ValueError(f"{where}: no document {name!r} in the collection")
+        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,45 +107,69 @@ def marco(path: str | None) -> JudgedTexts:
     """MS MARCO passages in PROD's files."""
     folder = _folder(path)
     titles, texts = (read_queries(folder / f"para{kind}.txt") for kind in (".title", ""))
+    named = {"train": "train", "validation": "dev"}
     return JudgedTexts(
         list(texts),
         [titles.get(i, "") for i in texts],
         list(texts.values()),
-        *_marco_queries(folder),
-    )
-
-
-def marcodoc(path: str | None) -> JudgedTexts:
-    """MS MARCO documents in PROD's files: url, title and body in one text."""
-    folder = _folder(path)
-    whole = read_queries(folder / "msmarco-docs.tsv")
-    texts = [
-        "<sep>".join(part.rstrip() for part in text.split("\t"))[:_LONGEST_DOCUMENT]
-        for text in whole.values()
-    ]
-    return JudgedTexts(list(whole), [""] * len(whole), texts, *_marco_queries(folder))
-
-
-def _marco_queries(folder: Path):
-    named = {"train": "train", "validation": "dev"}
-    return (
         {split: read_queries(folder / f"{name}.query.txt") for split, name in named.items()},
         {split: read_judgments(folder / f"qrels.{name}.tsv") for split, name in named.items()},
     )
 
 
+def marcodoc(path: str | None) -> JudgedTexts:
+    """MS MARCO documents in their published files: url, title and body as one text."""
+    folder = _folder(path)
+    whole = read_queries(folder / "msmarco-docs.tsv")
+    texts = []
+    for text in whole.values():
+        parts = [part.rstrip() for part in text.rstrip().split("\t")]
+        texts.append("<sep>".join(parts if len(parts) > 1 else [*parts, ""])[:_LONGEST_DOCUMENT])
+    named = {"train": "msmarco-doctrain", "validation": "msmarco-docdev"}
+    return JudgedTexts(
+        list(whole),
+        [""] * len(whole),
+        texts,
+        {split: read_queries(folder / f"{name}-queries.tsv") for split, name in named.items()},
+        {split: read_judgments(folder / f"{name}-qrels.tsv") for split, name in named.items()},
+        single_text=True,
+        prefix="D",
+    )
+
+
 def psgs(path: str | None) -> JudgedTexts:
-    """LEAD's `psgs_w100.tsv`, whose ids are one too high, and `test.csv`."""
+    """LEAD's `psgs_w100.tsv`, whose ids are one too high, `train.json` and `test.csv`."""
     folder = _folder(path)
     corpus = Corpus(folder / "psgs_w100.tsv", "psgs")
-    queries: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
-    judgments: dict[str, dict[str, dict[str, int]]] = {"train": {}, "validation": {}}
+    queries, judgments, _ = _training_queries(folder)
     tests = folder / "test.csv"
     if tests.is_file():
         for question, documents, query in read_questions_csv(tests):
             queries["validation"][query] = question
             judgments["validation"][query] = dict.fromkeys(documents, 1)
     return JudgedTexts(corpus.ids, _Field(corpus, 0), _Field(corpus, 1), queries, judgments)
+
+
+def nq(path: str | None) -> JudgedTexts:
+    """Natural Questions as DPR publishes it: ids as they are, relevance by answers."""
+    folder = _folder(path)
+    corpus = Corpus(folder / "psgs_w100.tsv", "capstone")
+    queries, judgments, answers = _training_queries(folder)
+    titles, texts = _Field(corpus, 0), _Field(corpus, 1)
+    return JudgedTexts(corpus.ids, titles, texts, queries, judgments, answers)
+
+
+def _training_queries(folder: Path):
+    """Queries, judgments and answers of `train.json`, where it is there."""
+    queries: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
+    judgments: dict[str, dict[str, dict[str, int]]] = {"train": {}, "validation": {}}
+    answers: dict[str, Sequence[str]] = {}
+    file = folder / "train.json"
+    for entry in read_training_json(file) if file.is_file() else ():
+        queries["train"][entry.id] = entry.text
+        judgments["train"][entry.id] = dict.fromkeys(entry.positives, 1)
+        answers[entry.id] = entry.answers
+    return queries, judgments, answers
 
 
 class _Field(Sequence):
@@ -154,6 +190,7 @@ COLLECTIONS: dict[str, Callable[[str | None], JudgedTexts]] = {
     "marco": marco,
     "marcodoc": marcodoc,
     "psgs": psgs,
+    "nq": nq,
 }
 
 
@@ -193,14 +230,14 @@ def read_lists(file: str | os.PathLike, texts: JudgedTexts) -> list[RankedList]:
             )
         seen[entry.id] = number
         where = f"{file}, query {entry.id!r}"
-        both = set(entry.positives) & set(entry.negatives)
+        rows = [
+            tuple(texts.row(d, where) for d in ids) for ids in (entry.positives, entry.negatives)
+        ]
+        both = set(rows[0]) & set(rows[1])
         if both:
-            raise ValueError(f"{where}: document {min(both)!r} is positive and negative")
+            name = texts.document_ids[min(both)]
+            raise ValueError(f"{where}: document {name!r} is positive and negative")
         if entry.positives and entry.negatives:
-            rows = [
-                tuple(texts.row(d, where) for d in ids)
-                for ids in (entry.positives, entry.negatives)
-            ]
             found.append(RankedList(entry.id, entry.text, *rows))
     if not found:
         raise ValueError(f"{file}: none of {len(seen)} entries has a positive and a negative")

@@ -74,7 +74,10 @@ def _spec(patch: tuple[int, ...], options: Mapping[str, Any]) -> dict[str, jax.S
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`image` float32 [*patch, C] and `label` int32 [*patch], enlarged for augmentation."""
+    """`image` float32 [*patch, C] and `label` int32 [*patch], enlarged for augmentation.
+
+    Labels are -1 beyond the border, and outside the non-zero part of images that are masked by it.
+    """
     return _spec(read_patch(options), options)
 
 
@@ -166,15 +169,18 @@ class PatchReader:
     view: int
     prior: str
     prior_labels: int
+    sparse: bool  # some voxels are unannotated: patches lie on annotated ones
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         case = self.cases[int(rng.integers(len(self.cases)))]
         stem = f"{self.folder}/{case}"
         image, label = mapped(f"{stem}.image.npy"), mapped(f"{stem}.label.npy")
         places: dict[int, np.ndarray] = {}
-        if patches.is_forced(index % self.batch_size, self.batch_size, self.oversample):
+        forced = patches.is_forced(index % self.batch_size, self.batch_size, self.oversample)
+        if forced or self.sparse:
             with np.load(f"{stem}.npz") as stored:
                 places = {int(k): stored[k] for k in stored.files}
+            places = dict(patches.chosen_locations(places, forced) or {})
         prior = mapped(f"{self.prior}/{case}.npy") if self.prior else None
         if prior is not None and prior.shape != label.shape:
             raise DataError(f"case {case}: the prior is {prior.shape}, the image {label.shape}")
@@ -189,7 +195,7 @@ class PatchReader:
         parts = [patches.cut(image, start, self.patch)]
         if prior is not None:
             parts.append(self._one_hot(patches.cut(prior, start, self.patch)))
-        return self._example(parts, patches.cut(label, start, self.patch))
+        return self._example(parts, patches.cut(label, start, self.patch, fill=-1))
 
     def _flat(self, image, label, prior, places, rng):
         if places:
@@ -202,7 +208,7 @@ class PatchReader:
         parts = [patches.cut(image[s], start, self.patch) for s in slices]
         if prior is not None:
             parts.append(self._one_hot(patches.cut(prior[z], start, self.patch)))
-        return self._example(parts, patches.cut(label[z], start, self.patch))
+        return self._example(parts, patches.cut(label[z], start, self.patch, fill=-1))
 
     def _one_hot(self, labels):
         return (labels[..., None] == np.arange(1, self.prior_labels + 1)).astype(np.float32)
@@ -235,7 +241,32 @@ def _reader(split: str, patch: tuple[int, ...], options: Mapping[str, Any]) -> P
         view=int(options["view"]),
         prior=str(options["prior"]),
         prior_labels=int(options["prior_labels"]),
+        sparse=dataset(options)["ignore_label"] is not None,
     )
+
+
+def masked_channels(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Channels that are 0 outside the image's non-zero part, where labels are -1."""
+    if not options["path"]:
+        return ()
+    plans = medical_preparation.read_json(prepared_folder(options) / "plans.json")
+    own = [c for c, scheme in enumerate(plans["schemes"]) if scheme == "zscore"]
+    # Labels are of the middle slice.
+    first = int(options["context"]) * int(options["channels"])
+    return tuple(first + c for c in own) if plans["use_mask"] else ()
+
+
+def task_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the segmentation task that follow from the data (and its options)."""
+    known = dataset(options)
+    regions = tuple(map(tuple, known["targets"].values())) if known["regions"] else ()
+    return {
+        "regions": regions,
+        "region_order": tuple(known["region_order"]),
+        "ignore_label": known["ignore_label"],
+        "masked": masked_channels(options),
+        **{key: int(options[key]) for key in ("prior_labels", "context", "view")},
+    }
 
 
 def train_transform(options: Mapping[str, Any]) -> PatchReader:

@@ -234,6 +234,9 @@ def preprocess_all(raw: RawDataset, folder: Path, configuration: str) -> int:
         image, label, geometry = prepared_case(plans, configuration, image, spacing, label)
         rng = np.random.default_rng((_SEED, number))
         places = patches.class_locations(label, labels, rng)
+        if raw.ignore_label is not None:
+            seen = (label != raw.ignore_label).astype(np.int8)
+            places[patches.ANNOTATED] = patches.class_locations(seen, (1,), rng).get(1, np.zeros(0))
         np.save(output / f"{case}.image.npy", image)
         np.save(output / f"{case}.label.npy", label)
         np.savez(output / f"{case}.npz", **{str(k): v for k, v in places.items()})

@@ -57,6 +57,7 @@ OPTIONS: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {}
 SPLITS = ("train", "dev")
+EMPTY_TITLES = True  # a document without a title still begins with the delimiter
 SIZES = {"train": 502_939, "dev": 6_980}
 _KEPT_RANKS = 1 << 18
 _TRIPLES = 30
@@ -137,18 +138,24 @@ class Collection:
 
     def order(self, query: int, row: int) -> np.ndarray:
         """Numbers of pseudo queries by rank against a training query."""
-        return self._order(int(query), int(row))
+        return self._order(int(query), int(row))[0]
 
-    def _ranked(self, query: int, row: int) -> np.ndarray:
+    def count(self, query: int, row: int) -> int:
+        """How many there were before the filter."""
+        return self._order(int(query), int(row))[1]
+
+    def _ranked(self, query: int, row: int) -> tuple[np.ndarray, int]:
         texts = self.pseudo_texts(row)
         ranked = rank_pseudo_queries(
-            self.training.texts[query],
+            # As it is tokenized: a pseudo query that differs by its apostrophe is the real one.
+            self.training.texts[query].replace("\u2019", "'"),
             texts,
             filter_threshold=self._options["filter_threshold"],
             document=self.corpus.ids[row],
         )
         places = {text: i for i, text in enumerate(texts)}
-        return np.array([places[ranked.queries[j]] for j in ranked.order], np.int8)
+        order = [places[ranked.queries[j]] for j in ranked.order]
+        return np.array(order, np.int8), ranked.total
 
     @functools.cached_property
     def training(self) -> Training:
@@ -255,6 +262,7 @@ def source(split: str, options: Mapping[str, Any]) -> _Numbers:
 def train_transform(options: Mapping[str, Any]) -> RetrievalExamples:
     """The training transform of these options (with the part of a curriculum in force)."""
     c = collection(options)
+    expansion.tell_spread(options, lambda: relevance_spread(options))
     return RetrievalExamples(
         documents=c,
         queries=_Pieces(c),
@@ -298,7 +306,7 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
         query_rows=[query_row(texts[q], options) for q in asked],
         judgments=judgments,
         query_texts=[texts[q] for q in asked],
-        document_text=lambda row: " ".join(c.corpus.document(row)),
+        document_text=lambda row: c.corpus.document(row)[1],
     )
 
 
@@ -310,10 +318,16 @@ def relevance_spread(
     parts: list[list[np.ndarray]] = [[] for _ in range(n_parts)]
     for text, rows in zip(c.training.texts[:sample], c.training.positives):
         row = int(rows[0])
-        ranked = rank_pseudo_queries(text, c.pseudo_texts(row), document=c.corpus.ids[row])
+        ranked = rank_pseudo_queries(
+            text,
+            c.pseudo_texts(row),
+            filter_threshold=options["filter_threshold"],
+            document=c.corpus.ids[row],
+        )
         ordered = ranked.scores[ranked.order]
         for part in range(n_parts):
-            first, last = part_range(len(ordered), n_parts, part + 1)
+            first, last = part_range(ranked.total, n_parts, part + 1)
+            first, last = min(first, len(ordered)), min(last, len(ordered))
             parts[part].append(ordered[first - 1 : last])
     joined = [np.concatenate(p) for p in parts]
     return [(float(p.mean()), float(p.min()), float(p.max())) for p in joined]

@@ -190,7 +190,11 @@ class Rows:
         """Ids of document `row`, not padded."""
         found = self._kept.get(row)
         if found is None:
-            found = self.rows.document(self.texts.titles[row], self.texts.texts[row])
+            title, text = self.texts.titles[row], self.texts.texts[row]
+            if self.texts.single_text:
+                found = self.rows.words.single(text, self.rows.document_length)
+            else:
+                found = self.rows.document(title, text)
             if len(self._kept) < _KEPT_DOCUMENTS:
                 self._kept[row] = found
         return found
@@ -279,6 +283,7 @@ def retrieval_set(options: Mapping[str, Any], split: str) -> RetrievalSet:
         graded=graded,
         query_texts=[texts.queries[split][q] for q in graded],
         bm25=functools.partial(bm25, options["collection"], options["path"]),
+        document_text=lambda row: texts.texts[row],
     )
 
 

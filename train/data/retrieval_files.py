@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
 import os
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +144,10 @@ class Corpus:
             if not tab:
                 raise ValueError(
                     f"{self._lines.path}, line {number + 1}: wanted {layout} fields with tabs"
+                )
+            if shift and not name.isdecimal():
+                raise ValueError(
+                    f"{self._lines.path}, line {number + 1}: psgs ids are numbers, not {name!r}"
                 )
             yield str(int(name) - shift) if shift else name
 
@@ -270,27 +276,39 @@ def write_run(
 
 
 def read_triples(path: str | os.PathLike, limit: int = 30) -> dict[str, list[str]]:
-    """Query id -> its first `limit` different negatives, of `qid positive negative` lines."""
+    """Query id -> `limit` of its different negatives, of `qid positive negative` lines.
+
+    Of more than `limit` in consecutive lines a random choice is kept, as officially, that depends
+    on the query's id alone; a query whose lines are apart keeps what came first.
+    """
     found: dict[str, list[str]] = {}
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.split()
-            if len(fields) != 3:
-                raise ValueError(f"{path}, line {number}: wanted `qid positive negative`")
-            own = found.setdefault(fields[0], [])
-            if len(own) < limit and fields[2] not in own:
-                own.append(fields[2])
+        for query, given in itertools.groupby(_triples(path, file), key=lambda pair: pair[0]):
+            negatives = list(dict.fromkeys(negative for _, negative in given))
+            if len(negatives) > limit:
+                random.Random(query).shuffle(negatives)
+            own = found.setdefault(query, [])
+            own += [n for n in negatives if n not in own][: limit - len(own)]
     return found
+
+
+def _triples(path, file) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(file, 1):
+        fields = line.split()
+        if len(fields) != 3:
+            raise ValueError(f"{path}, line {number}: wanted `qid positive negative`")
+        yield fields[0], fields[2]
 
 
 @dataclass(frozen=True)
 class TrainingQuery:
-    """One training example by ids: `id`, `text`, `positives`, `negatives`."""
+    """One training example by ids: `id`, `text`, `positives`, `negatives`; `answers` are texts."""
 
     id: str
     text: str
     positives: list[str]
     negatives: list[str]
+    answers: tuple[str, ...] = ()
 
 
 def read_training_json(path: str | os.PathLike) -> Iterator[TrainingQuery]:
@@ -307,7 +325,8 @@ def read_training_json(path: str | os.PathLike) -> Iterator[TrainingQuery]:
                 name, text = entry["query_id"], entry["query_string"]
                 positives, negatives = entry["pos_id"], entry["neg_id"]
             elif "question" in entry:
-                name, text = entry.get("query_id", number), entry["question"]
+                name = entry.get("query_id", entry.get("q_id", number))
+                text = entry["question"]
                 positives = entry["positive_ctxs"]
                 negatives = entry.get("hard_negative_ctxs", [])
             else:
@@ -315,11 +334,13 @@ def read_training_json(path: str | os.PathLike) -> Iterator[TrainingQuery]:
         except KeyError as error:
             raise ValueError(f"{path}, entry {number}: no {error}") from None
         positives = positives if isinstance(positives, list) else [positives]
+        answers = entry.get("answers", ())
         yield TrainingQuery(
             str(name),
             text,
             [_context_id(c, path, number) for c in positives],
             [_context_id(c, path, number) for c in negatives],
+            tuple(map(str, answers)) if isinstance(answers, list) else (),
         )
 
 

@@ -24,7 +24,8 @@ class RetrievalSet:
       graded: the same with lesser grades, for nDCG; None: `judgments`.
       query_texts, bm25: the queries' texts and the sparse baseline (a function that makes it),
         where there is one.
-      document_text: row -> title and text, to look for answers in; None where that is not needed.
+      document_text: row -> text (without its title), to look for answers in; None where that is
+        not needed.
     """
 
     document_ids: Sequence[str]

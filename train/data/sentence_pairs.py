@@ -3,7 +3,8 @@
 `data.options.path` holds, for every language, `input0/train.bin/.idx`, `input1/...`, `label/...`,
 `valid` beside `train`, `input0/dict.txt` and `label/dict.txt`. `sentence_pairs:docstrings` makes
 such a folder from installed Python packages (do two sentences follow each other in one docstring?);
-`path` is then where. After `unilm/tasks/xnli.py` of CSJianYang/GanLM@6094288.
+`path` is then where. A folder without `input1` holds single sentences (GLUE's SST-2, CoLA).
+After `unilm/tasks/xnli.py` of CSJianYang/GanLM@6094288.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ SPLITS = ("train", "valid")
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`source` int32 [S], `<s> A </s> </s> B </s>` padded on the right; `label` int32 []."""
+    """`source` int32 [S], `<s> A </s> </s> B </s>` padded on the right; `label` int32 [].
+
+    `<s> A </s>` where there are single sentences.
+    """
     return {
         "source": jax.ShapeDtypeStruct((options["max_tokens"],), np.int32),
         "label": jax.ShapeDtypeStruct((), np.int32),
@@ -102,38 +106,43 @@ def classes(options: Mapping[str, Any]) -> list[str]:
     return names[: options["num_classes"]]
 
 
+def are_pairs(options: Mapping[str, Any]) -> bool:
+    """Whether there are second sentences."""
+    return (folder(options) / options["languages"][0] / "input1").is_dir()
+
+
 @dataclasses.dataclass(frozen=True)
 class Labelled(Sequence):
-    """(first, second, label) of several languages one after the other."""
+    """(first, second, label) of several languages one after the other; second None: no pairs."""
 
-    languages: tuple[tuple[TokenSequences, TokenSequences, TokenSequences], ...]
+    languages: tuple[tuple[TokenSequences, TokenSequences | None, TokenSequences], ...]
     ends: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None, int]:
         language = int(np.searchsorted(self.ends, index, side="right"))
         place = index - (self.ends[language - 1] if language else 0)
         first, second, label = self.languages[language]
-        return first[place], second[place], int(label[place][0]) - len(SPECIALS)
+        pair = first[place], None if second is None else second[place]
+        return *pair, int(label[place][0]) - len(SPECIALS)
 
 
 def source(split: str, options: Mapping[str, Any]) -> Labelled:
     """Token pairs and labels of a split's languages."""
     root = folder(options)
     names = options["languages" if split == SPLITS[0] else "eval_languages"]
+    kinds = ("input0", "input1", "label") if are_pairs(options) else ("input0", "label")
     found = []
     for name in names:
-        parts = tuple(
-            TokenSequences(root / name / part / split) for part in ("input0", "input1", "label")
-        )
-        if len({len(part) for part in parts}) > 1:
+        parts = {kind: TokenSequences(root / name / kind / split) for kind in kinds}
+        if len({len(part) for part in parts.values()}) > 1:
             raise ValueError(
-                f"{root / name}: {split} has {', '.join(str(len(p)) for p in parts)} entries of "
-                "input0, input1 and label"
+                f"{root / name}: {split} has {', '.join(str(len(p)) for p in parts.values())} "
+                f"entries of {', '.join(kinds[:-1])} and label"
             )
-        found.append(parts)
+        found.append((parts["input0"], parts.get("input1"), parts["label"]))
     return Labelled(tuple(found), tuple(np.cumsum([len(p[0]) for p in found]).tolist()))
 
 
@@ -142,8 +151,14 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     return {split: len(source(split, options)) for split in SPLITS}
 
 
-def pair_row(first: np.ndarray, second: np.ndarray, length: int) -> np.ndarray:
-    """int32 [length]: `<s> A </s> </s> B </s>`; the longer text is cut where both do not fit."""
+def pair_row(first: np.ndarray, second: np.ndarray | None, length: int) -> np.ndarray:
+    """int32 [length]: `<s> A </s> </s> B </s>`; the longer text is cut where both do not fit.
+
+    `<s> A </s>`, cut before its end, without a second.
+    """
+    if second is None:
+        a = [int(t) for t in first if t != EOS_ID]
+        return padded([BOS_ID, *a[: length - 2], EOS_ID], length)
     a, b = ([int(t) for t in x if t != EOS_ID] for x in (first, second))
     while len(a) + len(b) + 4 > length:
         longer = a if len(a) > len(b) else b
@@ -163,7 +178,8 @@ class PairTransform:
         del rng
         first, second, label = example
         check_ids(first, self.vocab_size)
-        check_ids(second, self.vocab_size)
+        if second is not None:
+            check_ids(second, self.vocab_size)
         if not 0 <= label < self.num_classes:
             raise ValueError(f"label {label} is not below num_classes {self.num_classes}")
         row = pair_row(first, second, self.max_tokens)

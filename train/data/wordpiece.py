@@ -72,7 +72,9 @@ class WordPiece:
             path = path / "vocab.txt"
         if not path.is_file():
             raise FileNotFoundError(f"no vocabulary file {path}")
-        return WordPiece(path.read_text("utf-8").splitlines(), lower_case)
+        # Lines end where a file's lines do; `splitlines` would also end them at other characters.
+        with open(path, encoding="utf-8") as file:
+            return WordPiece([line.rstrip("\n") for line in file], lower_case)
 
     @staticmethod
     def learn(texts: Iterable[str], size: int, lower_case: bool = True) -> WordPiece:

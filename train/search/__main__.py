@@ -39,7 +39,13 @@ def main(argv: list[str]) -> int:
     kinds = {"mcea": _mcea, "genome": _genome}
     if config.search.kind not in kinds:
         raise ConfigError(f"config.search.kind: {config.search.kind!r}; known: mcea, genome")
-    found, table, points = kinds[config.search.kind](config, task, variables, workdir)
+    try:
+        found, table, points = kinds[config.search.kind](config, task, variables, workdir)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # JAX's own are defects
+            raise
+        # A band that nothing lies in: what was searched until then is saved.
+        raise ConfigError(f"config.search: {error}") from None
     (workdir / "found.json").write_text(json.dumps(found, indent=2) + "\n")
     lines = ["| quantity | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
     report = "\n".join(lines)
@@ -57,7 +63,9 @@ def _mcea(config, task, variables, workdir):
     from train.search import mcea, scaling_strategy, scoring
 
     search = config.search
-    scorer = scoring.scalenet_scorer(task, variables, config.data, search.split, chunk=search.chunk)
+    scorer = scoring.scalenet_scorer(
+        task, variables, config.data, search.split, search.batch_size, chunk=search.chunk
+    )
     space = task.model.space
     names = [f for f in mcea.Options.__dataclass_fields__ if f in search]
     options = mcea.Options(**{f: search[f] for f in names})
@@ -81,28 +89,34 @@ def _mcea(config, task, variables, workdir):
     if search.compare:
         value, _ = mcea.random_search(problem, options, search.seed, state.evaluations)
         table["random search, as many networks (%)"] = f"{value:.2f}"
-    found = {"base": list(state.base), "stages": {}, "fitness": objective}
+    from jaxmodels.search.scalenet_nets import by_stage
+
+    def network(depth, width, resolution, flops, stages, **more):
+        """A row of `found.json`; `stages` and `width` build `scalenet_nets.ScaleNet`."""
+        stages = [list(ops) for ops in stages]
+        numbers = {"depth": depth, "width": width, "resolution": resolution, "flops": flops}
+        return {**numbers, "stages": stages, **more}
+
+    own = (1.0, 1.0, space.base_resolution, space.flops(state.base))
+    base = network(*own, by_stage(space, space.repair(state.base)))
+    found = {"base": list(state.base), "stages": {"S0": base}, "fitness": objective}
     searched = {}
     for s, triple in state.scalings.items():
         ops, width, resolution = space.scaled(state.base, s, triple)
         depth = space.multipliers(s, triple)[0]
         searched[s] = (depth, width, resolution / space.base_resolution)
-        network = (tuple(int(v) for v in ops), float(width), int(resolution))
+        key = (tuple(int(v) for v in ops), float(width), int(resolution))
         flops = space.flops(ops, width, resolution)
-        found["stages"][f"S{s}"] = {
-            "depth": depth, "width": width, "resolution": resolution, "flops": flops,
-            "ops": list(network[0]), "accuracy": state.accuracy.get(network),
-        }  # fmt: skip
+        row = (depth, width, resolution, flops, by_stage(space, ops))
+        found["stages"][f"S{s}"] = network(*row, accuracy=state.accuracy.get(key))
         table[f"S{s}"] = f"d {depth:g}, w {width:g}, r {resolution}: {flops:,} multiply-adds"
     strategy = scaling_strategy.fit(searched)
     for s in (space.max_scaling_stage + 1, space.max_scaling_stage + 2):
         # On toy spaces one block more is over 2 % of a network.
         tolerance = 0.02 if options.budget > 1e8 else 0.1
         scaled = scaling_strategy.generalize(space, state.base, strategy, s, tolerance)
-        found["stages"][f"S{s}"] = {
-            "depth": scaled.depth, "width": scaled.width, "resolution": scaled.resolution,
-            "flops": scaled.flops, "ops_by_stage": [list(p) for p in scaled.stages],
-        }  # fmt: skip
+        row = (scaled.depth, scaled.width, scaled.resolution, scaled.flops, scaled.stages)
+        found["stages"][f"S{s}"] = network(*row)
         table[f"S{s} (generalized)"] = (
             f"d {scaled.depth:.3g}, w {scaled.width:.3g}, r {scaled.resolution}: "
             f"{scaled.flops:,} multiply-adds"
@@ -115,13 +129,17 @@ def _genome(config, task, variables, workdir):
     from train.search import genome_search, nsga2, scoring
 
     search = config.search
-    scorer = scoring.vitas_scorer(task, variables, config.data, search.split, chunk=search.chunk)
+    scorer = scoring.vitas_scorer(
+        task, variables, config.data, search.split, search.batch_size, chunk=search.chunk
+    )
     space = task.model.space
     names = [f for f in genome_search.Options.__dataclass_fields__ if f in search]
-    options = genome_search.Options(**{f: search[f] for f in names})
+    # First draws and spellings are those that the superformer was trained with.
+    trained = {"probability": task.probability, "shift": task.shift}
+    options = genome_search.Options(**{**trained, **{f: search[f] for f in names}})
     problem = genome_search.problem(space, options, scorer)
     state = genome_search.run(problem, space, options, search.seed, workdir / "search.json")
-    genes, objectives = nsga2.best(state)
+    genes, objectives = nsga2.best(state, search.keep)
     measured = genome_search.measured(space, options, state)
     table = {
         "accuracy on held-out images (%)": f"{100 - objectives[0, 0]:.2f}",
@@ -133,11 +151,15 @@ def _genome(config, task, variables, workdir):
     if search.compare:
         _, value = genome_search.random_search(space, options, scorer, search.seed, measured)
         table["random search, as many networks (%)"] = f"{value:.2f}"
-    found = {"genome": genes[0].tolist(), "accuracy": 100 - float(objectives[0, 0])}
+    kept = [
+        {"genome": g.tolist(), "accuracy": 100 - float(o[0]), "flops": int(space.flops(g))}
+        for g, o in zip(genes, objectives)
+    ]
+    found = {**kept[0], "best": kept}
     keys = np.array([np.frombuffer(k, np.int64) for k in state.scores])
     values = 100 - np.array([v[0] for v in state.scores.values()])
-    kept = values > 7  # penalties are below that
-    points = np.stack([space.flops(keys[kept]), values[kept]], axis=1)
+    scored = values > 7  # penalties are below that
+    points = np.stack([space.flops(keys[scored]), values[scored]], axis=1)
     return found, table, points
 
 

@@ -7,7 +7,9 @@ each update conditions on the present other half alone.
 
 Two departures: the genetic algorithm's genes are repaired before they are scored and remembered,
 not only while they are scaled; and `keep_base` adds the present base model to each first
-population (off in the official code), so that the chain cannot lose what it had.
+population (off in the official code), so that the chain cannot lose what it had. It still can where
+`scale_error` is the wider tolerance, as published: a scaling found within it may be out of the
+narrower band in which the next base model is sought.
 """
 
 from __future__ import annotations
@@ -118,10 +120,15 @@ def run(
 
 
 def fitness(
-    problem: Problem, options: Options, base: Sequence[int], scalings: dict, accuracy: dict
+    problem: Problem,
+    options: Options,
+    base: Sequence[int],
+    scalings: dict,
+    accuracy: dict,
+    error: float | None = None,
 ) -> tuple[float, dict]:
     """`(fitness in %, accuracy)` of one base model under the scalings; see `_fitnesses`."""
-    values, accuracy = _fitnesses(problem, options, np.array([base]), scalings, accuracy)
+    values, accuracy = _fitnesses(problem, options, np.array([base]), scalings, accuracy, error)
     return float(values[0]), accuracy
 
 
@@ -137,12 +144,13 @@ def _network(space: Space, base, stage: int, indices) -> Network:
     return tuple(int(v) for v in ops), float(width), int(resolution)
 
 
-def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy):
+def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy, error=None):
     """Weighted mean over the stages of the scaled networks' accuracies, penalties in their place.
 
     A base model outside the band gets 3 + (F0 - F) / F0 for the whole; a scaled network outside
-    its own gets 3 + (2^s F0 - F) / (2^s F0) for its stage.
+    its own, of width `error` (None: `base_error`), gets 3 + (2^s F0 - F) / (2^s F0) for its stage.
     """
+    error = options.base_error if error is None else error
     space, stages = problem.space, sorted(scalings)
     weights = np.array([options.ratio ** (max(stages) - s) for s in stages])
     weights = weights / weights.sum()
@@ -155,7 +163,7 @@ def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy):
         row = []
         for s in stages:
             network = _network(space, base, s, scalings[s])
-            if space.is_admissible([base], s, scalings[s], options.base_error):
+            if space.is_admissible([base], s, scalings[s], error):
                 row.append(network)
             else:
                 budget = options.budget * 2**s
@@ -269,7 +277,10 @@ def _scaling(problem: Problem, options: Options, state: State) -> State:
     state = state._replace(scalings=scalings, accuracy=accuracy)
     if stage < space.max_scaling_stage:
         return state._replace(place=stage + 1)
-    objective, accuracy = fitness(problem, options, state.base, scalings, accuracy)
+    # By the tolerance that the scalings were sought with: their accuracies, no penalties.
+    objective, accuracy = fitness(
+        problem, options, state.base, scalings, accuracy, options.scale_error
+    )
     link = _link(state.iteration, "scaling", state.base, scalings, objective)
     iteration = state.iteration + 1
     return state._replace(
@@ -287,8 +298,8 @@ def random_search(
     """`(best fitness, best so far after each pair)` of random pairs at the same number of scores.
 
     A pair is a random base model in its band with, for every stage, a random scaling that is
-    admissible for it at the genetic algorithm's own tolerance. Stops when as many networks were
-    scored as `evaluations`.
+    admissible for it at the tolerance of the search's own scalings. Stops when as many networks
+    were scored as `evaluations`.
     """
     space = problem.space
     rng = np.random.default_rng((seed, 3))
@@ -299,14 +310,14 @@ def random_search(
         base = space.random_base_within(rng, options.budget, options.base_error, options.tries)
         scalings = {}
         for s in range(1, space.max_scaling_stage + 1):
-            fits = space.admissible([base], s, options.base_error)
+            fits = space.admissible([base], s, options.scale_error)
             if fits:
                 scalings[s] = fits[int(rng.integers(len(fits)))]
         if len(scalings) < space.max_scaling_stage:
             barren += 1
             continue
         before = len(accuracy)
-        value, accuracy = fitness(problem, options, base, scalings, accuracy)
+        value, accuracy = fitness(problem, options, base, scalings, accuracy, options.scale_error)
         barren = barren + 1 if len(accuracy) == before else 0
         best = max(best, value)
         history.append(best)

@@ -9,43 +9,64 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.search import scalenet_sampling
 from train.data import pipeline
 
 
-def whole_split(data, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images [N, H, W, C] and labels [N] of a split, as evaluation sees them."""
-    size = pipeline.split_sizes(data)[split]
-    batch = next(iter(pipeline.eval_batches(data, split, batch_size=size)))
-    return batch["image"], batch["label"]
+class HeldOut:
+    """The batches of a split, `(images [B, H, W, C], labels [B], mask [B])`, as often as asked.
+
+    A split of up to `keep` bytes is read once and stays on the device; a larger one is read anew
+    every time. Rows whose mask is 0 fill up the last batch.
+
+    Args:
+      data: `config.data`. batch_size: B; 0 is the whole split.
+    """
+
+    def __init__(self, data, split: str, batch_size: int = 0, keep: int = 1 << 30):
+        self._data, self._split = data, split
+        self.rows = pipeline.split_sizes(data)[split]
+        self._size = min(batch_size or self.rows, self.rows)
+        image = pipeline.element_spec(data)["image"]
+        self._keeps = self.rows * int(np.prod(image.shape)) * image.dtype.itemsize <= keep
+        self._kept: list[tuple] | None = None
+
+    def __iter__(self):
+        if self._kept is not None:
+            return iter(self._kept)
+        batches = pipeline.eval_batches(self._data, self._split, batch_size=self._size)
+        read = (jax.device_put((b["image"], b["label"], b["mask"])) for b in batches)
+        if not self._keeps:
+            return read
+        self._kept = list(read)
+        return iter(self._kept)
 
 
 class Scorer:
     """Top-1 accuracy in % on held-out images of candidates given as arrays.
 
     Args:
-      hits: `(variables, images, label, *candidate) -> number of right rows`, pure.
-      variables: of the supernet. images, label: held out, all in one batch.
+      hits: `(variables, images, label, mask, *candidate) -> number of right rows`, pure.
+      variables: of the supernet.
+      batches: `HeldOut`, or any iterable of `(images, label, mask)` of one shape.
       chunk: candidates of one call; the last call is padded to it.
       together: candidates computed side by side (`vmap`); 1 runs one after the other, where a
         branch of an op that nobody chose costs nothing.
     """
 
-    def __init__(self, hits, variables, images, label, chunk: int = 16, together: int = 1):
+    def __init__(self, hits, variables, batches, chunk: int = 16, together: int = 1):
         self.traces = 0
         self.scored = 0
         self._chunk = chunk
-        self._fixed = jax.device_put((variables, jnp.asarray(images), jnp.asarray(label)))
-        self._rows = len(label)
+        self._variables, self._batches = jax.device_put(variables), batches
 
-        def many(fixed, candidates):
+        def many(variables, batch, candidates):
             self.traces += 1
 
             def one(candidate):
-                return hits(*fixed, *candidate)
+                return hits(variables, *batch, *candidate)
 
             return jax.lax.map(one, candidates, batch_size=together if together > 1 else None)
 
@@ -54,24 +75,28 @@ class Scorer:
     def __call__(self, *columns: Any) -> np.ndarray:
         """Accuracies in %, float64 [N], of columns [N, ...] of candidates."""
         count = len(columns[0])
-        found = []
-        for start in range(0, count, self._chunk):
-            part = [np.asarray(c[start : start + self._chunk]) for c in columns]
-            missing = self._chunk - len(part[0])
-            part = [np.concatenate([p, np.repeat(p[:1], missing, axis=0)]) for p in part]
-            found.append(np.asarray(self._many(self._fixed, tuple(part)))[: self._chunk - missing])
+        padded = -(-count // self._chunk) * self._chunk
+        columns = [np.asarray(c)[np.arange(padded) % count] for c in columns]
+        found, rows = np.zeros(padded), 0.0
+        for batch in self._batches:
+            rows += float(np.asarray(batch[2]).sum())
+            parts = [
+                self._many(self._variables, batch, tuple(c[i : i + self._chunk] for c in columns))
+                for i in range(0, padded, self._chunk)
+            ]
+            found += np.concatenate(jax.device_get(parts)).astype(np.float64)
         self.scored += count
-        return 100 * np.concatenate(found).astype(np.float64) / self._rows
+        return 100 * found[:count] / rows
 
 
-def scalenet_scorer(task, variables, data, split: str = "minival", **options) -> Scorer:
-    """Scores `(ops [N, L], number of the width, number of the resolution)` of a super-supernet."""
+def scalenet_scorer(
+    task, variables, data, split: str = "minival", batch_size: int = 0, **options
+) -> Scorer:
+    """Scores `(ops [N, L], number of the width, number of the resolution)` of a super-supernet.
 
-    def hits(variables, images, label, ops, width, resolution):
-        logits = task.logits(variables, images, ops, width, resolution)
-        return (logits.argmax(-1) == label).sum()
-
-    return Scorer(hits, variables, *whole_split(data, split), **options)
+    Every batch has its own statistics, so that `batch_size` is part of the score.
+    """
+    return Scorer(task.hits, variables, HeldOut(data, split, batch_size), **options)
 
 
 def network_scores(task, scorer: Scorer, networks: Sequence) -> np.ndarray:
@@ -83,10 +108,8 @@ def network_scores(task, scorer: Scorer, networks: Sequence) -> np.ndarray:
     return scorer(np.array(ops, np.int32), np.array(widths), np.array(sizes))
 
 
-def vitas_scorer(task, variables, data, split: str = "minival", **options) -> Scorer:
+def vitas_scorer(
+    task, variables, data, split: str = "minival", batch_size: int = 0, **options
+) -> Scorer:
     """Scores genomes [N, genes] of a superformer; the sides' accuracies are averaged."""
-
-    def hits(variables, images, label, genome):
-        return task.hits(variables, images, label, 1.0, genome)
-
-    return Scorer(hits, variables, *whole_split(data, split), **options)
+    return Scorer(task.hits, variables, HeldOut(data, split, batch_size), **options)

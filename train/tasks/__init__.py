@@ -19,6 +19,8 @@ A task module `train/tasks/NAME.py` has `from_config(config) -> task`, a frozen 
 - optional `check_loaded(arrays)`: refuses a checkpoint (dotted name -> array) in better words;
 - optional `start(params, extra) -> (params, extra)`: what a fresh run begins with in place of its
   initialization, as models that other runs trained; not called on resuming;
+- optional `frozen`: names of the collections of `extra` that `start` loads and nothing trains; with
+  `init_from` it is also called for what the checkpoint lacks of them;
 - optional `report(variables, sums, config) -> {name: number}`: final numbers, such as the baseline
   to beat;
 - optional `predict(variables, path, config) -> rows`: what `python -m train.predict` writes;

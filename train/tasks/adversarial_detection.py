@@ -15,16 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.security import attacks, prior_networks, uncertainty
 from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
 from jaxmodels.security.ensembles import each_member
-from jaxmodels.security.mhui import attack_loss, check_labels, head_losses
+from jaxmodels.security.mhui import attack_loss, head_losses
+from jaxmodels.security.perturbations import check_labels
 from train.building import build_model
 from train.naming import ConfigError
 
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 BOUNDED = ("fgsm", "bim", "pgd", "mi", "ni", "apgd_ce", "apgd_dlr", "square", "adaptive")
 SMALLEST = ("cw", "deepfool")
+PREDICTIONS = ("mean", "final_head")
 SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
 
 
@@ -36,6 +39,8 @@ class AdversarialDetection:
       model: for `mhui` a network with several heads, logits [B, M, K]; otherwise logits [B, K].
       method: one of METHODS. `ensemble` trains `members` networks of different seeds side by side.
       head_weights: of the heads' losses, all 1 when empty.
+      prediction: of the class, by the `mean` of heads, members or samples, or by the `final_head`
+        (of `mhui`).
       attacks: `NAME:EPS` strings evaluated at the end; NAME is one of `BOUNDED` (`adaptive` is PGD
         that also avoids detection), with `_l2` behind it for the other norm, or cw or deepfool
         (no eps).
@@ -50,6 +55,7 @@ class AdversarialDetection:
     model: nn.Module
     method: str = "mhui"
     head_weights: tuple[float, ...] = ()
+    prediction: str = "mean"
     label_smoothing: float = 0.0
     members: int = 5
     samples: int = 20
@@ -66,6 +72,12 @@ class AdversarialDetection:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ConfigError(f"config.task_args.method: {self.method!r}; known: {METHODS}")
+        known = PREDICTIONS if self.method == "mhui" else PREDICTIONS[:1]
+        if self.prediction not in known:
+            raise ConfigError(
+                f"config.task_args.prediction: {self.prediction!r}; {self.method} knows: "
+                f"{', '.join(known)}"
+            )
         for spec in self.attacks:
             parse_attack(spec)
 
@@ -97,7 +109,7 @@ class AdversarialDetection:
             return losses.sum(), ({**extra, **updated}, _accuracy(logits.mean(0), labels))
         if self.method.startswith("dpn"):
             outside = noise_images(noise, x)
-            both = jnp.concatenate([_scaled(x), _scaled(outside)])
+            both = over_rows(jnp.concatenate([_scaled(x), _scaled(over_rows(outside))]))
             logits, updated = self._train_apply(params, extra, both, dropout)
             natural, foreign = jnp.split(logits, 2)
             loss = prior_networks.prior_network_loss(
@@ -108,6 +120,10 @@ class AdversarialDetection:
         if self.method == "mhui":
             losses = head_losses(logits, labels, self.label_smoothing)
             weights = jnp.asarray(self.head_weights or (1.0,) * len(losses))
+            if len(weights) != len(losses):
+                raise ConfigError(
+                    f"config.task_args.head_weights: {len(weights)} for {len(losses)} heads"
+                )
             mean = jax.nn.softmax(logits).mean(1)
             metrics = {f"head{m}_loss": value for m, value in enumerate(losses)}
             metrics |= _accuracy(mean, labels)
@@ -140,7 +156,9 @@ class AdversarialDetection:
         return self.model.apply(variables, x)[:, None]
 
     def probabilities(self, outputs):
-        """Point prediction [B, K]: the mean over heads, members or samples."""
+        """Point prediction [B, K]: the mean over heads, members or samples, or the last head's."""
+        if self.prediction == "final_head":
+            return jax.nn.softmax(outputs[:, -1])
         return jax.nn.softmax(outputs).mean(1)
 
     def scores(self, outputs) -> dict[str, jax.Array]:
@@ -413,5 +431,16 @@ def _evaluation_images(config) -> tuple[np.ndarray, np.ndarray]:
 
 def from_config(config) -> AdversarialDetection:
     """The task of a config: its model and `task_args`."""
+    from train.data import pipeline
+
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
-    return AdversarialDetection(model=build_model(config), **args)
+    task = AdversarialDetection(model=build_model(config), **args)
+    family, options = pipeline.resolve(config.data)
+    classes = getattr(family, "NUM_CLASSES", None)
+    classes = classes[options["set"]] if isinstance(classes, dict) else classes
+    if classes and classes > task.model.num_classes:
+        raise ConfigError(
+            f"config.model_args.num_classes: {task.model.num_classes}, but config.data "
+            f"{config.data.name} has {classes} classes"
+        )
+    return task

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmodels.security import attribution
 from train.building import build_model
+from train.naming import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,5 +179,20 @@ def kmeans(features: Any, clusters: int, seed: int) -> np.ndarray:
 
 def from_config(config) -> Attribution:
     """The task of a config: its model and `task_args`."""
+    from train.data import pipeline
+
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
-    return Attribution(model=build_model(config), **args)
+    task = Attribution(model=build_model(config), **args)
+    family, options = pipeline.resolve(config.data)
+    # Folders that are not there yet (a dry run) tell nothing.
+    if hasattr(family, "known_count") and (options["set"] != "folders" or options["path"]):
+        known, count = family.known_count(options), family.class_count(options)
+        if task.known != known:
+            raise ConfigError(
+                f"config.task_args.known: {task.known}, the data have {known} known classes"
+            )
+        if task.model.classes < count:
+            raise ConfigError(
+                f"config.model_args.classes: {task.model.classes}, the data have {count}"
+            )
+    return task

@@ -29,6 +29,8 @@ class Editing:
       data: the options of the data family, for its tokenizer and its kind of target.
       count_padding: the loss counts padding as labels, as the official code does (its micro-batches
         of one have none); else it is the mean over real labels.
+      example_mean: the mean over examples of each one's mean over its labels, which is what the
+        official micro-batches of one come to; else the mean over all labels of the batch.
       eval_beams: beams of the evaluations during training; 0 evaluates the loss alone.
       test_beams: beams of the final report and of predictions.
       comments: sub-tokenize before scoring, as the comment-updating task does.
@@ -38,10 +40,13 @@ class Editing:
     model: nn.Module
     data: tuple[tuple[str, Any], ...]
     count_padding: bool = False
+    example_mean: bool = False
     eval_beams: int = 5
     test_beams: int = 20
     comments: bool = False
     report_split: str = "test"
+
+    weighted_by = "averaged"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -58,9 +63,9 @@ class Editing:
         ids = batch["input_ids"][:1, :8]
         return self.model.init(rng, ids, ids)["params"], {}
 
-    def _logits(self, params, batch, train, rng=None):
+    def _logits(self, params, batch, train, rng=None, *, count_padding=None):
         labels = batch["labels"]
-        if not self.count_padding:
+        if not (self.count_padding if count_padding is None else count_padding):
             labels = t5.ignore_padding(labels)
         return labels, self.model.apply(
             {"params": params},
@@ -72,12 +77,20 @@ class Editing:
         )
 
     def loss(self, params, extra, batch, rng):
-        """Mean NLL of the labels, and the share of them that are the likeliest token."""
+        """Mean NLL of the labels, and the share of them that are the likeliest token.
+
+        `averaged` is the number of labels, or of examples, that the loss is the mean of.
+        """
         labels, logits = self._logits(params, batch, True, rng)
         counted = labels != t5.LABEL_PADDING
         hits = (logits.argmax(-1) == labels) & counted
-        accuracy = hits.sum() / jnp.maximum(counted.sum(), 1)
-        return t5.mean_nll(logits, labels), (extra, {"token_accuracy": accuracy})
+        averaged = counted.sum().astype(jnp.float32)
+        metrics = {"token_accuracy": hits.sum() / jnp.maximum(averaged, 1)}
+        if self.example_mean:
+            loss, averaged = -t5.likelihood(logits, labels).mean(), jnp.float32(len(labels))
+        else:
+            loss = t5.mean_nll(logits, labels)
+        return loss, (extra, {**metrics, "averaged": averaged})
 
     def evaluate(self, variables, batch):
         """Sums of row losses over unpadded rows, and what was generated, for `score`."""
@@ -104,7 +117,13 @@ class Editing:
         old, new = rows[0], [self.target_of(text) for text in rows[1]]
         written = [bpe.decode(row[1:]) for row in np.asarray(sums["generated"])[real]]
         found = {"loss": sums["loss"], "count": sums["count"]}
+        found["output_bleu4"] = sum(map(self._bleu4, written, rows[1]))
         return {**found, **self._text_sums(written, new, old)}
+
+    def _bleu4(self, written: str, wanted: str) -> float:
+        """BLEU-4 of a whole output, its plan included: what the published recipe selects by."""
+        pair = (edit_metrics.subtokenize(t) if self.comments else t for t in (written, wanted))
+        return edit_metrics.bleu4(*(" ".join(t.split()) for t in pair))
 
     def target_of(self, text: str) -> str:
         """The new text of a model's output."""
@@ -141,7 +160,8 @@ class Editing:
         return jax.jit(self._generate, static_argnums=(2, 3)), jax.jit(self._likelihood)
 
     def _likelihood(self, variables, batch):
-        labels, logits = self._logits(variables["params"], batch, False)
+        # Padding never counts here, whatever the loss does: outputs differ in length.
+        labels, logits = self._logits(variables["params"], batch, False, count_padding=False)
         return t5.likelihood(logits, labels)
 
     def hypotheses(
@@ -229,9 +249,23 @@ def from_config(config) -> Editing:
             f"config.model_args.vocab_size: {model.vocab_size} rows for data.options.vocabulary of "
             f"{options['vocabulary']} tokens (edit tokens included)"
         )
-    comments = options["task"] == "published" and options["dataset"] == "comment-update"
+    if options["task"] in edits.FILES and options["path"]:
+        _check_files(options, model, config.task_args.get("report_split", Editing.report_split))
+    comments = options["task"] in edits.FILES and options["dataset"] == "comment-update"
     arguments = {"comments": comments, **config.task_args}
     return Editing(model=model, data=_frozen(options), **arguments)
+
+
+def _check_files(options: Mapping[str, Any], model: t5.T5, report_split: str) -> None:
+    """Say at the start what a run would otherwise miss after its first epoch, or never tell."""
+    if not options["tokenizer"] and options["vocabulary"] != model.vocab_size:
+        raise ConfigError(
+            "config.data.options.tokenizer: the folder of the model's vocab.json and merges.txt is "
+            f"wanted; one trained on the data would have data.options.vocabulary = "
+            f"{options['vocabulary']} tokens, the model has {model.vocab_size} rows"
+        )
+    for split in filter(None, (edits.SPLITS[1], report_split)):
+        edits.check_split(split, options)
 
 
 def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

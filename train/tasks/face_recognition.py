@@ -173,7 +173,13 @@ def from_config(config) -> FaceRecognition:
     from train.data import pipeline
 
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
+    family, options = pipeline.resolve(config.data)
     if not args.get("classes"):
-        family, options = pipeline.resolve(config.data)
         args["classes"] = family.num_classes(options)
+    elif options.get("set") == "folders" and options["path"]:
+        count = family.num_classes(options)
+        if args["classes"] < count:
+            raise ConfigError(
+                f"config.task_args.classes: {args['classes']}, the data have {count} identities"
+            )
     return FaceRecognition(model=build_model(config), **args)

@@ -89,23 +89,28 @@ class GanlmGeneration:
         }
 
     def report(self, variables, sums, config):
-        """BLEU, ROUGE and exact matches of beam search and of greedy decoding on held-out pairs."""
+        """BLEU, ROUGE and exact matches of beam search and of greedy decoding on held-out pairs.
+
+        Against whole targets, of which training and the likelihoods see `max_target` tokens.
+        """
         from train.data import pipeline
 
         family, options = pipeline.resolve(config.data)
         dictionary = family.dictionary(options)
         split = config.eval.split or pipeline.eval_split(config.data)
         size = config.eval.batch_size or config.batch_size
+        examples, transform = family.source(split, options), family.eval_transform(options)
         wanted: list[str] = []
         found: dict[str, list[str]] = {"": [], "greedy_": []}
         for batch in pipeline.eval_batches(config.data, split, batch_size=size):
             rows = int(min(batch["mask"].sum(), self.decoded - len(wanted)))
             if rows <= 0:
                 break
-            wanted += _texts(dictionary, batch["targets"][:rows])
+            asked = range(len(wanted), len(wanted) + rows)
+            wanted += _texts(dictionary, [transform.texts(examples[i])[1] for i in asked])
             for name, greedy in (("", False), ("greedy_", True)):
                 best = self._decode(greedy)(variables, batch["source"])
-                found[name] += _texts(dictionary, best.tokens[:rows, 0])
+                found[name] += _texts(dictionary, np.asarray(best.tokens[:rows, 0]))
         numbers = {}
         for name, texts in found.items():
             scores = rouge.rouge(texts, wanted)
@@ -133,7 +138,7 @@ class GanlmGeneration:
             found = self._decode()(variables, source)
             texts = [words.decode(t) for t in np.asarray(found.tokens[:, 0])]
             for i in range(min(size, len(rows) - start)):
-                written.append((start + i, texts[i], float(found.scores[i, 0])))
+                written.append((start + i + 1, texts[i], float(found.scores[i, 0])))
         return written
 
 
@@ -157,7 +162,7 @@ def full_batches(rows: list[np.ndarray], size: int) -> Iterator[tuple[int, np.nd
 
 
 def _texts(dictionary, tokens) -> list[str]:
-    return ["".join(dictionary.decode(row)).replace("▁", " ").strip() for row in np.asarray(tokens)]
+    return ["".join(dictionary.decode(np.asarray(row))).replace("▁", " ").strip() for row in tokens]
 
 
 def search_of(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -25,7 +25,8 @@ class GanlmPretraining:
     """Batches `source` [B, S], `previous` and `targets` [B, T] -> the three losses, one sum.
 
     The loss is the global batch's sum divided by its number of targets; gradients of micro-batches
-    and `pmap` devices are weighted by that number, so that they are the global batch's. Evaluation
+    and `pmap` devices are weighted by that number, so that they are the global batch's (but for the
+    detection loss, which each part rescales to its own targets, as the original does). Evaluation
     draws its replacements from a fixed key and runs all three passes, also where the denoising loss
     has no weight in training.
     """

@@ -62,38 +62,51 @@ class GanlmUnderstanding:
         return {"majority_accuracy": max(shares)}
 
     def predict(self, variables, path, config):
-        """A label for every line `first<TAB>second` of a text file: rows (line, label, p)."""
+        """A label for every line `first<TAB>second` of a text file: rows (line, label, p).
+
+        Lines are single sentences where the data are.
+        """
         from train.data import pipeline, sentence_pairs
         from train.data.fairseq_files import lines_of
         from train.tasks.ganlm_generation import full_batches
 
         family, options = pipeline.resolve(config.data)
         words, names = family.tokenizer(options), family.classes(options)
-        rows = []
+        rows, pairs = [], family.are_pairs(options)
         for number, line in enumerate(lines_of(path), 1):
             first, tab, second = line.partition("\t")
-            if not tab:
-                raise ValueError(f"{path}, line {number}: wanted two sentences with a tab between")
-            encoded = words.encode(first), words.encode(second)
+            if bool(tab) != pairs:
+                form = "two sentences with a tab between" if pairs else "one sentence and no tab"
+                raise ValueError(f"{path}, line {number}: wanted {form}")
+            encoded = words.encode(first), words.encode(second) if pairs else None
             rows.append(sentence_pairs.pair_row(*encoded, options["max_tokens"]))
         size = config.eval.batch_size or config.batch_size
 
         @jax.jit
         def classify(variables, source):
-            return jax.nn.softmax(self.model.apply(variables, source, method="classify"))
+            logits = self.model.apply(variables, source, method="classify")
+            return jax.nn.softmax(logits.astype(jnp.float32))
 
         written: list[tuple] = [("line", "label", "probability")]
         for start, source in full_batches(rows, size):
             p = np.asarray(classify(variables, source))
             for i in range(min(size, len(rows) - start)):
-                written.append((start + i, names[int(p[i].argmax())], float(p[i].max())))
+                written.append((start + i + 1, names[int(p[i].argmax())], float(p[i].max())))
         return written
 
 
 def from_config(config) -> GanlmUnderstanding:
     """The task of a config: its model, which needs a classification head."""
+    from train.data import pipeline
+
     model = build_model(config)
     check_dictionary(config, model)
     if not model.num_classes:
         raise ConfigError("config.model_args.num_classes: understanding needs at least 2 classes")
+    labels = pipeline.resolve(config.data)[1].get("num_classes", model.num_classes)
+    if labels != model.num_classes:
+        raise ConfigError(
+            f"config.model_args.num_classes: {model.num_classes} classes for the {labels} labels "
+            "of config.data.options.num_classes"
+        )
     return GanlmUnderstanding(model, **config.task_args)

@@ -121,12 +121,15 @@ class ImageRestoration:
             sr = metrics.to_uint8(self.restore(variables, lr / np.float32(255), ensemble))
             base = family.upsample(lr, self.scale)
             row = {"psnr": metrics.psnr(sr, hr, crop), "bicubic_psnr": metrics.psnr(base, hr, crop)}
-            row["gain"] = row["psnr"] - row["bicubic_psnr"]
+            row["gain"] = metrics.gain(row["psnr"], row["bicubic_psnr"])
             if full:
                 row["ssim"] = metrics.ssim(sr, hr, crop)
                 row["psnr_b"] = metrics.psnr_b(sr, hr, crop)
                 if hr.shape[-1] == 3:
-                    row["psnr_y_cropped"] = metrics.psnr(sr, hr, self.scale, y_channel=True)
+                    # The Swin2SR script crops what a larger picture's border has, JPEG's nothing.
+                    border = self.scale if self.scale > 1 else 0
+                    row["psnr_y_cropped"] = metrics.psnr(sr, hr, border, y_channel=True)
+                    row["ssim_y_cropped"] = metrics.ssim(sr, hr, border, y_channel=True)
             for key, value in row.items():
                 scores.setdefault(key, []).append(value)
         return scores
@@ -178,7 +181,7 @@ class ImageRestoration:
             hr = hr[: sr.shape[0], : sr.shape[1]]
             base = family.upsample(lr, self.scale)
             strips.mkdir(exist_ok=True)
-            ours, theirs = metrics.psnr(sr, hr), metrics.psnr(base, hr)
+            ours, theirs = (metrics.psnr(x, hr, self.border) for x in (sr, base))
             save_strip(strips / f"{stem}.png", base, sr, hr, (theirs, ours))
             rows.append((stem, ours, theirs))
         said = f"{count} pictures in {folder}"
@@ -249,6 +252,11 @@ def from_config(config) -> ImageRestoration:
         built = build_named(
             config, first, arguments.pop("first_args", {}), "config.task_args.first"
         )
+        if built.upscale != 1:
+            raise ConfigError(
+                f"config.task_args.first: {first} enlarges by {built.upscale}; the first stage "
+                "removes artifacts and has upscale 1 (jpeg_color, jpeg_gray)"
+            )
         arguments.update(first=built, first_name=first)
     task = ImageRestoration(model=model, **arguments)
     if task.pixel not in PIXEL_LOSSES:

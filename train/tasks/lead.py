@@ -176,7 +176,8 @@ class Lead(AnswersQueries):
 
     def evaluate(self, variables, batch):
         """Sums of the student's NLL and first places among the query's own documents."""
-        return dual_group_sums(self.model, self.own_params(variables["params"]), batch)
+        params = self.own_params(variables["params"])
+        return dual_group_sums(self.model, params, batch, self.student_scale)
 
 
 def _first_places(scores: jax.Array, batch) -> jax.Array:

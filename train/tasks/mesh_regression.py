@@ -96,6 +96,8 @@ class MeshRegression:
     generator_from: str = ""
     size: int = 224
 
+    frozen = ("generator",)
+
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """The regressor's parameters and statistics; the collection `generator`."""
         del batch

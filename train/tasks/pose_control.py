@@ -54,6 +54,8 @@ class PoseControlTraining:
     regressor_from: str = ""
     parts: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(WEIGHTS))
 
+    frozen = ("generator", "critics", "encoder")
+
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """The control network's parameters; `generator`, `critics`, perhaps `encoder`."""
         del batch

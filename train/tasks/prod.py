@@ -105,7 +105,8 @@ class Progressive(AnswersQueries):
 
     def evaluate(self, variables, batch):
         """Sums of the student's NLL and first places among the query's own documents."""
-        return dual_group_sums(self.model, variables["params"], batch)
+        scale = self.objective.embedding_scale
+        return dual_group_sums(self.model, variables["params"], batch, scale)
 
 
 def from_config(config) -> Progressive:

@@ -94,7 +94,7 @@ def check_vocabulary(config, module: nn.Module, key: str = "config.model_args") 
     if not size:
         places = (Path(words), Path(options["path"] or "") / words)
         found = next((p for p in places if p.is_file()), None)
-        size = len(found.read_text("utf-8").splitlines()) if found else 0
+        size = len(found.read_text("utf-8").removesuffix("\n").split("\n")) if found else 0
     if size > module.vocab_size:
         raise ConfigError(
             f"{key}.vocab_size: {module.vocab_size} rows for config.data.options.vocabulary of "
@@ -225,9 +225,10 @@ def vectors_of(model: DualEncoder, params, batch) -> tuple[jax.Array, jax.Array]
     return model.apply({"params": params}, queries, None, documents, None)
 
 
-def dual_group_sums(model: DualEncoder, params, batch) -> dict[str, jax.Array]:
-    """`group_sums` of a dual encoder."""
-    return group_sums(group_scores(*vectors_of(model, params, batch)), batch["mask"])
+def dual_group_sums(model: DualEncoder, params, batch, scale: float = 1.0) -> dict[str, jax.Array]:
+    """`group_sums` of a dual encoder whose vectors are multiplied by `scale`, as in training."""
+    scores = group_scores(*vectors_of(model, params, batch), (scale, scale))
+    return group_sums(scores, batch["mask"])
 
 
 def from_config(config) -> Ranking:

@@ -24,7 +24,7 @@ from train.segmentation_inference import Windows, predict_probabilities
 @functools.partial(jax.jit, static_argnums=0)
 def _overlaps(task: Segmentation, variables, batch) -> dict[str, jax.Array]:
     logits = task.logits(variables["params"], batch["image"])[0]
-    reference = task.one_hot(batch["label"])
+    reference = task.one_hot(jnp.maximum(batch["label"], 0))
     predicted = task.hard(logits)
     valid = batch["mask"].reshape(-1, *(1,) * (batch["label"].ndim - 1))
     if task.ignore_label is not None:
@@ -48,6 +48,7 @@ class Segmentation:
       ignore_label: value of voxels that do not count.
       voxel_loss: cross_entropy | topk | focal. overlap_loss: dice | tversky.
       augment: full | intensity | mirror | none.
+      masked: image channels that are 0 where labels are -1, whatever augmentation made of them.
       prior_labels: trailing one-hot channels of a cascade's first stage.
       image_weight: of the auxiliary loss of an image-level head (which classes a patch holds).
       mirror: test-time mirroring. step: of inference windows, in tiles. context: slices beside.
@@ -64,6 +65,7 @@ class Segmentation:
     voxel_loss: str = "cross_entropy"
     overlap_loss: str = "dice"
     augment: str = "full"
+    masked: tuple[int, ...] = ()
     prior_labels: int = 0
     image_weight: float = 0.0
     mirror: bool = True
@@ -83,6 +85,17 @@ class Segmentation:
                 raise ConfigError(
                     f"config.task_args.{name}: {getattr(self, name)!r}; known: {', '.join(known)}"
                 )
+        if self.regions and (self.voxel_loss, self.overlap_loss) != ("cross_entropy", "dice"):
+            raise ConfigError(
+                "config.task_args: regions have binary cross-entropy and Dice; voxel_loss and "
+                "overlap_loss are for exclusive classes"
+            )
+        heads = len(self.regions) or self.model.num_classes - 1
+        if self.image_weight and self.model.image_classes != heads:
+            raise ConfigError(
+                f"config.model_args.image_classes: {self.model.image_classes}, image_weight needs "
+                f"one for each of {heads} {'regions' if self.regions else 'foreground classes'}"
+            )
         self.model.check_patch(self.patch)
 
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
@@ -127,13 +140,17 @@ class Segmentation:
         )
 
     def prepare(self, rng: jax.Array, image: jax.Array, label: jax.Array):
-        """Augmented patches of a batch."""
+        """Augmented patches of a batch; labels of -1 are background then."""
         settings = augmentation.Augmentation.named(self.augment)
         channels = image.shape[-1] - self.prior_labels
         keys = jax.random.split(rng, 3)
         if settings is None:
-            return image, label
+            return image, jnp.maximum(label, 0)
         image, label = augmentation.augment(keys[0], image, label, self.patch, settings, channels)
+        if self.masked:
+            masked = np.isin(np.arange(image.shape[-1]), self.masked)
+            image = jnp.where((label < 0)[..., None] & masked, 0, image)
+        label = jnp.maximum(label, 0)
         if self.prior_labels:
             prior = augmentation.random_morphology(keys[1], image[..., channels:])
             prior = augmentation.remove_random_components(keys[2], prior)
@@ -200,7 +217,8 @@ class Segmentation:
             rows = []
             for _, image, label, _ in family.held_out(options):
                 p = predict_probabilities(self.model, [variables], image, self.windows())
-                pair = annotated(labels_of(p, order), np.asarray(label), self.ignore_label)
+                label = np.maximum(np.asarray(label), 0)
+                pair = annotated(labels_of(p, order), label, self.ignore_label)
                 rows.append(case_dice(*pair, targets))
             per_class, mean = metrics.mean_over_cases(np.asarray(rows), warn=False)
             numbers["held_out_dice"] = mean
@@ -247,7 +265,20 @@ def from_config(config) -> Segmentation:
         raise ConfigError(
             f"config.model_args.input_channels: {model.input_channels}, the data have {channels}"
         )
+    arguments = {"patch": tuple(specs["label"].shape), **arguments}
     try:
-        return Segmentation(model=model, **{"patch": tuple(specs["label"].shape), **arguments})
+        # Mistakes that need no data first: preparing these may take long.
+        task = Segmentation(model=model, **{**arguments, "image_weight": 0.0})
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"config.task_args: {error}") from None
+    if hasattr(family, "task_arguments") and options["path"]:
+        # What the data say of themselves, unless the config says otherwise.
+        arguments = {**family.task_arguments(options), **arguments}
+        outputs = int(family.dataset(options)["outputs"])
+        if model.num_classes != outputs:
+            raise ConfigError(
+                f"config.model_args.num_classes: {model.num_classes}, the data have {outputs}"
+            )
+    return dataclasses.replace(task, **arguments)

@@ -22,6 +22,7 @@ from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.video import stylegan2_losses as losses
 from train.building import build_model, build_named
 from train.naming import ConfigError
+from train.parallel import local_copy
 
 _PROJECTIONS, _SAMPLES = 128, 256
 
@@ -116,31 +117,41 @@ class StyleGAN2:
             params["generator"]
         )
         move("generator", grads, self.pl_every)
-        buffers = jax.tree.map(lambda new, old: new.astype(old.dtype), new_buffers, buffers)
+
+        def kept(new):
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), new, buffers)
+
+        # The mean latent moves wherever images are made, as there.
+        buffers = kept(new_buffers)
         path = jnp.zeros(())
         if self.pl_every and self.pl_weight:
             size = count // self.pl_shrink
 
             def path_loss(generator, mean):
                 variables = {"params": generator, "buffers": buffers}
-                ws, _ = self._codes(variables, keys[2], size)
+                ws, moved = self._codes(variables, keys[2], size, True)
                 shape = (size, *real.shape[1:])
                 noise = jax.random.normal(keys[3], shape)
                 lengths, _ = losses.path_lengths(
                     lambda ws: self._images(variables, ws, keys[4]), ws, noise
                 )
                 penalty, new = losses.path_length_penalty(lengths, mean, self.pl_decay)
-                return penalty.mean() * self.pl_weight * self.pl_every, new
+                return penalty.mean() * self.pl_weight * self.pl_every, (new, kept(moved))
 
             def regularize(generator, optimizer, mean):
-                (value, new), grads = jax.value_and_grad(path_loss, has_aux=True)(generator, mean)
+                (value, (new, moved)), grads = jax.value_and_grad(path_loss, has_aux=True)(
+                    generator, mean
+                )
                 updates, optimizer = self._adam(self.pl_every).update(grads, optimizer, generator)
-                return optax.apply_updates(generator, updates), optimizer, new, value
+                return optax.apply_updates(generator, updates), optimizer, new, moved, value
 
-            params["generator"], gan["generator"], gan["path_mean"], path = jax.lax.cond(
+            def leave(generator, optimizer, mean):
+                return generator, optimizer, mean, buffers, jnp.zeros(())
+
+            params["generator"], gan["generator"], gan["path_mean"], buffers, path = jax.lax.cond(
                 step % self.pl_every == 0,
                 regularize,
-                lambda generator, optimizer, mean: (generator, optimizer, mean, jnp.zeros(())),
+                leave,
                 params["generator"],
                 gan["generator"],
                 gan["path_mean"],
@@ -148,7 +159,8 @@ class StyleGAN2:
 
         # Discriminator.
         variables = {"params": params["generator"], "buffers": buffers}
-        ws, _ = self._codes(variables, keys[5], count)
+        ws, moved = self._codes(variables, keys[5], count, True)
+        buffers = kept(moved)
         fake = jax.lax.stop_gradient(self._images(variables, ws, keys[6]))
 
         def discriminator_loss(critic):
@@ -186,8 +198,8 @@ class StyleGAN2:
 
     def measure(self, variables, config, mesh):
         """Sliced Wasserstein distance of the average generator's images to the training images."""
-        del mesh
         variables = {"params": variables["gan"]["average"], "buffers": variables["buffers"]}
+        variables = local_copy(variables, mesh)
         return {"sliced_wasserstein": self._distance(variables, self._real(config))}
 
     def report(self, variables, sums, config):
@@ -215,6 +227,7 @@ class StyleGAN2:
 
     def _distance(self, variables, real: np.ndarray) -> float:
         z = jax.random.normal(jax.random.key(0), (_SAMPLES, self.model.z_dim))
+        variables = jax.device_put(variables)
         sample = jax.jit(lambda v, z: self.model.apply(v, z))
         size = min(_SAMPLES, 16 if self.model.img_resolution > 64 else _SAMPLES)
         images = [np.asarray(sample(variables, z[i : i + size])) for i in range(0, len(z), size)]

@@ -112,6 +112,10 @@ class Superformer:
 
 def from_config(config) -> Superformer:
     """The task of a config: its model and `task_args`."""
+    if config.parallel.mode == "pmap":
+        raise ConfigError(
+            "config.parallel.mode: pmap would draw another sub-network on every device; use jit"
+        )
     task = Superformer(model=build_model(config), **config.task_args)
     if not isinstance(task.model, vitas.Superformer | twins_superformer.TwinsSuperformer):
         raise ConfigError(

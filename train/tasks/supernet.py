@@ -124,8 +124,21 @@ class Supernet:
             rows.append(scalenet_sampling.encode(t, ops[: len(space.blocks)], width, resolution))
         return tuple(np.array(column) for column in zip(*rows))
 
+    def hits(self, variables, images, label, mask, ops, width, resolution) -> jax.Array:
+        """Rows that are right by `logits`; rows whose mask [B] is 0 have no part in statistics."""
+        # Statistics know no mask: real rows, repeated, take the place of those that fill up.
+        real = jnp.argsort(mask == 0, stable=True)
+        count = mask.sum().astype(jnp.int32)
+        places = jnp.arange(len(mask))
+        rows = real[places % jnp.maximum(count, 1)]
+        logits = self.logits(variables, images[rows], ops, width, resolution)
+        return ((logits.argmax(-1) == label[rows]) & (places < count)).sum()
+
     def evaluate(self, variables, batch):
-        """Hits of one sub-network of each scaling stage; give batches without padding rows."""
+        """Hits of one sub-network of each scaling stage; give batches without padding rows.
+
+        (`hits` would bring the rows of all devices together, and compute them on each.)
+        """
         mask = batch["mask"]
 
         def one(probe):
@@ -161,6 +174,10 @@ class Supernet:
 
 def from_config(config) -> Supernet:
     """The task of a config: its model and `task_args`."""
+    if config.parallel.mode == "pmap":
+        raise ConfigError(
+            "config.parallel.mode: pmap would draw another sub-network on every device; use jit"
+        )
     task = Supernet(model=build_model(config), **config.task_args)
     if not isinstance(task.model, scalenet.SuperSupernet):
         raise ConfigError(f"config.model {config.model}: the task supernet trains search.scalenet")

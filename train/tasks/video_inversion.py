@@ -60,6 +60,7 @@ class VideoInversion:
     report_clips: int = 12
 
     uses_step = True
+    frozen = ("generator", "critics")
 
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """The encoder's parameters; `buffers`, `generator`, `critics`."""
@@ -78,6 +79,8 @@ class VideoInversion:
             extra["generator"] = load_generator(
                 self.generator_from, self.generator, extra["generator"]
             )
+        else:
+            print("config.task_args.generator_from is empty: the generator has random weights")
         extra["critics"] = self.critics.load(extra["critics"])
         if self.encoder_from:
             given = self._pretrained({"params": params, **encoder_variables(extra)})
@@ -118,15 +121,16 @@ class VideoInversion:
 
     # Frames.
 
-    def synthesize(self, extra, codes: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Images of W+ codes, averaged down to at most 256 pixels; noise maps constant, or drawn
+    def draw(self, extra, codes: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Images of W+ codes as large as the generator makes them; noise maps constant, or drawn
         from the key `noise`."""
         mode = "const" if noise is None else "random"
         rngs = {} if noise is None else {"noise": noise}
-        images = self.generator.apply(
-            extra["generator"], codes, mode, method="synthesize", rngs=rngs
-        )
-        return pool(images)
+        return self.generator.apply(extra["generator"], codes, mode, method="synthesize", rngs=rngs)
+
+    def synthesize(self, extra, codes: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """The same images averaged down to at most 256 pixels, as losses and measures see them."""
+        return pool(self.draw(extra, codes, noise))
 
     def frames(self, extra, batch) -> dict[str, jax.Array]:
         """`key` and perhaps `frame`, from images or made by the generator."""

@@ -102,7 +102,7 @@ class VideoRestoration:
             ours = metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(sr, hr))
             base = [self.enlarged(frame) for frame in lr]
             theirs = metrics.mean_psnr(metrics.psnr(a, b) for a, b in zip(base, hr))
-            for key, value in zip(scores, (ours, theirs, ours - theirs)):
+            for key, value in zip(scores, (ours, theirs, metrics.gain(ours, theirs))):
                 scores[key].append(value)
         return scores
 
