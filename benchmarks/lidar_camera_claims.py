@@ -111,23 +111,9 @@ def _labels(frames) -> dict[str, np.ndarray]:
 
 def _ranks(frames) -> np.ndarray:
     """Risk of every labeled object, from the exact motion."""
-    from jaxmodels.driving import collision_risk
+    from jaxmodels.driving import detection_metrics
 
-    ranks = []
-    for frame in frames:
-        three = frame.labels3d
-        if not len(three.boxes):
-            continue
-        own = collision_risk.collision_ranks(
-            three.boxes[:, :2].astype(float),
-            three.velocity.astype(float),
-            three.boxes[:, 3:5].astype(float),
-            three.boxes[:, 6].astype(float),
-            frame.ego_velocity.astype(float),
-        )
-        place = {int(i): int(r) for i, r in zip(three.ids, own)}
-        ranks += [place[int(i)] for i in frame.labels2d.ids]
-    return np.asarray(ranks)
+    return np.concatenate([detection_metrics.label_ranks(frame) for frame in frames])
 
 
 def _scores(found: dict, truth: dict, ranks: np.ndarray) -> dict[str, float]:

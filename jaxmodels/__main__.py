@@ -88,11 +88,11 @@ def _summary(name: str, overrides: dict[str, Any]) -> int:
 
 
 def _load(arguments: argparse.Namespace, file: str):
-    from jaxmodels.interop import catalog, checkpoint
+    from jaxmodels.interop import catalog
 
     found = catalog.find(arguments.name)
     module = found.build(**dict(arguments.set))
-    read = checkpoint.read(file, prefer=arguments.prefer)
+    read = catalog.read_weights(found, file, arguments.prefer)
     variables, done = catalog.import_state(found, module, read.tensors, source=file)
     taken = ", ".join(t for t in (read.taken, done.prefix and f"prefix {done.prefix}") if t)
     print(f"{file}: {len(read.tensors)} tensors" + (f", taken from {taken}" if taken else ""))

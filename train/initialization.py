@@ -80,15 +80,15 @@ def variables_from(
         raise ConfigError(f"{key}: no file or directory {str(source)!r}")
     tensors = None
     if not path.is_dir():
-        from jaxmodels.interop import catalog, checkpoint, conversion
+        from jaxmodels.interop import catalog, conversion
 
-        tensors = checkpoint.read(path).tensors
+        found = catalog.find(name)
+        tensors = catalog.read_weights(found, path).tensors
         skip = skip_of(tensors) if skip_of else skip
     skips = (skip,) if skip else ()
     if tensors is None:
         loaded = load_params(path, ema=True)
     else:
-        found = catalog.find(name)
         tensors = prepare(tensors) if prepare else tensors
         loaded, _ = catalog.import_state(found, module, tensors, skips, source=str(path))
         # A PyTorch file has no other collections (a graph, say): the run's own stand.

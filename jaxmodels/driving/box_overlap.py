@@ -126,6 +126,19 @@ def iou_3d(a: Array, b: Array) -> Array:
     return _share(common, first[:, None] + second[None] - common)
 
 
+def points_inside(boxes: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How many of points [P, 3] lie in each of boxes [N, 7], int32 [N], on the host."""
+    boxes, points = np.asarray(boxes, np.float64), np.asarray(points, np.float64)
+    counts = np.zeros(len(boxes), np.int32)
+    for i, box in enumerate(boxes):
+        moved = points - box[:3]
+        cos, sin = np.cos(box[6]), np.sin(box[6])
+        along, across = moved[:, 0] * cos + moved[:, 1] * sin, moved[:, 1] * cos - moved[:, 0] * sin
+        local = np.stack([along, across, moved[:, 2]], axis=-1)
+        counts[i] = (np.abs(local) <= box[3:6] / 2).all(-1).sum()
+    return counts
+
+
 # Suppression
 
 

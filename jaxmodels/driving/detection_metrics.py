@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.driving import box_overlap
+from jaxmodels.driving import box_overlap, collision_risk
+from jaxmodels.driving.camera_projection import flat_boxes
+from jaxmodels.driving.cluster_boxes import oriented_corners
+from jaxmodels.driving.frame import Frame
 
 LEVEL_1_RETURNS = 5  # more LiDAR returns than this are LEVEL_1, at least one LEVEL_2
 RISK_THRESHOLD = 0.8  # intersection over ground truth at which an object counts as found
@@ -156,7 +159,8 @@ def recall_by_rank(
     """Share of objects found, [confidences, 3] for ranks 0, 1, 2; NaN where there are none.
 
     Class-agnostic: an object is found when the largest intersection over its own area among the
-    frame's detections of at least that confidence reaches `threshold`.
+    frame's detections of at least that confidence reaches `threshold`. `truth_ranks` are those of
+    `label_ranks`; objects of rank -1 count nowhere.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     truth_boxes = np.asarray(truth_boxes, np.float64).reshape(-1, 4)
@@ -175,6 +179,40 @@ def recall_by_rank(
             if (ranks == rank).any():
                 table[i, rank] = found[ranks == rank].mean()
     return table
+
+
+def label_ranks(frame: Frame, *, official: bool = False, least_iou: float = 0.5) -> np.ndarray:
+    """Rank of each of a frame's 2-D labels, int64 [M], -1 for those without a 3-D label.
+
+    A 2-D label is that of the 3-D one with its id; cameras that are labeled on their own (Waymo's)
+    have none: there it is the 3-D label whose projected box overlaps it most, by an IoU of at
+    least `least_iou` (`rrr.py`, which leaves the others out).
+
+    Args:
+      official: see `collision_risk.collision_ranks`.
+    """
+    three, two = frame.labels3d, frame.labels2d
+    ranks = np.full(len(two.boxes), -1, np.int64)
+    if not len(two.boxes) or not len(three.boxes):
+        return ranks
+    boxes, velocity, ego = (
+        np.asarray(x, np.float64) for x in (three.boxes, three.velocity, frame.ego_velocity)
+    )
+    own = collision_risk.collision_ranks(
+        boxes[:, :2], velocity, boxes[:, 3:5], boxes[:, 6], ego, official=official
+    )
+    corners = oriented_corners(boxes)
+    mask = np.ones(corners.shape[:2], bool)
+    flat = flat_boxes(corners, mask, frame.camera, max_truncation=1.0, partial=True)
+    overlap = box_overlap.iou(np.asarray(two.boxes, np.float64), np.asarray(flat.boxes, np.float64))
+    row_of = {int(i): row for row, i in enumerate(three.ids)}
+    for m, label in enumerate(two.ids):
+        row = row_of.get(int(label))
+        if row is None and overlap[m].max() >= least_iou:
+            row = int(overlap[m].argmax())
+        if row is not None:
+            ranks[m] = own[row]
+    return ranks
 
 
 # Clusters against the simulator's object ids

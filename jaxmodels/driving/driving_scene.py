@@ -313,8 +313,10 @@ def advance(scene: Scene, interval: float = FRAME_INTERVAL) -> Scene:
     boxes[:, :2] += (scene.velocity + velocity) / 2 * interval
     travelled = (scene.ego_speed + ego) / 2 * interval
     boxes[:, 0] -= travelled
-    if scene.slope:
-        boxes[:, 2] -= np.tan(scene.slope) * travelled
+    if scene.slope or scene.kerb:
+        # Up and down with the ground, also on what an object travelled itself.
+        before, after = (ground_height(scene, b[:, 0], b[:, 1]) for b in (scene.boxes, boxes))
+        boxes[:, 2] += after - before
     return dataclasses.replace(
         scene,
         boxes=boxes,

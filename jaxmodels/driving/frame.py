@@ -38,7 +38,8 @@ class Labels2D(NamedTuple):
     """Objects in the image.
 
     Attributes:
-      boxes: [M, 4] x1 y1 x2 y2, pixel edges. classes: int32 [M]. ids: int32 [M], of `Labels3D`.
+      boxes: [M, 4] x1 y1 x2 y2, pixel edges. classes: int32 [M].
+      ids: int32 [M], of `Labels3D`, but for cameras that are labeled on their own (Waymo's).
       occlusion: [M], hidden share of the object's pixels.
     """
 
@@ -92,6 +93,10 @@ def check_frame(frame: Frame, no_return: float | None = None) -> Frame:
     image = range_image.check_range_image(
         frame.range, frame.inclinations, frame.azimuths, no_return=no_return
     )
+    for name in ("elongation", "surface"):
+        other = getattr(frame, name)
+        if other is not None and np.shape(other) != image.shape:
+            raise ValueError(f"{name} has shape {np.shape(other)}, the range image {image.shape}")
     extrinsic = range_image.check_mounting(frame.lidar_extrinsic, "LiDAR extrinsic")
     camera = check_camera(frame.camera, frame.image)
     box_overlap.check_boxes_3d(frame.labels3d.boxes)
@@ -107,3 +112,23 @@ def check_frame(frame: Frame, no_return: float | None = None) -> Frame:
         camera_intrinsic=camera.intrinsic,
         camera_extrinsic=camera.extrinsic,
     )
+
+
+def front_view(frame: Frame, half_angle: float = range_image.FRONT_HALF_ANGLE) -> Frame:
+    """The frame with the LiDAR's columns within `half_angle` degrees of straight ahead alone.
+
+    What the front camera can see, as the published clustering code cuts it: fewer columns, and no
+    row of a cluster table goes to what stands behind. Frames that are no whole turn stay as they
+    are.
+    """
+    if not frame.wraps or half_angle >= 180:
+        return frame
+    if not half_angle > 0:
+        raise ValueError(f"half_angle {half_angle} must be above 0 degrees")
+    columns = slice(*range_image.front_columns(frame.range.shape[1], half_angle))
+    images = {
+        name: image[:, columns]
+        for name in ("range", "elongation", "surface")
+        if (image := getattr(frame, name)) is not None
+    }
+    return dataclasses.replace(frame, **images, azimuths=frame.azimuths[columns], wraps=False)

@@ -72,7 +72,8 @@ def decode(
 class FrameDetector(nn.Module):
     """Images [B, H, W, 3] in 0..1 -> raw heads, one [B, H / s, W / s, A (5 + C)] for each stride.
 
-    H and W must be multiples of 32. `anchors` are pixels of this image size.
+    H and W must be multiples of 32. `anchors` are pixels of this image size. `bn_axis_name`
+    synchronizes BatchNorm over a mapped axis (`pmap`).
     """
 
     embedding_size: int = 64
@@ -83,6 +84,7 @@ class FrameDetector(nn.Module):
     num_labels: int = len(DETECTED)
     anchors: tuple = ANCHORS
     normalize: bool = True
+    bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -104,6 +106,7 @@ class FrameDetector(nn.Module):
         if self.normalize:
             x = standardize(x)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = dict(bn_axis_name=self.bn_axis_name, **types)
         maps = ResNet(
             self.embedding_size,
             tuple(self.hidden_sizes),
@@ -111,18 +114,18 @@ class FrameDetector(nn.Module):
             self.layer_type,
             self.hidden_act,
             name="resnet",
-            **types,
+            **norm,
         )(x, train)[2:]
         heads, coarser = [], None
         for level in reversed(range(len(STRIDES))):
             y = maps[level]
             width = self.hidden_sizes[level + 1]
             if coarser is not None:
-                up = ConvNorm(width // 2, 1, name=f"neck.{level}.reduce", **types)(coarser, train)
+                up = ConvNorm(width // 2, 1, name=f"neck.{level}.reduce", **norm)(coarser, train)
                 up = up.repeat(2, axis=1).repeat(2, axis=2)
                 y = jnp.concatenate([y, up], axis=-1)
-            y = ConvNorm(width, 1, name=f"neck.{level}.mix", **types)(y, train)
-            y = coarser = ConvNorm(width, 3, name=f"neck.{level}.conv", **types)(y, train)
+            y = ConvNorm(width, 1, name=f"neck.{level}.mix", **norm)(y, train)
+            y = coarser = ConvNorm(width, 3, name=f"neck.{level}.conv", **norm)(y, train)
             count = len(self.anchors[level])
             outputs = count * (5 + self.num_labels)
             raw = Conv(outputs, 1, use_bias=True, name=f"head.{level}", **types)(y)

@@ -31,6 +31,7 @@ from jaxmodels.driving.frame_detector import Candidates
 from jaxmodels.driving.lidar_objects import (
     Objects,
     PipelineOptions,
+    check_elongation,
     find_objects,
     frame_arrays,
     no_tracks,
@@ -96,7 +97,7 @@ class PipelineState(NamedTuple):
 
 
 def make_detector(
-    module: nn.Module, variables: Any, size: int = 320, **options: Any
+    module: nn.Module, variables: Any, size: int = frame_detector.SIZES[0], **options: Any
 ) -> Callable[[jax.Array], Candidates]:
     """A full-frame detector as the pipeline takes it: image uint8 [H, W, 3] -> candidates.
 
@@ -194,7 +195,12 @@ class Pipeline:
     def __call__(
         self, frame: Frame, state: PipelineState | None = None
     ) -> tuple[FrameResult, PipelineState]:
-        """Detections of one frame; a checked frame is assumed (`check_frame`)."""
+        """Detections of one frame; a checked frame is assumed (`check_frame`).
+
+        Raises ValueError before `warm_up`, or where the options want an elongation that is not
+        there.
+        """
+        check_elongation(frame, self.options)
         state = self.initial_state() if state is None else state
         options, started = self.options, self.clock()
         if self.costs is None:

@@ -96,7 +96,10 @@ class PipelineOptions:
             raise ValueError(f"buckets {self.buckets} must rise")
         if min(self.batch, self.max_patches) < 1 or self.detector_every < 0:
             raise ValueError("batch and max_patches must be at least 1, detector_every 0 or more")
-        for name in ("over_smaller", "over_union", "max_truncation", "suppression"):
+        for name in (
+            *("over_smaller", "over_union", "max_truncation", "suppression"),
+            *("background_confidence", "least_overlap"),
+        ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be within 0..1, above 0")
         if not self.deadline_ms > 0:
@@ -152,8 +155,20 @@ class FrameArrays(NamedTuple):
     interval: Any
 
 
+def check_elongation(frame: Frame, options: PipelineOptions) -> None:
+    """Raises ValueError where clusters are to be split by elongation and the frame has none."""
+    if options.clustering.elongation > 0 and frame.elongation is None:
+        raise ValueError(
+            f"clustering.elongation is {options.clustering.elongation:g}, but the frame has no "
+            "elongation; a negative value leaves that test out"
+        )
+
+
 def frame_arrays(frame: Frame, interval: float = FRAME_INTERVAL) -> FrameArrays:
-    """The arrays of a checked frame; `interval` seconds have passed since the last one."""
+    """The arrays of a checked frame; `interval` seconds have passed since the last one.
+
+    Without elongation it is 0 everywhere, which no test on it splits: see `check_elongation`.
+    """
     down, right = beam_angles(frame.inclinations, frame.azimuths)
     elongation = frame.elongation
     if elongation is None:

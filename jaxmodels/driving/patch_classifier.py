@@ -40,6 +40,7 @@ class ConvNorm(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     activation: str | None = "relu"
+    bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -54,7 +55,8 @@ class ConvNorm(nn.Module):
             name="convolution",
             **types,
         )(x)
-        x = BatchNorm(name="normalization", **types)(x, train)
+        norm = BatchNorm(axis_name=self.bn_axis_name, name="normalization", **types)
+        x = norm(x, train)
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
@@ -70,12 +72,13 @@ class ResidualLayer(nn.Module):
     activation: str = "relu"
     reduction: int = 4
     downsample_in_bottleneck: bool = False
+    bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = dict(bn_axis_name=self.bn_axis_name, dtype=self.dtype, param_dtype=self.param_dtype)
         act = dict(activation=self.activation, **types)
         if self.layer_type == "basic":
             layers = [
@@ -115,12 +118,13 @@ class ResNet(nn.Module):
     hidden_act: str = "relu"
     downsample_in_first_stage: bool = False
     downsample_in_bottleneck: bool = False
+    bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types = dict(bn_axis_name=self.bn_axis_name, dtype=self.dtype, param_dtype=self.param_dtype)
         x = ConvNorm(
             self.embedding_size,
             7,
@@ -152,7 +156,8 @@ class PatchClassifier(nn.Module):
 
     The last class is the background. With `box_head` the result is (logits, deltas [B, 4]): shift
     of the center over the size, log of the ratio of sizes (x, y each), see `refine_boxes`.
-    `normalize` takes images in 0..1 and standardizes them as ImageNet recipes do.
+    `normalize` takes images in 0..1 and standardizes them as ImageNet recipes do. `bn_axis_name`
+    synchronizes BatchNorm over a mapped axis (`pmap`).
 
     Raises ValueError for widths, depths or a layer type that cannot be meant.
     """
@@ -168,6 +173,7 @@ class PatchClassifier(nn.Module):
     downsample_in_bottleneck: bool = False
     box_head: bool = False
     normalize: bool = False
+    bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -202,6 +208,7 @@ class PatchClassifier(nn.Module):
             self.hidden_act,
             self.downsample_in_first_stage,
             self.downsample_in_bottleneck,
+            self.bn_axis_name,
             name="resnet",
             **types,
         )(x, train)

@@ -202,7 +202,8 @@ def load(
         for fresh weights.
       seed: of the fresh weights.
       skip: regular expressions of names neither read nor required, as `"classifier"`.
-      prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`.
+      prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`; by
+        default those that published numbers are of, where the model's module says which.
       inputs: shapes for initialization, for classes without `example_inputs()`.
       **overrides: constructor arguments over the variant's own; `param_dtype` also casts the file's
         floating-point arrays, which otherwise keep their dtype.
@@ -220,7 +221,7 @@ def load(
     if isinstance(weights, Mapping):
         state, source = weights, "the state dict"
     else:
-        state = checkpoint.read(weights, prefer=prefer).tensors
+        state = read_weights(found, weights, prefer).tensors
         source = os.fspath(weights)
         reader = getattr(found.python_module, "arguments_of_config", None)
         if reader is not None and (Path(weights) / CONFIG).is_file():
@@ -235,6 +236,19 @@ def load(
             for collection, tree in variables.items()
         }
     return module, variables
+
+
+def read_weights(
+    found: Found, path: str | os.PathLike, prefer: str | Iterable[str] = ()
+) -> checkpoint.Checkpoint:
+    """A checkpoint file of a model, `checkpoint.read`.
+
+    Of several sets of weights in it `prefer` says which; else `PREFERRED_WEIGHTS` beside the model
+    does, names of the set that the published numbers are of, where the file holds it.
+    """
+    read = checkpoint.read(path, prefer=prefer)
+    own = [n for n in getattr(found.python_module, "PREFERRED_WEIGHTS", ()) if n in read.others]
+    return checkpoint.read(path, prefer=own) if own and not prefer else read
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -334,6 +334,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Published files hold both; the published accuracies are of the averages.
+PREFERRED_WEIGHTS = ("state_dict_ema",)
+
+
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     """What the naming rule cannot know: a network without a head leaves the head's keys unread."""
     if not getattr(module, "features_only", False):

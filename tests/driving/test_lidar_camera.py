@@ -15,6 +15,7 @@ from jaxmodels.driving import (
     box_overlap,
     camera_projection,
     camera_renderer,
+    cluster_boxes,
     collision_risk,
     detection_metrics,
     driving_scene,
@@ -28,7 +29,7 @@ from jaxmodels.driving import (
 )
 from jaxmodels.driving.camera_projection import Camera
 from jaxmodels.driving.depth_clustering import ClusteringOptions
-from jaxmodels.driving.frame import Frame, check_frame
+from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame
 from jaxmodels.interop import catalog
 
 RING = range_image.waymo_like(24, 180)
@@ -392,6 +393,33 @@ def test_heading_and_recall_by_rank():
     assert np.isnan(table[:, 0]).all()
 
 
+def test_labels_of_the_image_have_the_risk_of_their_objects_in_space():
+    """By their ids, or, of cameras that are labeled on their own, by their projected boxes."""
+    boxes = [[6, 0, 0.8, 4, 2, 1.6, 0], [20, 4, 0.8, 4, 2, 1.6, 0], [40, -8, 0.9, 1, 1, 1.8, 0]]
+    three = Labels3D(
+        np.float32(boxes), np.int32([0, 0, 1]), np.zeros((3, 2), np.float32),
+        np.int32([9, 9, 9]), np.int32([4, 5, 6]),
+    )  # fmt: skip
+    some = dataclasses.replace(frame(), labels3d=three, ego_velocity=np.float32([8, 0]))
+    flat = camera_projection.flat_boxes(
+        cluster_boxes.oriented_corners(three.boxes), np.ones((3, 8), bool), CAMERA, partial=True
+    )
+    assert np.asarray(flat.ok).all()
+    order = [2, 0, 1]
+    two = Labels2D(np.asarray(flat.boxes)[order], three.classes[order], three.ids[order])
+    own = detection_metrics.label_ranks(dataclasses.replace(some, labels2d=two))
+    assert own.tolist() == [0, 2, 1]
+    # The published loop looks at both tests step by step and calls the first, "potential".
+    official = dataclasses.replace(some, labels2d=two)
+    assert detection_metrics.label_ranks(official, official=True).tolist() == [0, 1, 1]
+    elsewhere = np.float32([[0, 0, 5, 5]])
+    apart = Labels2D(
+        np.concatenate([two.boxes, elsewhere]), np.int32([1, 0, 0, 0]), np.int32([70, 71, 72, 73])
+    )
+    found = detection_metrics.label_ranks(dataclasses.replace(some, labels2d=apart))
+    assert found.tolist() == [0, 2, 1, -1]
+
+
 def test_the_detector_finds_what_its_loss_was_zero_for():
     boxes = np.float32([[[10, 12, 60, 70], [100, 30, 130, 60], [0, 0, 0, 0]]])
     classes, mask = np.asarray([[1, 0, 0]]), np.asarray([[True, True, False]])
@@ -454,8 +482,45 @@ def test_rendered_labels_surround_their_objects():
     np.testing.assert_allclose(step, expected, atol=1e-6)
 
 
+def test_objects_stay_on_sloping_ground_and_kerbs_as_they_move():
+    options = driving_scene.SceneOptions(slope=0.05, kerb=0.12)
+    for seed in range(3):
+        scene = driving_scene.sample_scene(seed, options)
+        raised = scene.boxes[:, 2] - driving_scene.ground_height(scene, *scene.boxes[:, :2].T)
+        for _ in range(20):
+            scene = driving_scene.advance(scene)
+        ground = driving_scene.ground_height(scene, *scene.boxes[:, :2].T)
+        assert abs(scene.slope) > 0.002
+        np.testing.assert_allclose(scene.boxes[:, 2] - ground, raised, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["patch_classifier:patch_tiny", "frame_detector:detector_tiny"])
+def test_batch_statistics_of_mapped_devices_are_those_of_the_whole_batch(name):
+    alone, variables = network(f"driving.{name}", **WIDTHS)
+    synchronized, _ = network(f"driving.{name}", bn_axis_name="batch", **WIDTHS)
+    images = np.random.default_rng(0).uniform(size=(4, 64, 64, 3)).astype(np.float32)
+
+    def statistics(module):
+        return lambda x: module.apply(variables, x, train=True, mutable=["batch_stats"])[1]
+
+    whole = jax.jit(statistics(alone))(images)
+    parts = jax.jit(jax.vmap(statistics(synchronized), axis_name="batch"))(
+        images.reshape(2, 2, 64, 64, 3)
+    )
+    for want, got in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+        np.testing.assert_allclose(got, np.stack([want] * 2), rtol=2e-4, atol=2e-5)
+
+
 def broken(**changes):
     return dataclasses.replace(frame(), **changes)
+
+
+def split_by_elongation(some_frame):
+    options = dataclasses.replace(OPTIONS, clustering=ClusteringOptions(elongation=0.2))
+    run = pipeline()
+    return lidar_camera.Pipeline(run.classifier, run.variables, options=options, costs=run.costs)(
+        some_frame
+    )
 
 
 @pytest.mark.parametrize(
@@ -471,6 +536,12 @@ def broken(**changes):
             ),
             "image is 5x6, the calibration is for 192x128",
         ),
+        (lambda: check_frame(broken(elongation=np.zeros((2, 9)))), "elongation has shape"),
+        (
+            lambda: split_by_elongation(broken(elongation=None)),
+            "clustering.elongation is 0.2, but the frame has no elongation",
+        ),
+        (lambda: lidar_camera.PipelineOptions(least_overlap=0.0), "least_overlap 0.0 must be"),
         (lambda: box_overlap.check_boxes([[0, 0, 1, 1], [3, 0, 1, 1]]), "row 1 has x2 < x1"),
         (lambda: box_overlap.check_boxes([[0, 0, 1, 1]], [1.5]), "row 0 is outside"),
         (lambda: box_overlap.check_boxes([[0, 0, 1, 1]], [1], [7], 5), "row 0 is not a class"),

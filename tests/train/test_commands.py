@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,22 @@ TINY = str(ROOT / "tests" / "train" / "tiny_run" / "config.py")
 
 # The run they share is compiled once, on one worker.
 on_one_worker = pytest.mark.xdist_group("paper")
+
+
+def test_a_network_that_scores_all_classes_alike_or_none_is_not_perfect():
+    """Top-1 takes the first of equal scores, as `argmax` does, and NaN hits nothing."""
+    from train.tasks.classification import Classification
+
+    class Scores:
+        def apply(self, variables, image, train):
+            return image
+
+    nan = np.nan
+    scores = np.float32([[1] * 6, [1] * 6, [nan] * 6, [0, 2, 2, 1, 1, 1], [nan, 0, 3, 0, 0, 0]])
+    batch = {"image": jnp.asarray(scores), "label": jnp.asarray([0, 3, 1, 2, 2])}
+    sums = Classification(Scores()).evaluate({}, {**batch, "mask": jnp.ones(5)})
+    # Rows 0 (first of all) and none else; row 4's own score is beaten by one that is no number.
+    assert (float(sums["accuracy"]), float(sums["top5"])) == (1.0, 4.0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.driving import camera_renderer, driving_scene, range_image
+from jaxmodels.driving import box_overlap, camera_renderer, driving_scene, range_image
+from jaxmodels.driving.frame import front_view
 from jaxmodels.driving.patch_classifier import CLASSES
 from train import frame_figures, predict
 from train.__main__ import main
@@ -37,8 +38,8 @@ def simulated(seed):
     return camera_renderer.make_frame(scene, seed=seed, sensor=RING, camera=CAMERA)
 
 
-def waymo_message(frame, *, compress=True, two=True):
-    """A frame as the Waymo Open Dataset stores it."""
+def waymo_message(frame, *, compress=True, two=True, without=()):
+    """A frame as the Waymo Open Dataset stores it; 2-D labels of the classes `without` left out."""
     kinds = waymo_frames.messages()
     message = kinds["Frame"](timestamp_micros=int(frame.timestamp * 1e6))
     context = message.context
@@ -79,6 +80,8 @@ def waymo_message(frame, *, compress=True, two=True):
     if two:
         labels = message.camera_labels.add(name=waymo_frames.FRONT)
         for box, kind in zip(frame.labels2d.boxes.astype(float), frame.labels2d.classes):
+            if CLASSES[kind] in without:
+                continue
             label = labels.labels.add(type=numbers[CLASSES[kind]], id="seen")
             label.box.center_x, label.box.center_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
             label.box.length, label.box.width = box[2] - box[0], box[3] - box[1]
@@ -109,6 +112,47 @@ def test_a_waymo_record_gives_the_frame_that_was_stored():
     assert np.abs(found.image.astype(int) - frame.image).mean() < 6 and found.wraps
     projected = waymo_frames.decode_frame(waymo_message(frame, two=False)).labels2d
     assert len(projected.boxes) >= len(frame.labels2d.boxes)
+
+
+def test_signs_that_waymos_cameras_do_not_label_come_from_their_3d_boxes():
+    options = driving_scene.SceneOptions(reach=25.0, signs=(3, 3), walls=(0, 0))
+    sign = CLASSES.index("sign")
+
+    def with_a_sign():
+        for seed in range(30):
+            scene = driving_scene.sample_scene(seed, options)
+            frame = camera_renderer.make_frame(scene, seed=seed, sensor=RING, camera=CAMERA)
+            two, three = frame.labels2d, frame.labels3d
+            hit = three.ids[three.returns > 0]
+            wanted = two.boxes[(two.classes == sign) & np.isin(two.ids, hit)]
+            if len(wanted):
+                return frame, wanted
+
+    frame, wanted = with_a_sign()
+    found = waymo_frames.decode_frame(waymo_message(frame, without=("sign",))).labels2d
+    others = found.classes != sign
+    np.testing.assert_allclose(
+        found.boxes[others], frame.labels2d.boxes[frame.labels2d.classes != sign], atol=1e-4
+    )
+    overlap = box_overlap.iou(wanted, found.boxes[~others])
+    assert (overlap.max(1) > 0.2).all() and len(found.ids) == len(found.boxes)
+
+
+def test_a_front_view_of_waymos_lidar_keeps_the_published_columns(waymo, tmp_path):
+    _, options = pipeline.resolve({"name": "driving_patches:waymo", "options": {"path": waymo}})
+    front = driving_frames.frames(options, "train")[0]
+    whole = driving_frames.frames(options | {"half_angle": 180.0}, "train")[0]
+    start, end = range_image.front_columns(360, 26.0)
+    assert whole.wraps and not front.wraps and front.range.shape == (32, end - start)
+    assert range_image.front_columns(2650) == (1134, 1516)
+    np.testing.assert_array_equal(front.range, whole.range[:, start:end])
+    np.testing.assert_array_equal(front.elongation, whole.elongation[:, start:end])
+    assert np.degrees(np.abs(front.azimuths)).max() <= 26.0
+    assert front_view(front) is front
+    files = frame_files.copy_frames(tmp_path, "waymo", waymo, frames=5, first=1)
+    assert [file.name for file in files] == ["000001.npz", "000002.npz"]  # three test frames
+    stored = driving_frames.load_frame(files[0])
+    assert stored.range.shape == front.range.shape and not stored.wraps
 
 
 def test_damaged_waymo_files_are_named(tmp_path):
@@ -166,6 +210,11 @@ def test_kitti_points_and_labels_meet_in_the_image(tmp_path):
     frame = kitti_frames.KittiFrames.below(tmp_path, "train")[0]
     box = frame.labels3d.boxes[0]
     np.testing.assert_allclose(box, [17, 2, 0.8, 4, 2, 1.6, 0], atol=1e-3)
+    # The points lie on the box's rear face: rounding decides which half is inside.
+    assert 100 < frame.labels3d.returns[0] <= 600
+    turned = [[17, 2, 0.8, 4, 2, 1.6, np.pi / 2], [17, 2, 0.8, 4, 2, 1.6, 0]]
+    some = [[17, 3.9, 0.5], [18.5, 2, 0.5], [17, 2, 1.7]]
+    assert box_overlap.points_inside(turned, some).tolist() == [1, 1]
     from jaxmodels.driving import camera_projection
 
     placed, valid = range_image.range_to_points(
@@ -271,6 +320,8 @@ def test_frames_and_their_pictures_are_one_command_each(paper_run, tmp_path):
     workdir, words = paper_run
     files = frame_files.write_frames(tmp_path / "frames", 2, scale=0.1)
     assert [f.name for f in files] == ["000.npz", "001.npz"]
+    first, second = (driving_frames.load_frame(f).timestamp for f in files)
+    assert abs(second - first - 0.1) < 1e-6
     kept = [w for w in words if "workdir" not in w and "task_args.sizes" not in w]
     picture = tmp_path / "frame.png"
     paths = [
@@ -356,6 +407,9 @@ def test_detection_files_of_other_detectors_are_read(tmp_path):
     file.write_text(json.dumps({"segment": {"10_20_ctx_7_FRONT": rows}}))
     found = ranked_detections.read_detections(file)[("10_20_ctx", 7, "FRONT")]
     assert found.classes.tolist() == [0, 1] and found.scores.tolist() == [0.45, 0.25]
+    assert found.objectness.tolist() == [0.5, 0.25]  # the confidence of the published recall
+    every = ranked_detections.read_detections(file, every_class=True)[("10_20_ctx", 7, "FRONT")]
+    assert every.classes.tolist() == [0, -1, 1] and len(every.boxes) == 3
     file.write_text(json.dumps({"segment": {"ctx_7_FRONT": [[5, 2, 3, 40, 0.9, 0.5, 2]]}}))
     with pytest.raises(ValueError, match="ctx_7_FRONT: boxes: row 0 has x2 < x1"):
         ranked_detections.read_detections(file)

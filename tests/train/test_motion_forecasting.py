@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmodels.driving.vectorization import to_city
 from train import forecast_figures, predict
 from train.__main__ import main
+from train.building import build_task
 from train.command_line import read_flags, stop_with_one_line
 from train.data import motion_files, motion_scenes, pipeline, traffic_files
 from train.loop import Plan
@@ -127,6 +129,23 @@ def test_the_paper_recipe_runs_twenty_steps_on_argoverse_files_and_predicts(argo
     assert picture.stat().st_size > 20_000
 
 
+def test_prediction_cuts_a_scene_as_training_and_evaluation_do(argoverse):
+    flags = [f"--config={CONFIG}:paper", f"--config.data.options.path={argoverse}", *TINY]
+    flags += ["--config.data.options.max_polylines=4", "--config.eval.batch_size=2"]
+    config, _ = read_flags(["predict", *flags], need_workdir=False)
+    task = build_task(config)
+    _, options = pipeline.resolve(config.data)
+    example = {k: v[None] for k, v in motion_scenes.source("val", options)[0].items()}
+    params, _ = task.init(jax.random.key(0), example)
+    (file,) = (argoverse / "val" / "data").glob("0.csv")
+    scene = motion_scenes.vector_scene(motion_scenes.read_scene(file, options), options)
+    assert scene.dropped > 0
+    want = to_city(task.positions({"params": params}, example)[0], scene.origin, scene.heading)
+    found = dict(task.forecasts({"params": params}, file.parent, config))
+    assert sorted(found) == ["0", "1", "2"]
+    np.testing.assert_allclose(found["0"], want, atol=1e-4)
+
+
 def test_the_raster_baseline_trains_by_the_same_recipe(argoverse, tmp_path):
     flags = [
         f"--config={CONFIG}:paper_raster",
@@ -194,6 +213,11 @@ def test_the_paper_step_needs_no_data_to_be_shaped():
     assert plan.spec["vectors"].shape == (128, 19, 12)
     encoder = {k: v for k, v in plan.abstract.params.items() if "decoder" not in k}
     assert sum(int(np.prod(a.shape)) for a in jax.tree.leaves(encoder)) == 42_880
+    flags = ["--config.data.name=motion_scenes:argoverse2", "--config.model_args.horizon=60"]
+    second, _ = read_flags(["predict", f"--config={CONFIG}:paper", *flags], need_workdir=False)
+    assert pipeline.element_spec(second.data)["vectors"].shape == (128, 49, 12)
+    raster, _ = read_flags(["predict", f"--config={CONFIG}:paper_raster"], need_workdir=False)
+    assert pipeline.element_spec(raster.data)["image"].shape == (400, 400, 60)
     assert plan.schedule(0) == pytest.approx(1e-3)
     assert plan.schedule(config.steps - 1) == pytest.approx(1e-3 * 0.3**4)
 
@@ -216,6 +240,13 @@ def test_a_mistake_in_a_config_gets_one_line(flag, tmp_path, capsys):
     assert stop_with_one_line(main, argv) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ") and MISTAKES[flag] in error[-1]
+
+
+def test_a_split_without_futures_is_not_reported_as_errors_of_zero(tmp_path, capsys):
+    flags = [f"--config={CONFIG}:paper", f"--workdir={tmp_path}", "--config.eval.split=test"]
+    assert stop_with_one_line(main, ["train", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "config.eval.split: the test split of argoverse has no futures" in error
 
 
 def test_folders_without_data_are_named(tmp_path, capsys):

@@ -20,6 +20,7 @@ from jaxmodels.vision.repghost import (
     fold,
     fold_all,
 )
+from tests.interop import torch_files
 from tests.vision import repghost_reference as reference
 
 MODES = {"bn": (True, False), "id": (False, True), "bn+id": (True, True)}
@@ -210,6 +211,23 @@ def test_names_are_the_official_ones_and_a_round_trip_keeps_every_bit():
         for key, value in state.items():
             assert again[key].dtype == value.dtype and again[key].shape == value.shape, key
             assert again[key].tobytes() == value.tobytes(), key
+
+
+def test_of_a_training_file_the_averages_are_taken_unless_the_caller_says_otherwise(tmp_path):
+    state = {k: np.asarray(v) for k, v in to_torch(random_variables(RepGhostModule(4, 6))).items()}
+    average = {f"module.{k}": np.asarray(2 * v) for k, v in state.items()}
+    file = tmp_path / "model_best.pth.tar"
+    both = {"epoch": 299, "state_dict": state, "state_dict_ema": average}
+    for content, prefer, factor in (
+        (both, (), 2),
+        (both, ("state_dict",), 1),
+        ({"state_dict": state}, (), 1),
+    ):
+        file.write_bytes(torch_files.zip_bytes(content))
+        name = "vision.repghost:RepGhostModule"
+        _, variables = jaxmodels.load(name, file, prefer=prefer, inp=4, oup=6)
+        key = "cheap_operation.0.weight"
+        np.testing.assert_array_equal(to_torch(variables)[key], factor * state[key])
 
 
 def equations(jaxpr):

@@ -114,7 +114,9 @@ class Transform:
         area = (moved[:, 2:] - moved[:, :2]).prod(-1)
         moved = np.clip(moved, 0, size)
         shown = (moved[:, 2:] - moved[:, :2]).prod(-1)
-        kept = np.flatnonzero(shown > 0.3 * np.maximum(area, 1e-6))[: self.max_boxes]
+        kept = np.flatnonzero(shown > 0.3 * np.maximum(area, 1e-6))
+        # Where there is no room for all, the smallest are left out.
+        kept = np.sort(kept[np.argsort(-shown[kept], kind="stable")][: self.max_boxes])
         moved = moved[kept]
         if mirrored:
             pixels = pixels[:, ::-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxmodels.driving import camera_renderer, driving_scene
-from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame
+from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame, front_view
 from train.data import preparation
 
 SPLITS = ("train", "test")
 KINDS = ("simulated", "waymo", "nuscenes", "kitti", "npz")
-# Of simulated drives; `image_scale` is the share of Waymo's 1920 x 1280.
+# half_angle: degrees on either side of straight ahead that are kept of a LiDAR's whole turn. The
+# others but `source` are of simulated drives; `image_scale` is the share of Waymo's 1920 x 1280.
 OPTIONS: dict[str, Any] = {
     "source": "simulated",
+    "half_angle": 180.0,
     "train_frames": 240,
     "test_frames": 60,
     "frames_a_drive": 5,
@@ -57,7 +60,7 @@ class DrivingFrames(tfds.core.GeneratorBasedBuilder):
         super().__init__(**arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        settings = self._settings
+        settings, most = self._settings, most_labels(self._settings)
         camera = camera_renderer.front_camera(settings["image_scale"])
         sensor = camera_renderer.default_sensor(columns=settings["columns"])
         tensor, scalar = tfds.features.Tensor, tfds.features.Scalar
@@ -72,12 +75,12 @@ class DrivingFrames(tfds.core.GeneratorBasedBuilder):
                     "range": tensor(shape=sensor.shape, dtype=np.uint16),
                     "elongation": tensor(shape=sensor.shape, dtype=np.uint8),
                     "surface": tensor(shape=sensor.shape, dtype=np.int16),
-                    "boxes3d": tensor(shape=(MAX_LABELS, 7), dtype=np.float32),
-                    "velocity": tensor(shape=(MAX_LABELS, 2), dtype=np.float32),
-                    "labels3d": tensor(shape=(MAX_LABELS, 3), dtype=np.int32),
-                    "boxes2d": tensor(shape=(MAX_LABELS, 4), dtype=np.float32),
-                    "occlusion": tensor(shape=(MAX_LABELS,), dtype=np.float32),
-                    "labels2d": tensor(shape=(MAX_LABELS, 2), dtype=np.int32),
+                    "boxes3d": tensor(shape=(most, 7), dtype=np.float32),
+                    "velocity": tensor(shape=(most, 2), dtype=np.float32),
+                    "labels3d": tensor(shape=(most, 3), dtype=np.int32),
+                    "boxes2d": tensor(shape=(most, 4), dtype=np.float32),
+                    "occlusion": tensor(shape=(most,), dtype=np.float32),
+                    "labels2d": tensor(shape=(most, 2), dtype=np.int32),
                     "ego": tensor(shape=(3,), dtype=np.float32),
                 }
             ),
@@ -88,6 +91,7 @@ class DrivingFrames(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
+        padded = functools.partial(_filled_up, count=most_labels(self._settings))
         for index, frame in enumerate(simulated_drives(split, self._settings)):
             png = io.BytesIO()
             Image.fromarray(frame.image).save(png, format="png", compress_level=1)
@@ -101,14 +105,14 @@ class DrivingFrames(tfds.core.GeneratorBasedBuilder):
                     "range": np.round(frame.range / _RANGE_UNIT).clip(0, 65535).astype(np.uint16),
                     "elongation": np.round(frame.elongation * 255).astype(np.uint8),
                     "surface": frame.surface.astype(np.int16),
-                    "boxes3d": _padded(three.boxes),
-                    "velocity": _padded(three.velocity),
-                    "labels3d": _padded(
+                    "boxes3d": padded(three.boxes),
+                    "velocity": padded(three.velocity),
+                    "labels3d": padded(
                         np.stack([three.classes, three.returns, three.ids], -1), fill=-1
                     ),
-                    "boxes2d": _padded(two.boxes),
-                    "occlusion": _padded(two.occlusion),
-                    "labels2d": _padded(np.stack([two.classes, two.ids], -1), fill=-1),
+                    "boxes2d": padded(two.boxes),
+                    "occlusion": padded(two.occlusion),
+                    "labels2d": padded(np.stack([two.classes, two.ids], -1), fill=-1),
                     "ego": np.asarray([*frame.ego_velocity, frame.timestamp], np.float32),
                 },
             )
@@ -116,7 +120,7 @@ class DrivingFrames(tfds.core.GeneratorBasedBuilder):
 
 def simulation_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide what is simulated."""
-    return {key: options[key] for key in OPTIONS if key != "source"}
+    return {key: options[key] for key in OPTIONS if key not in ("source", "half_angle")}
 
 
 def scene_options(settings: Mapping[str, Any]) -> driving_scene.SceneOptions:
@@ -147,9 +151,14 @@ def simulated_drives(split: str, settings: Mapping[str, Any]):
             yield camera_renderer.make_frame(scene, seed=seed, sensor=sensor, camera=camera)
 
 
-def _padded(rows: np.ndarray, fill: float = 0) -> np.ndarray:
-    out = np.full((MAX_LABELS, *rows.shape[1:]), fill, rows.dtype)
-    out[: len(rows)] = rows[:MAX_LABELS]
+def most_labels(settings: Mapping[str, Any]) -> int:
+    """Labels that a stored frame has room for: more than a scene of this crowd can have."""
+    return math.ceil(MAX_LABELS * max(settings["crowd"], 1.0))
+
+
+def _filled_up(rows: np.ndarray, fill: float = 0, *, count: int) -> np.ndarray:
+    out = np.full((count, *rows.shape[1:]), fill, rows.dtype)
+    out[: len(rows)] = rows
     return out
 
 
@@ -204,6 +213,11 @@ def frames(options: Mapping[str, Any], split: str) -> Sequence[Frame]:
 
     Raises ValueError for an unknown kind; FileNotFoundError where no data is at `path`.
     """
+    found, half_angle = _frames(options, split), options.get("half_angle", 180.0)
+    return FrontFrames(found, half_angle) if half_angle < 180 else found
+
+
+def _frames(options: Mapping[str, Any], split: str) -> Sequence[Frame]:
     kind = options["source"]
     if kind == "simulated":
         settings = tuple(sorted(simulation_options(options).items()))
@@ -226,6 +240,20 @@ def frames(options: Mapping[str, Any], split: str) -> Sequence[Frame]:
     if kind == "npz":
         return NpzFrames(tuple(sorted(_folder(options, split).glob("*.npz"))))
     raise ValueError(f"data.options.source {kind!r}: known are {', '.join(KINDS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontFrames(Sequence):
+    """Frames of which the LiDAR's columns within `half_angle` degrees of ahead are kept."""
+
+    frames: Sequence[Frame]
+    half_angle: float
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Frame:
+        return front_view(self.frames[index], self.half_angle)
 
 
 @functools.lru_cache(maxsize=4)

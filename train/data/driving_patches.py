@@ -34,7 +34,8 @@ OPTIONS: dict[str, Any] = {
     "threads": 1,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "waymo": {"source": "waymo", "every": 5, "image_size": 256},
+    # The front camera sees 25 degrees to either side; the published code cuts at 26.
+    "waymo": {"source": "waymo", "every": 5, "image_size": 256, "half_angle": 26.0},
     "kitti": {"source": "kitti"},
     "nuscenes": {"source": "nuscenes"},
     "npz": {"source": "npz"},
@@ -138,11 +139,16 @@ def patches_of(frame: Frame, image_size: int, *, labels: bool) -> list[dict[str,
     boxes = np.stack([row[0] for row in rows]).astype(np.float32)
     margin = (boxes[:, 2:] - boxes[:, :2]) * MARGIN
     windows = np.concatenate([boxes[:, :2] - margin, boxes[:, 2:] + margin], axis=-1)
-    # A fixed number of rows, so that frames do not recompile.
+    # A fixed number of rows at a time, so that frames do not recompile.
     size = options.max_patches + driving_frames.MAX_LABELS
-    windows = np.concatenate([windows, np.zeros((max(size - len(rows), 0), 4), np.float32)])
-    crops = image_patches.crop_and_resize(frame.image, windows[:size], stored_size(image_size))
-    crops = np.round(np.asarray(crops) * 255).astype(np.uint8)
+    windows = np.concatenate([windows, np.zeros((-len(rows) % size, 4), np.float32)])
+    crops = np.concatenate(
+        [
+            image_patches.crop_and_resize(frame.image, part, stored_size(image_size))
+            for part in windows.reshape(-1, size, 4)
+        ]
+    )
+    crops = np.round(crops * 255).astype(np.uint8)
     out = []
     for (box, label, target, origin), crop in zip(rows, crops):
         side = np.tile(box[2:] - box[:2], 2)
@@ -185,7 +191,10 @@ def source(split: str, options: Mapping[str, Any]) -> array_source.ArraySource:
     element_spec(options)
     driving_frames.check_source(options)
     # What training alone decides is no matter of the stored data.
-    kept = {k: v for k, v in options.items() if k not in ("jitter", "color", "threads", "workers")}
+    left_out = {"jitter", "color", "threads", "workers"}
+    if options["source"] == "simulated":  # a front view already
+        left_out.add("half_angle")
+    kept = {k: v for k, v in options.items() if k not in left_out}
     return _source(split, tuple(sorted(kept.items())))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxmodels.driving.box_overlap import points_inside
 from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame
 from jaxmodels.driving.patch_classifier import CLASSES
 from jaxmodels.driving.range_image import SENSORS, points_to_range_image
@@ -85,6 +86,8 @@ class KittiFrames(Sequence):
         three, two = Labels3D(), Labels2D()
         if labels.is_file():
             three, two = read_labels(labels, to_vehicle)
+            returns = points_inside(three.boxes, points[:, :3] + lidar[:3, 3])
+            three = three._replace(returns=returns)
         return check_frame(
             Frame(
                 range=range_,
@@ -115,7 +118,7 @@ def read_calibration(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_labels(path: Path, to_vehicle: np.ndarray) -> tuple[Labels3D, Labels2D]:
-    """Objects of a label file, boxes in the vehicle frame and in the image.
+    """Objects of a label file, boxes in the vehicle frame and in the image; `returns` are 0.
 
     Args:
       to_vehicle: [4, 4], rectified reference camera to vehicle.

@@ -378,7 +378,7 @@ def read_scene(path: Path, options: Mapping[str, Any]) -> RawScene:
     obs, steps = options["obs"], options["obs"] + options["horizon"]
     if options["kind"] == "argoverse2":
         found = motion_files.read_scenario(path, obs=obs, steps=steps)
-        lanes = motion_files.read_scenario_lanes(path)
+        lanes = motion_files.read_scenario_lanes(path) if options["use_map"] else None
     else:
         found = motion_files.read_sequence(path, obs=obs, steps=steps, strict=options["strict"])
         beside = Path(path).with_suffix(".lanes.json")

@@ -27,6 +27,7 @@ from jaxmodels.driving.patch_classifier import CLASSES
 TOP, FRONT = 1, 1
 # Label.Type -> class.
 TYPES = {1: "vehicle", 2: "pedestrian", 3: "sign", 4: "cyclist"}
+SIGN = CLASSES.index("sign")
 _HEAD = struct.Struct("<QI")
 _TAIL = 4
 _LARGEST_RECORD = 1 << 30
@@ -210,7 +211,8 @@ def decode_range_image(data: bytes) -> np.ndarray:
 def decode_frame(data: bytes) -> Frame:
     """A checked frame of a serialized `Frame` message.
 
-    The camera's labels are taken where there are any; else boxes around the projected 3-D ones.
+    The camera's labels are taken where there are any, with boxes around the projected 3-D signs;
+    else boxes around all projected 3-D labels.
 
     Raises ValueError when the top LiDAR, the front camera or their calibrations are missing.
     """
@@ -287,7 +289,8 @@ def assemble_frame(
       inclinations: of the beams from below, or nothing: then evenly between the limits.
       camera: intrinsic [9], extrinsic [16], width, height.
       pose: vehicle to global [16], empty for none. velocity: the vehicle's, global.
-      two: the camera's labels; None takes boxes around the projected 3-D ones.
+      two: the camera's labels; None takes boxes around the projected 3-D ones. Signs are labeled
+        in 3-D only: theirs are always such boxes.
     """
     height, width = channels.shape[:2]
     extrinsic = np.asarray(lidar_extrinsic).reshape(4, 4)
@@ -312,7 +315,7 @@ def assemble_frame(
             camera_extrinsic=calibrated.extrinsic,
             wraps=True,
             labels3d=labels3d,
-            labels2d=projected_labels(labels3d, calibrated) if two is None else _labels_2d(two),
+            labels2d=_with_signs(None if two is None else _labels_2d(two), labels3d, calibrated),
             ego_velocity=(np.asarray(velocity) @ turn).astype(np.float32),
             timestamp=timestamp,
             elongation=np.clip(channels[..., 2], 0, 1),
@@ -365,6 +368,20 @@ def _classes(found: Boxes, kept: np.ndarray) -> np.ndarray:
 
 def _ids(found: Boxes, kept: np.ndarray) -> np.ndarray:
     return np.asarray([zlib.crc32(found.ids[i].encode()) & 0x7FFFFFFF for i in kept], np.int32)
+
+
+def _with_signs(
+    labels: Labels2D | None, labels3d: Labels3D, camera: camera_projection.Camera
+) -> Labels2D:
+    """The camera's labels with the projected 3-D boxes of signs, which it has none of.
+
+    Without them every patch of a sign would train as background.
+    """
+    projected = projected_labels(labels3d, camera)
+    if labels is None or (labels.classes == SIGN).any():
+        return projected if labels is None else labels
+    signs = projected.classes == SIGN
+    return Labels2D(*(np.concatenate([a, b[signs]]) for a, b in zip(labels, projected)))
 
 
 def projected_labels(labels: Labels3D, camera: camera_projection.Camera) -> Labels2D:

@@ -49,12 +49,16 @@ class Classification:
         return loss, ({**extra, **updated}, {"accuracy": accuracy})
 
     def evaluate(self, variables, batch):
-        """Sums of NLL, top-1 and top-5 hits over unpadded rows."""
+        """Sums of NLL, top-1 and top-5 hits over unpadded rows; of equal scores the first class's
+        comes first, and scores that are no numbers hit nothing."""
         logits = self.model.apply(variables, batch["image"], train=False).astype(jnp.float32)
         mask, label = batch["mask"], batch["label"]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        # Rank of the true class: how many classes score strictly higher.
-        rank = (logits > jnp.take_along_axis(logits, label[:, None], axis=-1)).sum(-1)
+        # Rank of the true class: how many classes come before it. A network that scores all classes
+        # alike, or none, must not look perfect.
+        own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+        tied = (logits == own) & (jnp.arange(logits.shape[-1]) < label[:, None])
+        rank = (~(logits <= own) | tied).sum(-1)
         return {
             "loss": (nll * mask).sum(),
             "accuracy": ((rank < 1) * mask).sum(),

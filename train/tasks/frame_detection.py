@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmodels.driving import detection_metrics, frame_detector
-from jaxmodels.driving.frame_detector import DETECTED, SIZES
+from jaxmodels.driving.frame_detector import DETECTED
 from jaxmodels.driving.lidar_camera import make_detector
 from train.building import build_model
 from train.data import pipeline
@@ -100,8 +100,8 @@ class FrameDetection:
     def predict(self, variables, path, config):
         """Detections in every image below `path`: file, class, score and box in its pixels."""
         files = image_files(path)
-        size = config.data.options.get("image_size", SIZES[0])
-        detect = make_detector(self.model, variables, size)
+        _, options = pipeline.resolve(config.data)
+        detect = make_detector(self.model, variables, options["image_size"])
         rows = [("file", "class", "score", "x1", "y1", "x2", "y2")]
         for file in files:
             with Image.open(file) as image:

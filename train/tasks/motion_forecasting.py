@@ -190,7 +190,9 @@ class MotionForecasting:
         from train.data import motion_scenes, pipeline
 
         _, options = pipeline.resolve(config.data)
-        options = options | {"max_polylines": max(BUCKETS)}
+        # No polyline that training and evaluation would have cut; few shapes all the same.
+        most = options["max_polylines"]
+        buckets = (*(bucket for bucket in BUCKETS if bucket < most), most)
         apply = jax.jit(self.positions)
         size = config.eval.batch_size or config.batch_size
         files = motion_scenes.sequences_below(path, options)
@@ -204,7 +206,7 @@ class MotionForecasting:
                 moved = batch["start"][:, None]
             else:
                 found = [motion_scenes.vector_scene(scene, options) for scene in scenes]
-                batch = vectorization.collate(found, BUCKETS, truncate=options["truncate"])
+                batch = vectorization.collate(found, buckets)
                 places = [(scene.origin, scene.heading) for scene in found]
                 moved = 0.0
             missing = size - len(scenes)
@@ -254,6 +256,12 @@ def from_config(config) -> MotionForecasting:
             "motion_scenes"
         )
     _, options = pipeline.resolve(config.data)
+    if config.eval.split == "test" and options["kind"] != "simulator":
+        # Errors of nothing would be reported as 0 m.
+        raise ConfigError(
+            f"config.eval.split: the test split of {options['kind']} has no futures to compare "
+            "with; write forecasts with train.predict"
+        )
     model, inputs = build_model(config), options["inputs"]
     if (inputs == "raster") != hasattr(model, "in_ch") or not hasattr(model, "horizon"):
         wanted = "driving.raster_convnet" if inputs == "raster" else "driving.vectornet"
