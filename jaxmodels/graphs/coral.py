@@ -302,6 +302,16 @@ class Coral(nn.Module):
         h = jnp.take(h1, jnp.asarray(queries.neighbors), axis=0).astype(jnp.float32)
         return h * scale[..., None], same
 
+    def reached(self, degrees: jax.Array, queries: Queries) -> jax.Array:
+        """bool [Q]: changes with a neighbor that adds to `embed_new`, which is 0 for the others.
+
+        A word that occurs in file names alone has no neighbors under `pr_word` and adds nothing.
+        """
+        mask = jnp.asarray(queries.mask) > 0
+        if self.aggregation == "mean":
+            return mask.any(1)
+        return (mask & (jnp.asarray(degrees)[queries.relation, queries.neighbors] > 0)).any(1)
+
     def _last_kernel(self) -> tuple[jax.Array, jax.Array]:
         """W_r of the last layer [R, d1, d2] and its bias."""
         if self.aggregation == "mean":

@@ -343,6 +343,20 @@ def test_a_change_without_known_neighbors_falls_back_to_the_most_frequent_review
     assert not partly.fallback and partly.known["user"] == 0
 
 
+def test_neighbors_that_say_nothing_to_the_model_do_not_prevent_the_fallback():
+    words_alone = query(author="nobody", files=[])
+    ranks = recommender(graph(), relations=("pr_user", "pr_file"))
+    (answer,) = ranks.recommend([words_alone], k=1)
+    assert answer.known["word"] and answer.fallback and answer.reasons == ()
+    assert not recommender(graph()).recommend([words_alone], k=1)[0].fallback
+    record = {"id": "a", "author": "ann", "reviewers": ["bob"], "title": "alpha"}
+    # The word of a file's name is no neighbor of any change.
+    ranks = recommender(build_graph([{**record, "files": ["x/zeta.c"]}]))
+    for title, fallback in (("zeta", True), ("zeta alpha", False)):
+        (answer,) = ranks.recommend([{"id": "new", "author": "nobody", "title": title}], k=1)
+        assert answer.known["word"] and answer.fallback is fallback
+
+
 def test_candidates_can_be_limited_to_reviewers_the_repository_and_recent_activity():
     ranks = recommender(graph())
     reviewers = {p for r in history() for p in r.reviewers}
