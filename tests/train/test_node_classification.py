@@ -307,6 +307,8 @@ def test_edges_that_training_sees_are_checked_and_mended_as_all_are(tmp_path):
         node_graph_sets.check_node_graph(one_way)
     mended = node_graph_sets.check_node_graph(one_way, fix_direction=True)
     assert mended.train_edge_index.shape == edges.shape
+    unknown = dataclasses.replace(graph, labels=np.where(graph.test, -1, graph.labels))
+    assert not node_graph_sets.check_node_graph(unknown).test.any()
     outside = dataclasses.replace(graph, train_edge_index=np.array([[0], [120]]))
     with pytest.raises(ValueError, match=r"120 is outside \[0, 120\)"):
         node_graph_sets.check_node_graph(outside)

@@ -109,7 +109,8 @@ def check_node_graph(graph: NodeGraph, *, fix_direction: bool = False) -> NodeGr
     Raises:
       ValueError: edges out of range, features that are not finite (node and column named), an
         empty training mask, a training node without label. Warns of classes without training nodes
-        and of edges in one direction only, which `fix_direction` mends.
+        and of edges in one direction only, which `fix_direction` mends. Validation and test nodes
+        without a label are taken out of their masks.
     """
     inductive = graph.train_edge_index is not None
     names = ("edge_index", "train_edge_index") if inductive else ("edge_index",)
@@ -125,6 +126,9 @@ def check_node_graph(graph: NodeGraph, *, fix_direction: bool = False) -> NodeGr
                 f"{graph.labels[bad[0]]}"
             )
         have = np.bincount(graph.labels[graph.train], minlength=graph.num_classes) > 0
+        # Nobody can say whether these are right.
+        labeled = graph.labels >= 0
+        graph = dataclasses.replace(graph, valid=graph.valid & labeled, test=graph.test & labeled)
     else:
         have = graph.labels[graph.train].any(0)
     absent = np.flatnonzero(~have[: graph.num_classes])
