@@ -57,6 +57,10 @@ def states_of(graph, module, variables):
     )
 
 
+def zeros_like(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
 def recommender(graph, **options):
     return Recommender(graph, *model_of(graph, **options))
 
@@ -106,6 +110,19 @@ def test_one_hot_tables_are_read_as_a_dense_one_hot_product_would_read_them():
     compiled = jax.jit(module.apply).lower(variables, typed(small, module)).compile()
     n = small.num_nodes
     assert f"{n},{n}" not in compiled.as_text(), "no N x N array anywhere"
+
+
+@pytest.mark.parametrize("aggregation", ["sym", "mean"])
+def test_kernels_begin_by_their_own_two_sides_however_many_relations_there_are(aggregation):
+    module = coral.Coral(num_nodes=8, input="embedding", embed=40, dims=(60, 8),
+                         aggregation=aggregation)  # fmt: skip
+    params = jax.jit(module.init)(jax.random.key(0), *map(zeros_like, module.example_inputs()))
+    names = {"sym": ("layers.0.rel.*.lin", "kernel"), "mean": ("convs.0", "weight")}
+    child, leaf = names[aggregation]
+    kernel = np.asarray(params["params"][child][leaf])
+    assert kernel.shape == (5, 40, 60)
+    bound = np.sqrt(6 / (40 + 60))
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
 
 
 def test_permuting_the_nodes_permutes_the_embeddings():

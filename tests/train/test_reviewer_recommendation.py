@@ -172,6 +172,9 @@ def test_the_training_ends_when_the_loss_stops_decreasing():
         finished.append(task.finished({"stopping": record}))
     assert finished == [False] * 7 + [True, True, True]
     assert record["best"] == 0.49
+    # Where there are reviews alone, they are what an epoch passes.
+    people = tiny_task(**{"data.options.relations": ("pr_user",)})
+    assert people.epoch_steps == -(-int(people.graph_arrays["num_reviews"]) // (8 * 32)) > 1
     # A loss is that of a micro-batch.
     assert tiny_task(**{"optimizer.accumulate": 4}).epoch_steps == 4 * tiny_task().epoch_steps
     never = dataclasses.replace(task, patience=0)

@@ -443,7 +443,9 @@ def from_config(config) -> ReviewerRecommendation:
         with_config.model_args.update(num_nodes=data.graph.num_nodes, **fixed)
         model = build_model(with_config)
         arrays, operator = graph_arrays(data, model)
-        others, _ = code_review.count_edges(data.graph, relations)
+        others, reviews = code_review.count_edges(data.graph, relations)
+        # Without others every row of a batch is a `pr_user` edge.
+        others, fraction = (others, fraction) if others else (reviews, 0)
         longest = int(np.diff(arrays["row_start"]).max(initial=1))
         search_steps = longest.bit_length() + 1
         tables = args.pop("tables", None)
