@@ -292,13 +292,14 @@ def score_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("options", "directed", "num_nodes", "dtype", "keep"))
-def _score_batch(rows, targets, rng, initial, previous, continues, *, options, directed, num_nodes,
-                 dtype, keep):  # fmt: skip
+def _score_batch(rows, targets, rng, initial, previous, continues, count, *, options, directed,
+                 num_nodes, dtype, keep):  # fmt: skip
     found = score_rows(
         rows, targets, rng, options, directed=directed, num_nodes=num_nodes, dtype=dtype,
         initial=initial, previous=previous, continues=continues,
     )  # fmt: skip
-    last = jax.tree.map(lambda x: x[-1], found.factors)
+    # Rows after the first `count` only fill the batch.
+    last = jax.tree.map(lambda x: x[count - 1], found.factors)
     signatures = None
     if options.spectral:
         signatures = change_scores.signature(found.prediction, options.signature_entries)
@@ -405,6 +406,11 @@ def detect(
     sparse = num_nodes > SPARSE_ABOVE if sparse is None else sparse
     if sparse and (options.spectral or mask is not None or keep_predictions):
         raise ValueError("a sparse run forms no n x n matrix: no spectra, masks or predictions")
+    if options.spectral and mask is not None:
+        raise ValueError(
+            f"scorer {options.scorer!r} with a mask: a spectrum is that of whole snapshots; "
+            "frobenius leaves unknown entries out"
+        )
     if initial is not None and options.warm_start:
         raise ValueError("initial factors of every target and warm_start exclude each other")
     if sparse and not is_sparse:
@@ -440,7 +446,7 @@ def detect(
         if initial is not None:
             start = Factors(*(x[filled - options.window] for x in initial))
         found, signature = _score_batch(
-            rows, jnp.asarray(filled, jnp.int32), rng, start, last, last is not None,
+            rows, jnp.asarray(filled, jnp.int32), rng, start, last, last is not None, len(targets),
             options=options, directed=directed, num_nodes=num_nodes, dtype=dtype,
             keep=keep_predictions,
         )  # fmt: skip

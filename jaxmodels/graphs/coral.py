@@ -220,7 +220,9 @@ class Coral(nn.Module):
         return (Graph(ints, ints, edge_type=ints, num_nodes=n, num_senders=n),)
 
     def setup(self) -> None:
-        glorot, rows = nn.initializers.glorot_uniform(), nn.initializers.normal(0.1)
+        # Every relation's kernel by its own two sides: not by the number of relations.
+        each, rows = nn.initializers.glorot_uniform(batch_axis=0), nn.initializers.normal(0.1)
+        one = nn.initializers.glorot_uniform()
         onehot = self.input == "onehot"
         d0 = self.num_nodes if onehot else int(self.embed or self.dims[0])
         if not onehot:
@@ -229,7 +231,7 @@ class Coral(nn.Module):
             )
         count = len(self.relations)
         # A Glorot scale would be that of [N, out], and each row of a table is read alone.
-        inits = (rows if onehot else glorot, glorot)
+        inits = ((rows, rows) if onehot else (each, one), (each, one))
         for k, (inputs, outputs) in enumerate([(d0, self.dims[0]), tuple(self.dims)]):
             if self.aggregation == "mean":
                 conv = RGCNConv(
@@ -242,11 +244,11 @@ class Coral(nn.Module):
                 )
                 setattr(self, f"convs.{k}", conv)
                 continue
-            for name, shape in (
-                (f"layers.{k}.rel.*.lin", (count, inputs, outputs)),
-                (f"layers.{k}.self", (inputs, outputs)),
+            for name, shape, init in (
+                (f"layers.{k}.rel.*.lin", (count, inputs, outputs), inits[k][0]),
+                (f"layers.{k}.self", (inputs, outputs), inits[k][1]),
             ):
-                setattr(self, name, _Parameter("kernel", shape, inits[k], self.param_dtype))
+                setattr(self, name, _Parameter("kernel", shape, init, self.param_dtype))
 
     @property
     def node_axes(self) -> dict[tuple[str, str], int]:
@@ -301,6 +303,16 @@ class Coral(nn.Module):
             scale = jnp.where(known, jax.lax.rsqrt(jnp.where(known, count * degree, 1)), 0)
         h = jnp.take(h1, jnp.asarray(queries.neighbors), axis=0).astype(jnp.float32)
         return h * scale[..., None], same
+
+    def reached(self, degrees: jax.Array, queries: Queries) -> jax.Array:
+        """bool [Q]: changes with a neighbor that adds to `embed_new`, which is 0 for the others.
+
+        A word that occurs in file names alone has no neighbors under `pr_word` and adds nothing.
+        """
+        mask = jnp.asarray(queries.mask) > 0
+        if self.aggregation == "mean":
+            return mask.any(1)
+        return (mask & (jnp.asarray(degrees)[queries.relation, queries.neighbors] > 0)).any(1)
 
     def _last_kernel(self) -> tuple[jax.Array, jax.Array]:
         """W_r of the last layer [R, d1, d2] and its bias."""

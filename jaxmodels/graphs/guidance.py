@@ -109,8 +109,13 @@ def _total_difference(graph: Graph, x: jax.Array, variant: str, scale: bool) -> 
 
 
 def label_smoothness(graph: UndirectedGraph, labels: Any) -> float:
-    """2 |{(u, v) in E: y_u != y_v}| / |E|: from 0 to 2 (CS-GNN). labels: integers [N]."""
+    """2 |{(u, v) in E: y_u != y_v}| / |E|: from 0 to 2 (CS-GNN). labels: integers [N].
+
+    Raises ValueError for a graph without edges.
+    """
     labels = np.asarray(labels)
+    if graph.num_edges == 0:
+        raise ValueError("label smoothness needs at least one edge")
     s, r = np.asarray(graph.graph.senders), np.asarray(graph.graph.receivers)
     return float((labels[s] != labels[r]).sum() / graph.num_edges)
 
@@ -284,6 +289,7 @@ def subgraph_size(
     graph: UndirectedGraph,
     distance: int,
     *,
+    mask: Any = None,
     limits: tuple[int, int] | None = SIZE_LIMITS,
     num_sources: int | None = None,
     seed: int = 0,
@@ -292,14 +298,15 @@ def subgraph_size(
 
     The size is the mean number of nodes within the hop cap of a node, itself included, over all
     nodes or, above 5,000 of them, `num_sources` (512) drawn by `seed`; clipped to `limits`, which
-    are in turn clipped to the graph.
+    are in turn clipped to the graph. `mask` [N]: only these nodes count, as in an inductive set,
+    where the others have no edges yet.
     """
     n = graph.graph.num_nodes
     hops = max(1, int(distance) - 1)
     wanted = num_sources or (n if n <= SMALLEST_ESTIMATED else 512)
-    sources = np.arange(n)
-    if wanted < n:
-        sources = np.sort(np.random.default_rng(seed).choice(n, wanted, replace=False))
+    sources = np.arange(n) if mask is None else np.flatnonzero(mask)
+    if wanted < len(sources):
+        sources = np.sort(np.random.default_rng(seed).choice(sources, wanted, replace=False))
     balls, block = [], min(_BLOCK, len(sources))
     for start in range(0, len(sources), block):
         part = sources[start : start + block]

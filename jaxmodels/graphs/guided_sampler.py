@@ -173,11 +173,21 @@ def induced_subgraph(
 ) -> tuple[Graph, jax.Array, jax.Array]:
     """All edges among the selected nodes, in JAX with static shapes.
 
+    Where they do not fit, the nodes selected last are left out until they do: what remains is an
+    induced subgraph still.
+
     Returns: the graph on S places, places in ascending node order; nodes [S], the node of every
-    place, N on padding; and the number of edges [], which exceeds `pad_edges` when some were lost.
+    place, N on padding; and the number of edges [] among all nodes selected, which exceeds
+    `pad_edges` where nodes were left out.
     """
     n, size = graph.num_nodes, sample.nodes.shape[-1]
-    nodes = jnp.sort(sample.nodes)
+    order = jnp.arange(size, dtype=jnp.int32)
+    rank = jnp.full(n + 1, size, jnp.int32).at[sample.nodes].set(order).at[n].set(size)
+    # The selection that brings an edge in; `size` for edges that leave the subgraph.
+    brought = jnp.maximum(rank[graph.senders], rank[jnp.minimum(graph.receivers, n)])
+    edges = jnp.zeros(size, jnp.int32).at[brought].add(1, mode="drop")
+    fits = jnp.cumsum(edges) <= pad_edges
+    nodes = jnp.sort(jnp.where(fits, sample.nodes, n))
     place = jnp.full(n + 1, -1, jnp.int32).at[nodes].set(jnp.arange(size, dtype=jnp.int32))
     place = place.at[n].set(-1)
     senders, receivers = place[graph.senders], place[jnp.minimum(graph.receivers, n)]
@@ -192,7 +202,7 @@ def induced_subgraph(
     induced = Graph(
         kept(senders, 0), kept(receivers, size), weight, num_nodes=size, num_senders=size
     )
-    return induced, nodes, inside.sum()
+    return induced, nodes, edges.sum()
 
 
 def neighbors_of(graph: Adjacency, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

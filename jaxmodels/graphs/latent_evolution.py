@@ -220,7 +220,7 @@ def default_affinity(window) -> jax.Array:
     return 0.5 * (mean + mean.T)
 
 
-def _check_concrete(window, factors, mask, affinity, lam, directed) -> None:
+def _check_concrete(window, factors, mask, affinity, lam, gamma, directed) -> None:
     """The host-side checks, outside of a transformation; what is traced cannot be looked at."""
     given = (window, factors, mask, affinity)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
@@ -242,7 +242,7 @@ def _check_concrete(window, factors, mask, affinity, lam, directed) -> None:
             raise ValueError(
                 f"U has shape {u.shape}, the window {shape}; wanted [w, n, k], [w, n, n]"
             )
-    check_hyperparameters(rank=u.shape[2], num_nodes=u.shape[1], gamma=0.0, lam=lam)
+    check_hyperparameters(rank=u.shape[2], num_nodes=u.shape[1], gamma=gamma, lam=lam)
 
 
 def objective(
@@ -286,7 +286,7 @@ def sweep(
     Raises ValueError for bad weights, masks, affinities or factors where they are not traced.
     """
     _check_order(order)
-    _check_concrete(window, factors, mask, affinity, lam, directed)
+    _check_concrete(window, factors, mask, affinity, lam, gamma, directed)
     window, mask, affinity = _prepare(window, mask, affinity, lam, factors.U.dtype)
     products = _products(window, factors.U, directed)
     new, _ = _sweep(
@@ -318,7 +318,7 @@ def fit(
         product, some digits fewer), which is what sparse windows always do.
     """
     _check_order(order)
-    _check_concrete(window, factors, mask, affinity, lam, directed)
+    _check_concrete(window, factors, mask, affinity, lam, gamma, directed)
     window, mask, affinity = _prepare(window, mask, affinity, lam, factors.U.dtype)
     value = functools.partial(_objective, window, mask, affinity, lam=lam, gamma=gamma, exact=exact)
     step = functools.partial(

@@ -293,7 +293,9 @@ class RGCNConv(nn.Module):
         shape = (bases or relations, self.in_features, self.features)
         if blocks:
             shape = (relations, blocks, shape[1] // blocks, shape[2] // blocks)
-        weight = self.param("weight", glorot, shape, self.param_dtype).astype(self.dtype)
+        # Of each matrix by its own two sides, as PyTorch Geometric's.
+        each = nn.initializers.glorot_uniform(batch_axis=tuple(range(len(shape) - 2)))
+        weight = self.param("weight", each, shape, self.param_dtype).astype(self.dtype)
         if x is not None:
             x = x.astype(self.dtype)
         elif blocks:

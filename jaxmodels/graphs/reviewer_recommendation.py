@@ -47,7 +47,8 @@ class Recommendation:
       users: person ids. scores: their dot products (numbers of reviews when `fallback`).
       known: kind ("user", "file", "word") -> number of neighbors found in the graph.
       unknown: kind -> the author, files and words that the graph does not have.
-      fallback: no neighbor is known, so that the most frequent reviewers are given.
+      fallback: no neighbor is known by a relation that the model has, so that the most frequent
+        reviewers are given.
       reasons: for each user the neighbors that add most; they and the rest sum to the score when
         the final activation is the identity.
     """
@@ -248,7 +249,7 @@ class Recommender:
         queries = coral.make_queries(padded, self.module.relations, width)
         new = np.asarray(self._embed(self._variables, self._h1, self._degrees, queries))
         scores = new @ self._z_users.T
-        fallback = np.array([not any(neighbors.values()) for neighbors in known])
+        fallback = ~np.asarray(self.module.reached(self._degrees, queries))[: len(known)]
         scores[: len(known)][fallback] = self.people.reviews
         return scores, fallback, queries
 

@@ -98,6 +98,10 @@ def test_edge_lists_with_and_without_weights_headers_and_order(tmp_path):
     assert plain.dense()[1][1, 2] == 1
     unweighted = files.graph_of_edges(edges, directed=True, weighted=False, repeats="sum")
     assert unweighted.dense().max() == 1
+    zero = files.read_edges(write(tmp_path / "z.csv", "0,0,1,2\n0,1,2,0\n"))
+    for weighted, top in ((True, 2), (False, 1)):
+        graph = files.graph_of_edges(zero, directed=True, weighted=weighted).dense()[0]
+        assert graph.max() == graph.sum() == top
 
 
 FILES = {
@@ -105,10 +109,13 @@ FILES = {
     "0,0,1\n0,x,1\n": "line 2: '0,x,1' is not t,u,v or t,u,v,w",
     "0,0,1,nan\n": "weight nan of edge (0, 1)",
     "t,u,v\n": "no edges",
+    "-1,0,1\n0,0,1\n": "line 1: '-1,0,1' is not t,u,v or t,u,v,w",
+    "0,x,1\n0,0,1\n": "line 1: '0,x,1' is not t,u,v or t,u,v,w",
     "0,0,1\n2,0,1\n": "no edges at t = 1 (times 0 to 2); fill_empty=True",
     "2005,0,1\n": "no edges at t = 0 (times 2005 to 2005)",
     "0,0,9\n": "node 9 is not below num_nodes = 5",
-    "0,0,1.5\n0,1,2\n0,1.5,2\n": "line 3: '0,1.5,2' is not",
+    "t,u,v\n0,1,2\n0,1.5,2\n": "line 3: '0,1.5,2' is not",
+    "0,0,1.5\n0,1,2\n": "line 1: '0,0,1.5' is not",
     "0,0,1\n1,0,1\n": "event index 4 is outside the 2 snapshots",
 }
 
@@ -232,6 +239,16 @@ def test_transforms_change_weights_only(tmp_path):
     np.testing.assert_array_equal(read["none"], np.arange(1, 8))
     np.testing.assert_allclose(read["log"], np.log1p(np.arange(1, 8)), rtol=1e-6)
     assert (read["binary"] == 1).all()
+
+
+@pytest.mark.parametrize("variant", ["shuffle", "edges"])
+def test_log_weights_of_unweighted_graphs_reach_the_rows(variant, tmp_path):
+    path = write(tmp_path / "g.csv", "".join(f"{t},0,1\n" for t in range(8)))
+    options = options_of(variant, transform="log", num_nodes=12, path=str(path))
+    row = dynamic_graphs.source("targets", options)[0]
+    spec = dynamic_graphs.element_spec(options)
+    assert row["window"].dtype == spec["window"].dtype
+    np.testing.assert_allclose(row["window"].max(), np.log(2), rtol=1e-6)
 
 
 MISTAKES = {

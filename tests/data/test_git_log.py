@@ -149,6 +149,13 @@ def test_merges_are_changes_of_the_branch_author_when_asked_for(clone):
     assert len(merge.reviewers) == 1
 
 
+def test_reviewer_trailers_may_have_any_key(clone):
+    clone.commit("one\n\nReviewer: Grace Hopper <g@x>\nReviewed-by: Emmy Noether <e@x>")
+    clone.commit("two", author="Grace Hopper <g@x>")
+    one, two = read(clone, reviewer_trailers=("Reviewer",)).records
+    assert one.reviewers == (two.author,)
+
+
 def test_a_history_without_review_trailers_says_so_and_offers_the_signers(clone):
     clone.commit("one\n\nSigned-off-by: Grace Hopper <g@x>\nTested-by: Emmy Noether <e@x>")
     history = read(clone)

@@ -57,6 +57,10 @@ def states_of(graph, module, variables):
     )
 
 
+def zeros_like(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
 def recommender(graph, **options):
     return Recommender(graph, *model_of(graph, **options))
 
@@ -106,6 +110,19 @@ def test_one_hot_tables_are_read_as_a_dense_one_hot_product_would_read_them():
     compiled = jax.jit(module.apply).lower(variables, typed(small, module)).compile()
     n = small.num_nodes
     assert f"{n},{n}" not in compiled.as_text(), "no N x N array anywhere"
+
+
+@pytest.mark.parametrize("aggregation", ["sym", "mean"])
+def test_kernels_begin_by_their_own_two_sides_however_many_relations_there_are(aggregation):
+    module = coral.Coral(num_nodes=8, input="embedding", embed=40, dims=(60, 8),
+                         aggregation=aggregation)  # fmt: skip
+    params = jax.jit(module.init)(jax.random.key(0), *map(zeros_like, module.example_inputs()))
+    names = {"sym": ("layers.0.rel.*.lin", "kernel"), "mean": ("convs.0", "weight")}
+    child, leaf = names[aggregation]
+    kernel = np.asarray(params["params"][child][leaf])
+    assert kernel.shape == (5, 40, 60)
+    bound = np.sqrt(6 / (40 + 60))
+    assert 0.99 * bound < np.abs(kernel).max() <= bound
 
 
 def test_permuting_the_nodes_permutes_the_embeddings():
@@ -341,6 +358,20 @@ def test_a_change_without_known_neighbors_falls_back_to_the_most_frequent_review
     assert list(first.users) == best and first.scores[0] == counts[best[0]]
     partly = recommender(graph()).recommend([query(author="nobody")], k=1)[0]
     assert not partly.fallback and partly.known["user"] == 0
+
+
+def test_neighbors_that_say_nothing_to_the_model_do_not_prevent_the_fallback():
+    words_alone = query(author="nobody", files=[])
+    ranks = recommender(graph(), relations=("pr_user", "pr_file"))
+    (answer,) = ranks.recommend([words_alone], k=1)
+    assert answer.known["word"] and answer.fallback and answer.reasons == ()
+    assert not recommender(graph()).recommend([words_alone], k=1)[0].fallback
+    record = {"id": "a", "author": "ann", "reviewers": ["bob"], "title": "alpha"}
+    # The word of a file's name is no neighbor of any change.
+    ranks = recommender(build_graph([{**record, "files": ["x/zeta.c"]}]))
+    for title, fallback in (("zeta", True), ("zeta alpha", False)):
+        (answer,) = ranks.recommend([{"id": "new", "author": "nobody", "title": title}], k=1)
+        assert answer.known["word"] and answer.fallback is fallback
 
 
 def test_candidates_can_be_limited_to_reviewers_the_repository_and_recent_activity():

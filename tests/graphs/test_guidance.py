@@ -192,6 +192,9 @@ def test_the_size_is_the_mean_ball_and_stays_within_limits_and_graph():
     assert subgraph_size(graph, 4).size == 50  # 64 at least, but no more than there is
     assert (subgraph_size(graph, 9, limits=(2, 6)).ball_sizes == 17).all()
     assert subgraph_size(graph, 9, limits=(2, 6)).size == 6
+    apart = undirected(cycle(50), 80)  # thirty nodes that have no edges yet
+    assert subgraph_size(apart, 4, limits=None, mask=np.arange(80) < 50).size == 7
+    assert subgraph_size(apart, 4, limits=None).size == 5
 
 
 @pytest.mark.parametrize(
@@ -221,3 +224,5 @@ def test_inputs_that_cannot_be_measured_are_named(call, message):
     assert (np.asarray(node_scores(empty, np.ones((3, 2)))) == 0).all()
     with pytest.raises(ValueError, match="at least one edge"):
         feature_smoothness(empty, np.ones((3, 2)))
+    with pytest.raises(ValueError, match="at least one edge"):
+        label_smoothness(empty, np.ones(3))

@@ -236,6 +236,7 @@ def test_a_warm_start_takes_the_factors_of_the_target_before():
     found = detect(graphs, warm, directed=False, batch=11)
     parts = detect(graphs, warm, directed=False, batch=4)
     np.testing.assert_allclose(found.scores, parts.scores, atol=1e-6)
+    np.testing.assert_allclose(found.factors.U, parts.factors.U, rtol=1e-4)
     # The first target starts cold; where the past explains the present, later ones start lower.
     assert found.objective[0, 0] == cold.objective[0, 0]
     assert (found.objective[1:6, 0] < 0.9 * cold.objective[1:6, 0]).all()
@@ -361,6 +362,10 @@ MISTAKES = {
     ),
     "snapshot 0 has weight -1.0 at edge 0": lambda: fit(
         EdgeWindow(*np.zeros((2, 4, 8), int), -np.ones((4, 8))), problem(0)[1]
+    ),
+    "gamma = -1.0 must be a finite number >= 0": lambda: fit(*problem(0)[:2], gamma=-1.0),
+    "scorer 'both' with a mask: a spectrum is that of whole": lambda: detect(
+        stream(), Options(window=3, rank=2, scorer="both"), mask=np.ones((14, 12, 12))
     ),
     "a mask needs a dense window": lambda: fit(
         edges_of(problem(0)[0], 96), problem(0)[1], mask=np.ones((4, 12, 12))

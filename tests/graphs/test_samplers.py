@@ -117,8 +117,15 @@ def test_induced_subgraphs_hold_every_edge_and_stay_sorted():
     got = np.asarray(nodes)[np.stack([induced.senders, induced.receivers])[:, real]]
     assert {tuple(e) for e in got.T} == {tuple(e) for e in want.T}
     assert (np.diff(np.asarray(induced.receivers)) >= 0).all()
-    _, _, count = run(16)
+    induced, nodes, count = run(16)
     assert int(count) == want.shape[1]  # more than fit: the caller can tell
+    fewer = np.asarray(nodes[nodes < 120])
+    assert 3 in fewer and set(fewer) < set(kept)
+    want = edges[:, induced_edges(edges, fewer, 120)]
+    assert 1 <= want.shape[1] <= 16
+    real = np.asarray(induced.receivers) < 40
+    got = np.asarray(nodes)[np.stack([induced.senders, induced.receivers])[:, real]]
+    assert {tuple(e) for e in got.T} == {tuple(e) for e in want.T}
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

@@ -114,7 +114,15 @@ def test_targets_spread_over_eight_devices_get_the_same_scores(paper_run, edge_l
 def test_prediction_ranks_the_snapshots_of_another_file(paper_run, edge_list, tmp_path):
     workdir, flags = paper_run
     path, graph = edge_list
-    output = tmp_path / "scores.csv"
+    output, events = tmp_path / "scores.csv", tmp_path / "events.csv"
+    events.write_text("t\n9\n")
+    shorter = tmp_path / "shorter.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    shorter.write_text("".join(r for r in rows if not r[0].isdigit() or int(r.split(",")[0]) < 8))
+    arguments = [f"--checkpoint={workdir}", f"--input={shorter}", f"--output={output}"]
+    own = f"--config.data.options.events_path={events}"  # of the file in the config
+    assert predict.main(["predict", *flags, own, *arguments]) == 0
+    assert len(output.read_text().splitlines()) == 9
     arguments = [f"--checkpoint={workdir}", f"--input={path}", f"--output={output}"]
     assert predict.main(["predict", *flags, *arguments]) == 0
     lines = [line.split(",") for line in output.read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Training on sampled subgraphs: gradients, formats, recipes, meshes, and every mistake's line."""
 
+import dataclasses
 import json
 import pickle
 from collections import defaultdict
@@ -13,7 +14,7 @@ import pytest
 import scipy.sparse
 
 from jaxmodels.graphs.gnn import GNN
-from train import predict
+from train import metrics, predict
 from train.__main__ import main
 from train.command_line import read_flags, stop_with_one_line
 from train.data import node_graph_sets, node_graphs, pipeline
@@ -155,6 +156,21 @@ def test_the_sampler_inside_the_step_gives_the_hosts_kind_of_batch():
         np.testing.assert_array_equal(counted, graph.train[nodes])
 
 
+def test_saint_weights_count_on_the_device_and_for_neighbor_targets_alone():
+    shared = {"size": 100, "hops": 4, "pad_edges": 4096, "normalize_loss": "saint"}
+    options = options_of(sampler="guided_on_device", dry_epochs=2, **shared)
+    batch = jax.jit(device_sampling(options).batch)(jnp.array([3]), jax.random.key(0))
+    graph, weights = node_graphs.prepared(options).graph, node_graphs.saint_weights(options)
+    rows = {tuple(row.round(4)): i for i, row in enumerate(graph.x)}
+    nodes = [rows[tuple(r)] for r in np.asarray(batch["x"][0]).round(4)]
+    want = np.where(graph.train[nodes], weights[nodes], 0)
+    np.testing.assert_allclose(batch["loss_weight"][0], want, rtol=1e-6)
+    # All 200 training nodes are neighbors now and then, 20 of them targets of a subgraph.
+    options = options_of(sampler="neighbor", targets=20, dry_epochs=50, **shared)
+    weights = node_graphs.saint_weights(options)[graph.train]
+    assert np.mean(1 / (200 * weights)) == pytest.approx(20 / 200, rel=0.02)
+
+
 def run_flags(workdir, *more, preset=""):
     small = [
         "--config.steps=6",
@@ -204,7 +220,7 @@ def flickr(tmp_path_factory):
 
 def write_graphsaint(folder, classes, multi_label=False, n=120, features=500):
     rng = np.random.default_rng(0)
-    role = np.array_split(rng.permutation(n), [60, 90])
+    role = np.array_split(rng.permutation(n), [n // 2, 3 * n // 4])
     labels = rng.integers(0, classes, n)
     labels[:classes] = np.arange(classes)
     dense = (rng.random((n, n)) < 0.08) | (labels[:, None] == labels) & (rng.random((n, n)) < 0.2)
@@ -274,6 +290,30 @@ def test_graphsaint_files_are_inductive_and_standardized_by_training_nodes(flick
         assert graph.train[nodes].all()
 
 
+def test_nodes_that_are_not_there_yet_do_not_make_subgraphs_smaller(tmp_path):
+    write_graphsaint(tmp_path, classes=7, n=320, features=8)
+    # With this tolerance connections never fail, so that a ball is all that can be reached.
+    options = options_of(dataset="flickr", path=str(tmp_path), tau=-1.0)
+    data = node_graphs.prepared(options)
+    assert data.failure.distance > 3 and data.size == data.graph.train.sum() == 160
+
+
+def test_edges_that_training_sees_are_checked_and_mended_as_all_are(tmp_path):
+    write_graphsaint(tmp_path, classes=7, features=8)
+    graph = node_graph_sets.load(options_of(dataset="flickr", path=str(tmp_path)))
+    edges = graph.train_edge_index
+    one_way = dataclasses.replace(graph, train_edge_index=edges[:, edges[0] < edges[1]])
+    with pytest.warns(UserWarning, match="100.0% of the edges have no reverse"):
+        node_graph_sets.check_node_graph(one_way)
+    mended = node_graph_sets.check_node_graph(one_way, fix_direction=True)
+    assert mended.train_edge_index.shape == edges.shape
+    unknown = dataclasses.replace(graph, labels=np.where(graph.test, -1, graph.labels))
+    assert not node_graph_sets.check_node_graph(unknown).test.any()
+    outside = dataclasses.replace(graph, train_edge_index=np.array([[0], [120]]))
+    with pytest.raises(ValueError, match=r"120 is outside \[0, 120\)"):
+        node_graph_sets.check_node_graph(outside)
+
+
 def test_label_sets_train_with_sigmoid_and_are_scored_by_micro_f1(tmp_path):
     write_graphsaint(tmp_path, classes=5, multi_label=True, features=50)
     options = options_of(dataset="ppi", path=str(tmp_path), size=32, hops=2, pad_edges=1024)
@@ -291,8 +331,7 @@ def test_label_sets_train_with_sigmoid_and_are_scored_by_micro_f1(tmp_path):
 
     logits = task._logits({"params": params, **extra}, batch)[0] > 0
     want = f1_score(graph.labels[graph.test], np.asarray(logits)[graph.test], average="micro")
-    found = {k: float(v) / float(sums["count"]) for k, v in sums.items()}
-    assert task._score(found) == pytest.approx(want, abs=1e-6)
+    assert metrics.compute(sums)["micro_f1"] == pytest.approx(want, abs=1e-6)
 
 
 def write_planetoid(folder, name="citeseer"):

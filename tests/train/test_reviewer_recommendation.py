@@ -172,6 +172,11 @@ def test_the_training_ends_when_the_loss_stops_decreasing():
         finished.append(task.finished({"stopping": record}))
     assert finished == [False] * 7 + [True, True, True]
     assert record["best"] == 0.49
+    # Where there are reviews alone, they are what an epoch passes.
+    people = tiny_task(**{"data.options.relations": ("pr_user",)})
+    assert people.epoch_steps == -(-int(people.graph_arrays["num_reviews"]) // (8 * 32)) > 1
+    # A loss is that of a micro-batch.
+    assert tiny_task(**{"optimizer.accumulate": 4}).epoch_steps == 4 * tiny_task().epoch_steps
     never = dataclasses.replace(task, patience=0)
     assert not never.finished({"stopping": record})
 
@@ -198,6 +203,15 @@ def test_a_run_ends_early_and_stays_ended(tmp_path, capsys):
     assert last < 50
     assert main(["train", *flags]) == 0
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [last]
+
+
+def test_the_pattern_of_robots_holds_for_histories_in_files_too(history):
+    of_file = {"data.options.path": str(history), "task_args.candidates": "all"}
+    some = tiny_task(**of_file, **{"data.options.bots": "^s000[13]$"})
+    users = some.data.graph.node_keys[some.data.graph.nodes_of(0)]
+    left_out = users[some.graph_arrays["user_is_bot"]].tolist()
+    assert left_out == ["s0001", "s0003"]
+    assert not tiny_task(**of_file, **{"data.options.bots": ""}).graph_arrays["user_is_bot"].any()
 
 
 def losses_of(*, data=1, fsdp=1, mode="jit"):
@@ -258,6 +272,7 @@ MISTAKES = {
     "--config.data.options.split=time": "data.options.split 'time'; known: random, temporal",
     "--config.data.options.relations=('pr_person',)": "no relation 'pr_person'; the eight are",
     "--config.data.options.test_share=2": "data.options.test_share 2.0: between 0 and 1",
+    "--config.data.options.bots=(bot": "data.options.bots '(bot': no regular expression",
     "--config.data.options.block=0": "data.options.block must be a positive integer",
     "--config.data.options.n_people=3": "n_people 3 >= 5",
     "--config.model_args.num_nodes=5": "config.model_args.num_nodes: the history decides it",

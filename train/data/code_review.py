@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from train.data.review_simulator import simulate_reviews
 
 # path, git_dir: one or several (a tuple, or separated by commas). Times are ISO dates or Unix
 # seconds; "from" is inside, "until" outside. max_train_changes keeps the last ones of the training
-# period. reviewed_only leaves changes without reviewers out of the graph. block: numbers in an
-# example (one by one they would take longer to read than to learn from). sizes: shapes for a dry
-# run.
+# period. reviewed_only leaves changes without reviewers out of the graph. bots: a pattern of people
+# who are never recommended, "" for none. block: numbers in an example (one by one they would take
+# longer to read than to learn from). sizes: shapes for a dry run.
 OPTIONS: dict[str, Any] = {
     "git_dir": "",
     "revision": "HEAD",
@@ -84,12 +85,14 @@ class ReviewData:
       test: changes whose reviewers are to be found, each with at least one.
       split: "random" or "temporal".
       notes: what the reader wants the user to know.
+      bots: regular expression over ids of people who are never recommended.
     """
 
     graph: ReviewGraph
     test: tuple[PullRequest, ...]
     split: str
     notes: tuple[str, ...] = ()
+    bots: str = git_log.BOTS
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -165,6 +168,12 @@ def _read(key: str) -> ReviewData:
     if options["split"] not in SPLIT_KINDS:
         raise ValueError(f"data.options.split {options['split']!r}; known: random, temporal")
     check_relations(options["relations"])
+    try:
+        re.compile(options["bots"])
+    except re.error as error:
+        raise ValueError(
+            f"data.options.bots {options['bots']!r}: no regular expression ({error})"
+        ) from None
     records, notes = read_records(options)
     train, test = split_records(records, options)
     if not test:
@@ -177,7 +186,9 @@ def _read(key: str) -> ReviewData:
         min_word_df=options["min_word_df"],
         max_files_per_pr=options["max_files_per_pr"] or None,
     )
-    return ReviewData(graph, tuple(test), options["split"], tuple(notes))
+    # A clone's robots have been left out by name and address; its people are hashes by now.
+    bots = "" if options["git_dir"] else options["bots"]
+    return ReviewData(graph, tuple(test), options["split"], tuple(notes), bots)
 
 
 def read_records(options: Mapping[str, Any]) -> tuple[list[PullRequest], tuple[str, ...]]:

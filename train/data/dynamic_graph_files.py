@@ -76,7 +76,7 @@ def read_edges(path: str | os.PathLike) -> np.ndarray:
                     if len(values) not in (3, 4) or not whole or min(values[:3]) < 0:
                         raise ValueError
                 except (ValueError, OverflowError):
-                    if not rows and number == 1:
+                    if number == 1 and not _is_number(words[0]):
                         continue  # a header
                     raise ValueError(
                         f"{path} line {number}: {line.strip()!r} is not t,u,v or t,u,v,w with "
@@ -101,6 +101,14 @@ def read_edges(path: str | os.PathLike) -> np.ndarray:
     return edges
 
 
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def graph_of_edges(
     edges: np.ndarray,
     *,
@@ -119,7 +127,7 @@ def graph_of_edges(
       num_nodes: n; 0: one more than the largest id.
       fill_empty: times without rows become empty snapshots instead of an error.
       repeats: an edge given several times in a snapshot keeps its "last" weight (as LAD's loader)
-        or the "sum". weighted: False: every weight counts as 1.
+        or the "sum". weighted: False: every weight counts as 1, but for 0.
       events: snapshot indices.
 
     Raises ValueError: an id beyond `num_nodes`, a gap in time, an event beyond the last snapshot.
@@ -147,7 +155,9 @@ def graph_of_edges(
     starts = np.searchsorted(times, np.arange(first, first + length + 1))
     snapshots = []
     for begin, end in itertools.pairwise(starts):
-        weights = edges[begin:end, 3] if weighted else np.ones(end - begin)
+        weights = edges[begin:end, 3]
+        # A row of weight 0 is no edge, with weights or without.
+        weights = weights if weighted else (weights > 0).astype(float)
         snapshots.append(_matrix(ids[begin:end], weights, n, directed, repeats, weighted))
     labels = tuple(str(t) for t in range(first, first + length))
     return DynamicGraph(snapshots, tuple(sorted(events)), labels, directed)

@@ -227,6 +227,8 @@ def is_sparse(options: Mapping[str, Any]) -> bool:
 
 
 def _dtype(options: Mapping[str, Any]):
+    if options["transform"] == "log":
+        return np.float32
     binary = not options["weighted"] or options["transform"] == "binary"
     return np.uint8 if binary or options["kind"] in synthetic.KINDS else np.float32
 

@@ -291,7 +291,7 @@ def read_history(
     Args:
       git_dirs: directories; the name of a clone's directory is the repository of its records.
       salt: of the identity hashes; None takes the machine's own (`secret_salt`).
-      reviewer_trailers: add "acked-by" where a project uses it as a review.
+      reviewer_trailers: any keys, in any case; add "acked-by" where a project uses it as a review.
       signers_as_reviewers: `Signed-off-by` of others than the author counts as a weak review, as
         do committers other than the author.
       changes: "commit", or "merge": each merge of the first-parent line is one change whose author
@@ -318,7 +318,7 @@ def read_history(
             people.add(commit.author)
             people.add(commit.committer)
             for key, value in commit.trailers:
-                if key.endswith("-by"):
+                if key.endswith("-by") or key in wanted:
                     people.add(parse_person(value))
     records, signers, notes = [], {}, []
     summary = Counter(dict.fromkeys(_COUNTS, 0), people=people.count)
@@ -358,7 +358,7 @@ def _record(
         (key, people.id_of(parse_person(value)))
         for commit in group
         for key, value in commit.trailers
-        if key.endswith("-by")
+        if key.endswith("-by") or key in wanted
     ]
     signed = [person for key, person in by if key == "signed-off-by"]
     signed += [people.id_of(commit.committer) for commit in group]
@@ -406,7 +406,7 @@ def _references(commit: Commit) -> Iterator[str]:
 
 
 def _with_merged_authors(git_dir: str | os.PathLike, merges: list[Commit]) -> Iterator[Commit]:
-    """Merges with the author of the branch they bring in, and the reviewers of its commits."""
+    """Merges with author, trailers and body of the last commit that they bring in."""
     branch = {c.hash: c for c in read_commits(git_dir, revision="--all")}
     for merge in merges:
         head = branch.get(merge.parents[1]) if len(merge.parents) > 1 else None

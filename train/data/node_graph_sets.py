@@ -109,9 +109,12 @@ def check_node_graph(graph: NodeGraph, *, fix_direction: bool = False) -> NodeGr
     Raises:
       ValueError: edges out of range, features that are not finite (node and column named), an
         empty training mask, a training node without label. Warns of classes without training nodes
-        and of edges in one direction only, which `fix_direction` mends.
+        and of edges in one direction only, which `fix_direction` mends. Validation and test nodes
+        without a label are taken out of their masks.
     """
-    check_edges(graph.edge_index, graph.num_nodes)
+    inductive = graph.train_edge_index is not None
+    names = ("edge_index", "train_edge_index") if inductive else ("edge_index",)
+    edges = {name: check_edges(getattr(graph, name), graph.num_nodes) for name in names}
     check_features(graph.x, graph.num_nodes)
     if not graph.train.any():
         raise ValueError("the training mask is empty")
@@ -123,14 +126,18 @@ def check_node_graph(graph: NodeGraph, *, fix_direction: bool = False) -> NodeGr
                 f"{graph.labels[bad[0]]}"
             )
         have = np.bincount(graph.labels[graph.train], minlength=graph.num_classes) > 0
+        # Nobody can say whether these are right.
+        labeled = graph.labels >= 0
+        graph = dataclasses.replace(graph, valid=graph.valid & labeled, test=graph.test & labeled)
     else:
         have = graph.labels[graph.train].any(0)
     absent = np.flatnonzero(~have[: graph.num_classes])
     if len(absent):
         warnings.warn(f"no training node has class {', '.join(map(str, absent[:9]))}", stacklevel=2)
-    missing = missing_reverse_edges(graph.edge_index)
+    missing = max(map(missing_reverse_edges, edges.values()))
     if missing and fix_direction:
-        graph = dataclasses.replace(graph, edge_index=symmetrize(graph.edge_index)[0])
+        both = {name: symmetrize(pairs)[0] for name, pairs in edges.items()}
+        graph = dataclasses.replace(graph, **both)
     elif missing:
         warnings.warn(
             f"{missing:.1%} of the edges have no reverse; the metrics and GCN are for undirected "

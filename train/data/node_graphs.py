@@ -132,13 +132,16 @@ def _prepared(key) -> Prepared:
             k_max=options["k_max"],
             tau=options["tau"],
         )
-        found = guidance.subgraph_size(measured, failure.distance)
+        # In an inductive set the other nodes are not there yet.
+        there = None if graph.train_edge_index is None else graph.train
+        found = guidance.subgraph_size(measured, failure.distance, mask=there)
         size, hops = size or found.size, hops or found.hop_cap
     try:
         check_sampling(graph.num_nodes, size, hops, options["ratio"])
     except ValueError as error:
         raise ValueError(f"data.options: {error}") from None
-    lonely = int((graph.train & (np.bincount(edge_index[1], minlength=len(graph.x)) == 0)).sum())
+    training = adjacency(make_graph(edge_index, graph.num_nodes))
+    lonely = int((graph.train & (np.diff(training.indptr) == 0)).sum())
     if lonely:
         message = f"{lonely} training nodes are isolated: their subgraphs are single nodes"
         if options["strict"]:
@@ -147,7 +150,6 @@ def _prepared(key) -> Prepared:
     s, r = edge_index[:, np.lexsort(edge_index)]
     counts = np.bincount(r, minlength=graph.num_nodes)
     edges = Adjacency(np.concatenate([[0], np.cumsum(counts)]), s)
-    training = adjacency(make_graph(edge_index, graph.num_nodes))
     return Prepared(graph, training, edges, scores, failure, size, hops)
 
 
@@ -383,8 +385,9 @@ def padded_subgraph(
     mask = graph.train[kept]
     if targets is not None:
         mask = mask & np.isin(kept, targets)
-    if options["normalize_loss"] == "saint":
-        weight = np.where(mask, _saint_weights(_key(options))[kept], 0)
+    weights = saint_weights(options)
+    if weights is not None:
+        weight = np.where(mask, weights[kept], 0)
     else:
         weight = mask / max(mask.sum(), 1)
     spec = _shapes(size, pad_edges, options)
@@ -400,15 +403,24 @@ def padded_subgraph(
     return out
 
 
+def saint_weights(options: Mapping[str, Any]) -> np.ndarray | None:
+    """What a training node's loss counts [N], None for the mean over a subgraph's own.
+
+    1 / (N_train p_v), p_v the share of subgraphs that train on v, from `dry_epochs` epochs of
+    subgraphs that cover the nodes once.
+    """
+    return _saint_weights(_key(options)) if options["normalize_loss"] == "saint" else None
+
+
 @functools.lru_cache(maxsize=4)
 def _saint_weights(key) -> np.ndarray:
-    """1 / (N_train p_v), p_v from `dry_epochs` epochs of subgraphs that cover the nodes once."""
     options, data = dict(key), _prepared(key)
     seeds = np.flatnonzero(data.graph.train)
     per_epoch = max(1, round(data.graph.num_nodes / data.size))
 
     def one(rng):
-        return draw(options, int(rng.choice(seeds)), rng)[0]
+        nodes, _, targets = draw(options, int(rng.choice(seeds)), rng)
+        return nodes if targets is None else nodes[np.isin(nodes, targets)]
 
     p = subgraph_samplers.inclusion_frequencies(
         one,

@@ -211,9 +211,9 @@ class ChangePoints:
         del variables  # nothing is learned that another sequence could use
         _, options = pipeline.resolve(config.data)
         kind = options["kind"] if options["kind"] in ("edges", "reviews", "git") else "edges"
-        same = kind == options["kind"]
-        options |= {"kind": kind, "path": str(path), "num_nodes": 0, "events": ()}
-        options |= {} if same else {"events_path": "", "releases": ""}
+        options |= {"kind": kind, "path": str(path), "num_nodes": 0}
+        # The events are those of the sequence that the config reads, not of this one.
+        options |= {"events": (), "events_path": "", "releases": ""}
         graph = dynamic_graphs.sequence(options)
         found = detect(
             graph.snapshots,

@@ -23,7 +23,10 @@ LOSSES = ("softmax", "sigmoid")
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSampling:
-    """What the step needs to draw its own subgraphs: arrays on the device, static sizes."""
+    """What the step needs to draw its own subgraphs: arrays on the device, static sizes.
+
+    weights: [N] of the nodes' losses, or None for the mean over a subgraph's training nodes.
+    """
 
     graph: Graph
     x: jax.Array
@@ -36,12 +39,13 @@ class DeviceSampling:
     ratio: float
     beta: float
     restart: bool
+    weights: jax.Array | None = None
 
     def batch(self, seeds: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
         """A batch of padded subgraphs around seeds [b], as the data family makes on the host."""
 
-        graph, x, label, train, scores = jax.tree.map(
-            jnp.asarray, (self.graph, self.x, self.label, self.train, self.scores)
+        graph, x, label, train, scores, weights = jax.tree.map(
+            jnp.asarray, (self.graph, self.x, self.label, self.train, self.scores, self.weights)
         )
 
         def one(seed, key):
@@ -60,12 +64,13 @@ class DeviceSampling:
             real = nodes < graph.num_nodes
             at = jnp.minimum(nodes, graph.num_nodes - 1)
             mask = train[at] & real
+            mean = mask / jnp.maximum(mask.sum(), 1)
             return {
                 "x": jnp.where(real[:, None], x[at], 0),
                 "senders": induced.senders,
                 "receivers": induced.receivers,
                 "label": jnp.where(real if label.ndim == 1 else real[:, None], label[at], 0),
-                "loss_weight": mask / jnp.maximum(mask.sum(), 1),
+                "loss_weight": mean if weights is None else jnp.where(mask, weights[at], 0),
                 "node_mask": real,
             }
 
@@ -128,7 +133,7 @@ class NodeClassification:
         return loss, ({**extra, **updated}, {"accuracy": right, "nodes": nodes})
 
     def evaluate(self, variables, batch):
-        """Sums over the split's nodes; for label sets also true and false positives and misses."""
+        """Sums over the split's nodes; for label sets also the two of micro-F1."""
         logits = self._logits(variables, batch)
         counted = batch["loss_weight"] * batch["mask"][:, None]
         sums = {
@@ -138,12 +143,9 @@ class NodeClassification:
         }
         if self.loss_name == "sigmoid":
             predicted, label = logits > 0, batch["label"] > 0.5
-            for name, hits in (
-                ("true_positives", predicted & label),
-                ("false_positives", predicted & ~label),
-                ("misses", ~predicted & label),
-            ):
-                sums[name] = (hits.sum(-1) * counted).sum()
+            both = predicted.sum(-1) + label.sum(-1)
+            sums["micro_f1|predicted_and_true"] = (2 * (predicted & label).sum(-1) * counted).sum()
+            sums["predicted_and_true"] = (both * counted).sum()
         return sums
 
     def report(self, variables, sums, config) -> dict[str, float]:
@@ -151,13 +153,13 @@ class NodeClassification:
         from train import metrics
         from train.data import node_graphs, pipeline
 
+        name = "accuracy" if self.loss_name == "softmax" else "micro_f1"
         step, numbers = jax.jit(self.evaluate), {}
         for split in ("valid", "test"):
             total = None
             for batch in pipeline.eval_batches(config.data, split, batch_size=1):
                 total = metrics.merge(total, step(variables, batch))
-            found = metrics.compute(total)
-            numbers[f"{split}_{self._score_name}"] = self._score(found)
+            numbers[f"{split}_{name}"] = metrics.compute(total)[name]
         _, options = pipeline.resolve(config.data)
         data = node_graphs.prepared(options)
         numbers |= {"subgraph_size": data.size, "hop_cap": data.hops}
@@ -165,16 +167,6 @@ class NodeClassification:
             numbers["connection_failure_distance"] = data.failure.distance
         numbers["mlp_baseline"] = node_graphs.baseline(config.data)
         return numbers
-
-    @property
-    def _score_name(self) -> str:
-        return "accuracy" if self.loss_name == "softmax" else "micro_f1"
-
-    def _score(self, found: Mapping[str, float]) -> float:
-        if self.loss_name == "softmax":
-            return found["accuracy"]
-        twice = 2 * found["true_positives"]
-        return twice / max(twice + found["false_positives"] + found["misses"], 1e-12)
 
     def predict(self, variables, path, config):
         """A class for every node of an `.npz` file with `edge_index` [2, E] and `x` [N, d].
@@ -256,6 +248,7 @@ def device_sampling(options: Mapping[str, Any]) -> DeviceSampling:
     data = node_graphs.prepared(options)
     graph, inductive = data.graph, data.graph.train_edge_index
     edges = graph.edge_index if inductive is None else inductive
+    weights = node_graphs.saint_weights(options)
     return DeviceSampling(
         graph=make_graph(edges, graph.num_nodes),
         x=graph.x,
@@ -268,4 +261,5 @@ def device_sampling(options: Mapping[str, Any]) -> DeviceSampling:
         ratio=options["ratio"],
         beta=options["beta"],
         restart=options["restart"],
+        weights=None if weights is None else weights.astype(np.float32),
     )

@@ -48,7 +48,7 @@ class ReviewerRecommendation:
       candidates, active_within_days: whom evaluation and prediction may recommend.
       patience: epochs without a relative decrease of the loss of `min_decrease` after which the
         training ends; 0 never ends it.
-      epoch_steps: steps in which the batches pass over the edges once.
+      epoch_steps: losses, of a batch or micro-batch each, in which the edges are passed once.
       graph_arrays: see `graph_arrays`; shapes alone for a dry run.
       operator: the aggregation with neighbor tables (CPU), or None to use the arrays.
     """
@@ -201,7 +201,7 @@ class ReviewerRecommendation:
         users = graph["user_reviews"].shape[0]
         first_user = graph["type_bounds"][USER]
         z = jax.lax.dynamic_slice_in_dim(states["z"], first_user, users).astype(jnp.float32)
-        known = queries.mask.sum(1) > 0
+        known = self.model.reached(graph["degrees"], queries)
         popularity = graph["user_reviews"].astype(jnp.float32)
         scores = jnp.where(known[:, None], new.astype(jnp.float32) @ z.T, popularity)
         ranks = first_true_rank(scores, self._allowed(graph, at), graph["query_truth"][at])
@@ -255,7 +255,7 @@ class ReviewerRecommendation:
 
     def recommended_ranks(self, variables) -> np.ndarray:
         """[queries] rank of the first true reviewer of every test change, through `Recommender`."""
-        recommender = Recommender(self.data.graph, self.model, variables)
+        recommender = Recommender(self.data.graph, self.model, variables, self.data.bots)
         hidden = [dataclasses.replace(r, reviewers=(), commenters=()) for r in self.data.test]
         answers = recommender.recommend(
             hidden,
@@ -275,9 +275,13 @@ class ReviewerRecommendation:
         and words of the change that the graph does not have.
         """
         k = int(config.predict.k)
-        recommender = Recommender(self.data.graph, self.model, variables)
+        graph = self.data.graph
+        recommender = Recommender(graph, self.model, variables, self.data.bots)
+        repos = graph.node_keys[graph.nodes_of(REPOSITORY)].tolist()
+        # Where there is one repository only, changes that name none are of that one.
+        repo = repos[0] if len(repos) == 1 else ""
         answers = recommender.recommend(
-            review_files.read_reviews(path, queries=True),
+            review_files.read_reviews(path, queries=True, repo=repo),
             k,
             candidates=self.candidates,
             active_within_days=self.active_within_days,
@@ -372,7 +376,7 @@ def _read_only(array) -> np.ndarray:
 
 
 def _query_arrays(data: code_review.ReviewData, model: coral.Coral) -> dict[str, np.ndarray]:
-    graph, people = data.graph, people_of(data.graph)
+    graph, people = data.graph, people_of(data.graph, data.bots)
     known = [known_neighbors(graph, record)[0] for record in data.test]
     longest = max([1, *(sum(map(len, neighbors.values())) for neighbors in known)])
     queries = coral.make_queries(known, model.relations, bucket_size(longest, 8))
@@ -439,7 +443,9 @@ def from_config(config) -> ReviewerRecommendation:
         with_config.model_args.update(num_nodes=data.graph.num_nodes, **fixed)
         model = build_model(with_config)
         arrays, operator = graph_arrays(data, model)
-        others, _ = code_review.count_edges(data.graph, relations)
+        others, reviews = code_review.count_edges(data.graph, relations)
+        # Without others every row of a batch is a `pr_user` edge.
+        others, fraction = (others, fraction) if others else (reviews, 0)
         longest = int(np.diff(arrays["row_start"]).max(initial=1))
         search_steps = longest.bit_length() + 1
         tables = args.pop("tables", None)
@@ -452,7 +458,7 @@ def from_config(config) -> ReviewerRecommendation:
         data=data,
         graph_arrays=arrays,
         search_steps=search_steps,
-        epoch_steps=max(1, math.ceil(max(others, 1) / rest)),
+        epoch_steps=max(1, math.ceil(max(others, 1) / rest)) * config.optimizer.accumulate,
         operator=operator,
         **args,
     )
