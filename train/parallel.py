@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -119,12 +120,32 @@ def gather_over_fsdp(mesh: Mesh, rules=()) -> Callable:
         def place(path, leaf):
             # The path of the state's own leaf, so that a rule matches here what it matches there.
             spec = leaf_spec("params." + path_string(path), leaf.shape, mesh, rules)
-            spec = PartitionSpec(*(None if a == "fsdp" else a for a in spec))
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+            whole = PartitionSpec(*(None if a == "fsdp" else a for a in spec))
+            return _forth_and_back(leaf, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
 
         return jax.tree_util.tree_map_with_path(place, params)
 
     return gather
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _forth_and_back(x, there: NamedSharding, here: NamedSharding):
+    """x in the sharding `there`, its gradient in `here`.
+
+    A constraint alone would give both the same, and every device the whole gradient.
+    """
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+def _forth(x, there, here):
+    return _forth_and_back(x, there, here), None
+
+
+def _back(there, here, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, here),)
+
+
+_forth_and_back.defvjp(_forth, _back)
 
 
 def global_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding):
