@@ -7,19 +7,10 @@ from PIL import Image
 
 from train import clip_strips, edit_video
 from train.clip_strips import _GAP, _TEXT
+from train.command_line import load_config
 
-EDIT = ConfigDict(
-    {
-        "direction": "",
-        "alpha": 0.0,
-        "layers": (),
-        "style": "",
-        "yaw": 0.0,
-        "pitch": 0.0,
-        "roll": 0.0,
-        "strip": "strip.png",
-    }
-)
+# The defaults of the command itself.
+EDIT = load_config("configs/video2stylegan.py").edit.unlock()
 
 
 def test_frames_stand_enlarged_in_their_row_and_column(tmp_path):
