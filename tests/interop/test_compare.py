@@ -105,6 +105,7 @@ def test_user_mistakes_are_one_line_with_status_two(recorded, capsys, tmp_path):
         ["compare", NAME, "--weights", str(weights), "--io", str(tmp_path / "no.npz")],
         ["convert", NAME, str(weights), str(tmp_path / "out.onnx")],
         ["summary", NAME, "--set", "widht=3"],
+        ["summary", NAME, "--set", "width=wide"],
         ["compare", NAME, "--weights", str(weights), "--io", str(narrow)],
     ):
         assert main(arguments) == 2, arguments
