@@ -123,3 +123,4 @@ def _paper(config, preset):
         config.model_args = {"drop_path_rate": 0.1}
         config.data.name = "imagenet"
         config.data.options = {**strong, "workers": 16}
+        config.eval.split = "validation"

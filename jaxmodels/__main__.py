@@ -147,6 +147,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except TypeError as error:
+        if not getattr(arguments, "set", ()):
+            raise
+        given = ", ".join(f"{k}={v!r}" for k, v in arguments.set)
+        print(f"error: --set {given}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -117,8 +117,11 @@ def _closest(name: str, keys: Sequence[str]) -> str:
 def _set(config: ConfigDict, name: str, text: str) -> None:
     """Set `name` to the value `text` means for the type that the key has."""
     *parents, last = name.split(".")
-    for parent in parents:
-        config = config[parent]
+    for n, parent in enumerate(parents, 1):
+        config = config.get(parent)
+        if not isinstance(config, ConfigDict):
+            above = ".".join(parents[:n])
+            raise ConfigError(f"config.{name}: config.{above} holds no keys to set one of")
     old = config.get(last)
     if isinstance(old, ConfigDict):
         raise ConfigError(f"config.{name}: it holds keys ({', '.join(old)}); set one of them")

@@ -18,7 +18,7 @@ from train.building import build_task
 from train.checkpoints import Checkpoints
 from train.data import pipeline
 from train.initialization import starting_variables
-from train.naming import ConfigError
+from train.naming import ConfigError, nearest
 from train.optimizers import make_optimizer, make_schedule
 from train.parallel import (
     any_process,
@@ -45,6 +45,13 @@ class Plan:
     def __init__(self, config, devices=None):
         if config.steps < 1 or config.batch_size < 1:
             raise ConfigError("config.steps and config.batch_size: both must be at least 1")
+        for key, value in (
+            ("log_every", config.log_every),
+            ("optimizer.accumulate", config.optimizer.accumulate),
+            ("schedule.hold_for", config.schedule.hold_for),
+        ):
+            if value < 1:
+                raise ConfigError(f"config.{key}: {value}; it must be at least 1")
         if config.parallel.mode not in ("jit", "pmap"):
             raise ConfigError(f"config.parallel.mode: {config.parallel.mode!r}; known: jit, pmap")
         if config.checkpoint.report_best and not config.checkpoint.best_metric:
@@ -62,6 +69,9 @@ class Plan:
         self.schedule = make_schedule(config.schedule, config.steps)
         self.optimizer = make_optimizer(config.optimizer, self.schedule)
         self.spec = pipeline.element_spec(config.data)
+        if config.eval.split:
+            # Or the first evaluation would say so, which may come after the last step.
+            pipeline.check_split(config.data, config.eval.split, "config.eval.split")
         self.rules = tuple(config.parallel.rules)
         self.abstract = jax.eval_shape(self.create)
         self.sharding = state_sharding(self.abstract, self.mesh, self.rules)
@@ -144,6 +154,8 @@ class Plan:
                 if hasattr(self.task, "score"):
                     sums = self.task.score(self.host_copy(sums))
                 total = sums_.merge(total, sums)
+            if total is None:
+                raise ConfigError(f"config.data: {config.data.name} has no examples to evaluate on")
             return sums_.compute(total)
 
         return run
@@ -177,7 +189,7 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         config=config.to_dict(),
         report=reporter.say,
     )
-    evaluate = plan.evaluate()
+    evaluate = _judged(plan.evaluate(), config, reporter)
     try:
         restored = checkpoints.restore(plan.like)
         start = 0 if restored is None else restored[0]
@@ -190,6 +202,12 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
         ended = start >= config.steps or patience.over or _finished(plan, state)
+        begun = restored is not None or config.init_from or hasattr(plan.task, "start")
+        if config.eval_only and not begun:
+            reporter.say(
+                f"{workdir} holds no checkpoint and config.init_from names none: what is evaluated "
+                "is the initialization"
+            )
         if config.eval_only or ended:
             numbers = evaluate(state.eval_variables)
             reporter.log(start, "eval", numbers)
@@ -210,6 +228,22 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         return numbers
     finally:
         checkpoints.close()
+
+
+def _judged(evaluate, config, reporter):
+    """`evaluate`, which says so where it does not give what checkpoints are chosen by."""
+    wanted = config.checkpoint.best_metric
+
+    def run(variables):
+        numbers = evaluate(variables)
+        if wanted and wanted not in numbers:
+            reporter.say(
+                f"config.checkpoint.best_metric: the evaluation gives no {wanted!r}, so that no "
+                f"checkpoint is the best; {nearest(wanted, numbers)}"
+            )
+        return numbers
+
+    return run
 
 
 def _best(plan, state, numbers, checkpoints, evaluate, reporter):

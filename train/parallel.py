@@ -63,7 +63,31 @@ def make_mesh(config, devices=None) -> Mesh:
             f"config.parallel: {dict(zip(AXES, sizes))} needs {known} devices; "
             f"there are {devices.size}"
         )
-    return Mesh(devices.reshape(-1)[: int(np.prod(sizes))].reshape(sizes), AXES)
+    devices = devices.reshape(-1)[: int(np.prod(sizes))].reshape(sizes)
+    check_processes(devices, jax.process_count())
+    return Mesh(devices, AXES)
+
+
+def check_processes(devices: np.ndarray, count: int) -> None:
+    """Refuse a mesh [data, fsdp, model] in which processes would have to read each other's rows.
+
+    Every process reads rows of its own: devices along `model`, which work on the same rows, must
+    belong to one process, and every process needs a device.
+    """
+    if count == 1:
+        return
+    owners = [{d.process_index for d in row} for row in devices.reshape(-1, devices.shape[-1])]
+    if any(len(o) > 1 for o in owners):
+        raise ConfigError(
+            f"config.parallel.model: {devices.shape[-1]} devices that share rows belong to several "
+            "processes, which read different rows; it must divide the devices of one process"
+        )
+    idle = set(range(count)) - set().union(*owners)
+    if idle:
+        raise ConfigError(
+            f"config.parallel: {dict(zip(AXES, devices.shape))} leaves process "
+            f"{', '.join(map(str, sorted(idle)))} of {count} without a device"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

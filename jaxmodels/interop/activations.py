@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 from jaxmodels.interop.checkpoint import CheckpointError
 
@@ -144,8 +145,13 @@ def compare(
     positional: tuple[Any, ...] = ()
     if not all(name in accepted for name in arguments):
         positional, arguments = tuple(arguments.values()), {}
-    with jax.default_matmul_precision(precision):
-        output, calls = captured(module, variables, *positional, **arguments)
+    try:
+        with jax.default_matmul_precision(precision):
+            output, calls = captured(module, variables, *positional, **arguments)
+    except (TypeError, ValueError, FlaxError) as error:
+        given = ", ".join(f"{k} {list(v.shape)}" for k, v in inputs.items())
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{type(module).__name__} does not take {given}: {text}") from error
 
     used: set[str] = set()
     only_recorded: list[str] = []

@@ -318,8 +318,10 @@ def from_torch(
         if is_skipped(skip, entry.key):
             remaining.pop(entry.key, None)
             done.skipped.append(entry.key)
-            if entry.path in fresh_flat[entry.collection]:
-                flat[entry.collection][entry.path] = fresh_flat[entry.collection][entry.path]
+            # Of a stack other layers may be the file's: this one's are fresh there already.
+            leaves, own = flat[entry.collection], fresh_flat[entry.collection]
+            if entry.path in own and not (entry.stack and entry.path in leaves):
+                leaves[entry.path] = own[entry.path]
             continue
         if entry.key not in remaining:
             missing[entry.key] = entry.shape
@@ -338,6 +340,8 @@ def from_torch(
         place = (entry.collection, entry.path)
         if place not in stacks:
             stacks[place] = np.empty((*entry.stack, *value.shape), value.dtype)
+            if entry.path in fresh_flat[entry.collection]:  # for the layers that are skipped
+                stacks[place][:] = fresh_flat[entry.collection][entry.path]
             flat[entry.collection][entry.path] = stacks[place]
         stacks[place][entry.index] = value
 

@@ -321,6 +321,9 @@ class Reader(pickle._Unpickler):
     def __init__(self, view: View):
         super().__init__(view, encoding="utf-8")
         self.budget = view.budget
+        # Of all that were mentioned, those of tensors inside skipped objects too.
+        self.storages: dict[str, np.dtype] = {}
+        self.in_two_dtypes = ""
 
     def find_class(self, module: Any, name: Any) -> Tag:
         tag = _CONSTRUCTORS.get((module, name))
@@ -342,6 +345,11 @@ class Reader(pickle._Unpickler):
         if type(key) is not str or not 0 < len(key) < 200 or "/" in key or "\\" in key:
             raise Refused(f"has {_show(key)} as a storage key")
         count, start = _integer(count, "a storage length"), 0
+        if key not in self.storages:
+            self.budget.charge(_MEMO_COST)
+            self.storages[key] = kind.value
+        if self.storages[key] != kind.value:
+            self.in_two_dtypes = key
         if view and view[0] is not None:
             if not isinstance(view[0], (tuple, list)) or len(view[0]) != 3:
                 raise Refused("has an unusual storage view")

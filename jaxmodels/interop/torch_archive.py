@@ -289,27 +289,23 @@ def _read_legacy(data: np.ndarray, view: FileBytes, budget: Budget) -> Any:
     system = _load(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("was not written on a little-endian machine")
-    tree = _top(_load(stream))
+    reader = Reader(stream)
+    tree = _top(reader.load())
     keys = _load(stream)
     if not isinstance(keys, list) or not all(type(k) is str for k in keys):
         raise Refused("has no list of storage keys")
     if len(set(keys)) != len(keys):
         raise Refused("has a storage key twice")
-    declared: dict[str, Storage] = {}
-
-    def collect(tensor: Tensor) -> None:
-        known = declared.setdefault(tensor.storage.key, tensor.storage)
-        if known.dtype != tensor.storage.dtype:
-            raise Refused(f"has the storage {known.key!r} in two dtypes")
-
-    resolve(tree, collect)
+    declared = reader.storages
+    if reader.in_two_dtypes:
+        raise Refused(f"has the storage {reader.in_two_dtypes!r} in two dtypes")
     spans: dict[str, np.ndarray] = {}
     at = stream.position
     for key in keys:
         if key not in declared:
             raise Refused(f"has the storage {key!r}, which no tensor uses")
         (count,) = _u(view, at, "<q")
-        end = at + 8 + count * declared[key].dtype.itemsize
+        end = at + 8 + count * declared[key].itemsize
         if count < 0 or end > len(view):
             raise Refused(f"ends inside the storage {key!r}")
         spans[key] = data[at + 8 : end]

@@ -61,7 +61,11 @@ def test_a_scheduler_that_holds_itself_and_its_optimizer_is_left_out(tmp_path, f
     parameter = Raw(Writer(legacy=form == "legacy").encode(rebuilt))
     optimizer = New(
         Name("transformers.optimization", "AdamW"),
-        {"defaults": {"lr": 0.1}, "state": {parameter: {"step": 3}}, "param_groups": []},
+        {
+            "defaults": {"lr": 0.1},
+            "state": {parameter: {"step": 3, "exp_avg": Strided("moments", BASE + 1)}},
+            "param_groups": [],
+        },
     )
     scheduler = New(
         Name("torch.optim.lr_scheduler", "OneCycleLR"),

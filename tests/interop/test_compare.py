@@ -97,12 +97,16 @@ def test_not_a_number_on_one_side_departs_and_on_both_agrees(recorded):
 def test_user_mistakes_are_one_line_with_status_two(recorded, capsys, tmp_path):
     write(recorded[1], recorded[2])
     weights, io, _ = recorded
+    narrow = tmp_path / "narrow.npz"  # one channel too many
+    np.savez(narrow, **{"in.x": np.zeros((1, 3, 5, 5), np.float32)})
     for arguments in (
         ["compare", "vision.tinny", "--weights", str(weights), "--io", str(io)],
         ["compare", NAME, "--weights", str(tmp_path / "no.pth"), "--io", str(io)],
         ["compare", NAME, "--weights", str(weights), "--io", str(tmp_path / "no.npz")],
         ["convert", NAME, str(weights), str(tmp_path / "out.onnx")],
         ["summary", NAME, "--set", "widht=3"],
+        ["summary", NAME, "--set", "width=wide"],
+        ["compare", NAME, "--weights", str(weights), "--io", str(narrow)],
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -135,6 +135,21 @@ def test_skip_leaves_the_classifier_fresh_and_takes_the_rest():
     np.testing.assert_array_equal(variables["params"]["gamma"], state()["gamma"])
 
 
+@pytest.mark.parametrize("fresh", [0, 1])
+def test_skipping_one_of_scanned_layers_takes_the_others(fresh):
+    r = np.random.default_rng(0)
+    wanted = {}
+    for i in range(2):
+        wanted[f"encoder.layer.{i}.weight"] = r.normal(size=(4, 4)).astype(np.float32)
+        wanted[f"encoder.layer.{i}.bias"] = np.full(4, 5.0, np.float32)
+    module, variables = jaxmodels.load("tiny_stack", wanted, skip=rf"encoder\.layer\.{fresh}")
+    found, own = (v["params"]["encoder.layer.*"] for v in (variables, catalog.initialize(module)))
+    taken = 1 - fresh
+    np.testing.assert_array_equal(found["kernel"][taken], wanted[f"encoder.layer.{taken}.weight"].T)
+    np.testing.assert_array_equal(found["kernel"][fresh], own["kernel"][fresh])
+    np.testing.assert_array_equal(found["bias"].sum(-1), [20 * taken, 20 * fresh][::-1])
+
+
 def test_a_prefix_on_every_name_is_found_and_other_parts_are_left_out():
     prefixed = {f"backbone.{k}": v for k, v in state().items()} | {"head.weight": np.zeros(3)}
     found = catalog.find(NAME)

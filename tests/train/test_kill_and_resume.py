@@ -257,3 +257,11 @@ def test_the_report_can_be_of_the_best_checkpoint(tmp_path, capfd):
 def test_a_report_of_the_best_needs_a_metric(tmp_path):
     with pytest.raises(ConfigError, match=r"^config.checkpoint.report_best: .*best_metric.*$"):
         run_here(tmp_path / "run", **{"checkpoint.report_best": True})
+
+
+def test_an_evaluation_of_nothing_trained_or_without_the_best_metric_says_so(tmp_path, capfd):
+    changes = {"parallel.data": 1, "eval_only": True, "checkpoint.best_metric": "acuracy"}
+    fit(tiny_config(**changes), tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "holds no checkpoint and config.init_from names none" in said
+    assert "gives no 'acuracy'" in said and "did you mean 'accuracy'?" in said

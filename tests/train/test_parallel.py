@@ -1,5 +1,7 @@
 """One run, many ways to spread it: the losses are the same."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from tests.train.tiny import tiny_config, trajectory
 from train.naming import ConfigError
 from train.parallel import (
     check_batch,
+    check_processes,
     gather_over_fsdp,
     leaf_spec,
     make_mesh,
@@ -102,6 +105,25 @@ def test_tensor_sharding_gives_the_losses_of_one_device(alone):
 def test_impossible_meshes_are_named_before_anything_is_compiled(sizes, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(_parallel(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 2, 1), None),
+        ((2, 1, 2), None),
+        ((1, 1, 4), "config.parallel.model: 4 devices that share rows belong to several processes"),
+        ((2, 1, 1), "leaves process 1 of 2 without a device"),
+    ],
+)
+def test_a_mesh_in_which_processes_would_share_rows_is_refused(shape, message):
+    devices = np.array([SimpleNamespace(process_index=i // 2) for i in range(4)])
+    devices = devices[: np.prod(shape)].reshape(shape)
+    if message is None:
+        check_processes(devices, 2)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_processes(devices, 2)
 
 
 def test_a_batch_that_does_not_divide_is_named_with_one_that_does():

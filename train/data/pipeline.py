@@ -97,6 +97,13 @@ def eval_split(data: Mapping[str, Any]) -> str:
     return resolve(data)[0].SPLITS[1]
 
 
+def check_split(data: Mapping[str, Any], split: str, what: str) -> None:
+    """Raises ValueError, which calls the split `what`, where the family has no such split."""
+    known = resolve(data)[0].SPLITS
+    if split not in known:
+        raise ValueError(_unknown(f"{what} of {data['name']}", split, known))
+
+
 def train_batches(
     data: Mapping[str, Any],
     *,
@@ -208,8 +215,7 @@ def eval_batches(
     """
     module, options = resolve(data)
     local = _local_batch_size(batch_size, process_index, process_count)
-    if split not in module.SPLITS:
-        raise ValueError(_unknown(f"split of {data['name']}", split, module.SPLITS))
+    check_split(data, split, "split")
     examples = module.source(split, options)
     count = len(examples)
     padded = math.ceil(count / batch_size) * batch_size
