@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from theory import landscape
+from theory import decompositions, landscape
 from theory.closed_form import lr_from_eta_hat, separability, warn_separability
 from theory.factorization import Factors, check_factors, check_scale, product, warn_bottleneck
 from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
@@ -142,7 +142,8 @@ def run(
     trace.append(last)
     rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
     trace = {name: jnp.concatenate([part[name] for part in trace]) for name in last}
-    status = final_status(trace["loss"], converged_level(problem, state.detector))
+    width = min(min(w.shape) for w in state.factors)
+    status = final_status(trace["loss"], converged_level(problem, state.detector, width))
     return Run(rows, trace, state, status)
 
 
@@ -158,14 +159,22 @@ def close_detector(problem: Problem, state: State) -> DetectorState:
     )
 
 
-def converged_level(problem: Problem, detector: DetectorState | None) -> jax.Array:
-    """1e-4 sigma_R^2 in the units of the loss; without detectors 1e-8 of the loss at W = 0."""
+def converged_level(problem: Problem, detector: DetectorState | None, width: int) -> jax.Array:
+    """1e-4 sigma_R^2 in the units of the loss; without detectors 1e-8 of the loss at W = 0.
+
+    Above the optimum: where a bottleneck of `width` keeps the factors from a reconstruction's
+    target, that is the loss of its best approximation of that rank.
+    """
+    optimum = 0.0
+    if problem.kind == "reconstruction" and width < min(problem.shape):
+        missed = decompositions.singular_values(problem.target)[width:]
+        optimum = 0.5 * problem.scale * jnp.sum(missed**2)
     if detector is None:
-        shape = problem.shape
-        return 1e-8 * problem.loss(jnp.zeros(shape, problem.scale.dtype))
+        start = problem.loss(jnp.zeros(problem.shape, problem.scale.dtype))
+        return optimum + 1e-8 * start
     sigma = detector.sigma
     smallest = jnp.min(jnp.where(sigma > 0, sigma, jnp.inf))
-    return CONVERGED * smallest**2 * problem.scale
+    return optimum + CONVERGED * smallest**2 * problem.scale
 
 
 def final_status(loss: jax.Array, level: jax.Array) -> jax.Array:

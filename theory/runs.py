@@ -138,7 +138,14 @@ class RunSpec:
             return self.stop
         if self.noise_std or self.problem != "reconstruction":
             return -1.0
-        return CONVERGED * self.sigma[-1] ** 2 * self.loss_scale
+        return self.converged_level * self.loss_scale
+
+    @property
+    def converged_level(self) -> float:
+        """1e-4 sigma_R^2 above the loss of the best approximation that the widths allow."""
+        width = min(self.dims)
+        missed = self.sigma[width:] if self.problem == "reconstruction" else ()
+        return CONVERGED * self.sigma[:width][-1] ** 2 + 0.5 * sum(s * s for s in missed)
 
     @property
     def width(self) -> int:

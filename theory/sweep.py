@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from theory.closed_form import separability
-from theory.dynamics import CONVERGED, STATUS, State, init_state
+from theory.dynamics import STATUS, State, init_state
 from theory.factorization import random_factors
 from theory.lanes import MULTIPLE, compiler_options, lanes_last, matmul
 from theory.optimizers import Optimizer, gradients, squared_norm
@@ -248,7 +248,7 @@ def _status(spec: RunSpec, lane: Lanes) -> str:
         return STATUS[2]
     level = lane.stop
     if spec.stop is None:
-        level = CONVERGED * spec.sigma[-1] ** 2 * lane.problem.scale
+        level = spec.converged_level * lane.problem.scale
     if lane.loss <= level:
         return STATUS[1]
     return STATUS[3] if lane.rises > 0.25 else STATUS[0]

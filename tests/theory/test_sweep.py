@@ -186,6 +186,15 @@ def test_runs_that_will_not_show_their_rank_are_counted_before_a_sweep():
         assert part in notes
 
 
+def test_a_run_with_a_bottleneck_converges_to_the_best_approximation():
+    row = dict(L=2, sigma=(1.0, 0.5), alpha=1e-2, seed=0, dims=(3, 1, 3), cap=300)
+    mesh = sweep.device_mesh(jax.devices()[:1])
+    with pytest.warns(UserWarning, match="bottleneck"):
+        (record,) = sweep.sweep(runs.make_specs([row]), chunk=32, mesh=mesh)
+    assert record["status"] == "converged" and record["steps"] < 300
+    assert record["n_stages"] == 1 and record["final_loss"] == pytest.approx(0.125, rel=1e-2)
+
+
 def test_records_of_other_settings_are_not_taken_for_this_sweeps(tmp_path):
     path = tmp_path / "records.jsonl"
     kept = {"id": "L2_R1_s0", "alpha": 1e-4, "sigma": [1.0], "cap": 250}
