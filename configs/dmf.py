@@ -74,6 +74,7 @@ def get_config(preset: str = "run") -> ml_collections.ConfigDict:
     config.samples = 40
     config.loss_norm = ""
     config.init = "gaussian"
+    config.layer_scales = ()  # c_1, ..., c_L of init = unbalanced, with product 1
     config.alpha = 1e-4
     config.factor_scale = 0.0  # instead of alpha (set alpha to 0)
     config.optimizer = "gd"

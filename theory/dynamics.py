@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from theory import landscape
+from theory import decompositions, landscape
 from theory.closed_form import lr_from_eta_hat, separability, warn_separability
-from theory.factorization import Factors, check_factors, product, warn_bottleneck
+from theory.factorization import Factors, check_factors, check_scale, product, warn_bottleneck
 from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
 from theory.problem import Problem, check_spectrum
 from theory.quantities import DEFAULT_RECORD, NEED_TARGET, QUANTITIES, measure
@@ -142,7 +142,8 @@ def run(
     trace.append(last)
     rows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
     trace = {name: jnp.concatenate([part[name] for part in trace]) for name in last}
-    status = final_status(trace["loss"], converged_level(problem, state.detector))
+    width = min(min(w.shape) for w in state.factors)
+    status = final_status(trace["loss"], converged_level(problem, state.detector, width))
     return Run(rows, trace, state, status)
 
 
@@ -158,14 +159,22 @@ def close_detector(problem: Problem, state: State) -> DetectorState:
     )
 
 
-def converged_level(problem: Problem, detector: DetectorState | None) -> jax.Array:
-    """1e-4 sigma_R^2 in the units of the loss; without detectors 1e-8 of the loss at W = 0."""
+def converged_level(problem: Problem, detector: DetectorState | None, width: int) -> jax.Array:
+    """1e-4 sigma_R^2 in the units of the loss; without detectors 1e-8 of the loss at W = 0.
+
+    Above the optimum: where a bottleneck of `width` keeps the factors from a reconstruction's
+    target, that is the loss of its best approximation of that rank.
+    """
+    optimum = 0.0
+    if problem.kind == "reconstruction" and width < min(problem.shape):
+        missed = decompositions.singular_values(problem.target)[width:]
+        optimum = 0.5 * problem.scale * jnp.sum(missed**2)
     if detector is None:
-        shape = problem.shape
-        return 1e-8 * problem.loss(jnp.zeros(shape, problem.scale.dtype))
+        start = problem.loss(jnp.zeros(problem.shape, problem.scale.dtype))
+        return optimum + 1e-8 * start
     sigma = detector.sigma
     smallest = jnp.min(jnp.where(sigma > 0, sigma, jnp.inf))
-    return CONVERGED * smallest**2 * problem.scale
+    return optimum + CONVERGED * smallest**2 * problem.scale
 
 
 def final_status(loss: jax.Array, level: jax.Array) -> jax.Array:
@@ -210,8 +219,18 @@ _jitted_run = jax.jit(run, static_argnums=(1, 4, 5, 6, 7))
 _jitted_close = jax.jit(close_detector)
 
 
-def check_rate(lr: float | None, eta_hat: float | None, depth: int, sigma_1: float | None) -> float:
-    """Step size from `lr` or the dimensionless `eta_hat`, exclusive."""
+def check_rate(
+    lr: float | None,
+    eta_hat: float | None,
+    depth: int,
+    sigma_1: float | None,
+    curvature: float = 1.0,
+) -> float:
+    """Step size from `lr` or the dimensionless `eta_hat`, exclusive.
+
+    curvature: that of the loss in W (`Problem.sharpness`), so that eta_hat stays the step times
+    lambda_max whatever the loss's prefactor.
+    """
     if lr is not None and eta_hat is not None:
         raise ValueError("lr: give lr or eta_hat, not both")
     if lr is None:
@@ -225,18 +244,23 @@ def check_rate(lr: float | None, eta_hat: float | None, depth: int, sigma_1: flo
                 f"eta_hat: {eta_hat} >= 2 is past the edge of stability; expect no convergence",
                 stacklevel=3,
             )
-        return lr_from_eta_hat(eta_hat, depth, sigma_1)
+        return lr_from_eta_hat(eta_hat, depth, sigma_1) / curvature
     if not (np.isfinite(lr) and lr > 0):
         raise ValueError(f"lr: {lr} must be positive and finite")
     return float(lr)
 
 
-def check_record(record: Sequence[str], record_every: int, steps: int, problem: Problem) -> tuple:
-    """Recorded names as a tuple; ValueError for unknown ones, a missing target, a bad interval."""
+def check_interval(record_every: int, steps: int) -> None:
+    """ValueError unless 1 <= record_every <= steps."""
     if steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1")
     if not 1 <= record_every <= steps:
         raise ValueError(f"record_every: {record_every} must lie in 1..steps = {steps}")
+
+
+def check_record(record: Sequence[str], record_every: int, steps: int, problem: Problem) -> tuple:
+    """Recorded names that the problem has; ValueError for unknown ones or a bad interval."""
+    check_interval(record_every, steps)
     for name in record:
         if name not in QUANTITIES:
             raise ValueError(f"record: unknown {name!r}; choose from {', '.join(QUANTITIES)}")
@@ -264,7 +288,8 @@ def simulate(
 ) -> Trajectory:
     """Run the discrete dynamics from `factors` (or continue a `state` bit for bit).
 
-    factors: tuple of W_j [n_j, n_{j-1}]; lr, or eta_hat (default 0.3) for the dimensionless step;
+    factors: tuple of W_j [n_j, n_{j-1}]; lr, or eta_hat (default 0.3) for the dimensionless step,
+    lr L sigma_1^(2 - 2/L) times the curvature of the loss in W (1 for `half_sum` reconstruction);
     record: names of `QUANTITIES`; sigma: reference spectrum of the stages, for which the streaming
     detectors then judge every step (default: the target's singular values above 1e-10, for
     noise-free targets; pass () for none); alpha: for the separability index and its warning, by
@@ -288,7 +313,8 @@ def simulate(
     spectrum = _reference(problem, sigma)
     if spectrum:
         spectrum = spectrum[: warn_bottleneck(dims, len(spectrum))]
-    rate = check_rate(lr, eta_hat, depth, spectrum[0] if spectrum else None)
+    curvature = 1.0 if lr is not None else float(problem.sharpness)
+    rate = check_rate(lr, eta_hat, depth, spectrum[0] if spectrum else None, curvature)
     dtype = jnp.result_type(*(jnp.asarray(w) for w in given))
     if "hessian" in record:
         landscape.require_float64("record 'hessian'")
@@ -314,6 +340,11 @@ def simulate(
             rate,
             sigma=jnp.asarray(spectrum, dtype) if spectrum else None,
             keep_gradient="gradient_cosine" in record,
+        )
+    if "gradient_cosine" in record and state.previous is None:
+        raise ValueError(
+            "record: 'gradient_cosine' needs the gradient before, which this state does not carry; "
+            "record it in the run that is continued, too"
         )
     start = state
     if not inertia_tolerance >= 0:
@@ -369,7 +400,10 @@ def certify(trajectory: Trajectory, escape: Escape, points: int = 24) -> float:
             state = _skip(trajectory.problem, trajectory.optimizer, trajectory.lr, state, gap)
         spectrum = landscape.hessian_spectrum(trajectory.problem, state.factors)
         lowest.append(spectrum.lambda_min)
-        rates.append(float(state.slots.get("adjusted_lr", rate)))
+        if "adjusted_lr" in state.slots:  # the slot holds the rate of the update before
+            after = _skip(trajectory.problem, trajectory.optimizer, trajectory.lr, state, 1)
+            rate = float(after.slots["adjusted_lr"])
+        rates.append(rate)
     return certificate(wanted, lowest, rates)
 
 
@@ -395,10 +429,12 @@ def simulate_aligned(
     [n, d] (of the modes, in the target's order), loss [n], grad_norm [n] at every record_every-th
     step and the last.
     """
-    sigma = check_spectrum(sigma)
+    sigma = check_spectrum(sigma, (dim, dim) if dim else None)
+    scale = check_scale(alpha, None, depth)
+    check_interval(record_every, steps)
     rate = check_rate(lr, eta_hat, depth, sigma[0])
     full = jnp.zeros(dim or len(sigma)).at[: len(sigma)].set(jnp.asarray(sigma))
-    a0 = jnp.full(full.shape, alpha ** (1.0 / depth), full.dtype)
+    a0 = jnp.full(full.shape, scale, full.dtype)
     whole, rest = divmod(steps, record_every)
 
     def observe(a):

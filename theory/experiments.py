@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from theory.problem import spectrum
+from theory.runs import RunSpec, make_specs
 from theory.stages import wilson_interval
-from theory.sweep import RunSpec, make_specs
 
 DEFAULT_ALPHA = {2: 1e-6, 3: 1e-4, 4: 1e-4, 5: 1e-4}
 GEOMETRIC = "geometric(0.5)"

@@ -131,7 +131,7 @@ def hessian_spectrum(
             f"method: a dense Hessian of N = {n} parameters exceeds max_dense = {max_dense}; "
             "use method='lanczos'"
         )
-    factors = tuple(jnp.asarray(factor) for factor in factors)
+    factors = tuple(jnp.asarray(factor, jnp.float64) for factor in factors)
     if method == "dense" or (method == "auto" and n <= max_dense):
         values = np.asarray(_dense_spectrum(problem, factors))
         return Spectrum(values, float(values[0]), float(values[-1]), True, n)
@@ -263,7 +263,7 @@ class CriticalPoint(NamedTuple):
     loss: float
     lambda_min: float
     lambda_max: float
-    inertia: tuple[int, int, int]
+    inertia: tuple[int, int, int] | None  # None where only the extreme eigenvalues are known
     kind: str  # strict_saddle, global_min, non_strict_saddle, or not_critical
 
 
@@ -279,19 +279,23 @@ def classify_critical_point(
     """Class of an exact critical point by its spectrum (host side; needs x64).
 
     optimum: the least loss; loss_tol: how near counts as global (default 1e-12 times the loss of
-    W = 0, at least 1e-20); grad_tol: relative to the scale max(||G|| max_j ||A_j|| ||B_j||, loss
-    scale). lambda_min < -1e-8 lambda_max is a strict saddle.
+    W = 0); grad_tol: relative to kappa s^(2 - 1/L), with kappa the curvature of the loss in W and
+    s = ||G(0)||_2 / kappa (sigma_1 for reconstruction), so that the class does not depend on the
+    scale of the data. lambda_min < -1e-8 lambda_max is a strict saddle. Beyond `MAX_DENSE`
+    parameters the extreme eigenvalues decide and the inertia is None.
     """
-    factors = tuple(jnp.asarray(factor) for factor in factors)
+    require_float64("classify_critical_point")
+    factors = tuple(jnp.asarray(factor, jnp.float64) for factor in factors)
     left, right, product = side_products(factors)
     loss, gradient = problem.value_and_gradient(product)
     grads = [a.T @ gradient @ b.T for a, b in zip(left, right)]
     grad_norm = float(jnp.sqrt(sum(jnp.sum(g * g) for g in grads)))
     zero_loss, zero_gradient = problem.value_and_gradient(jnp.zeros_like(product))
-    scale = max(float(jnp.linalg.norm(zero_gradient)), 1e-300)
-    first_order = grad_norm <= grad_tol * max(scale, 1.0)
+    kappa = max(float(problem.sharpness), 1e-300)
+    size = float(decompositions.spectral_norm(zero_gradient)) / kappa
+    first_order = grad_norm <= grad_tol * kappa * size ** (2.0 - 1.0 / len(factors))
     spectrum = hessian_spectrum(problem, factors)
-    loss_tol = max(1e-12 * float(zero_loss), 1e-20) if loss_tol is None else loss_tol
+    loss_tol = 1e-12 * float(zero_loss) if loss_tol is None else loss_tol
     if not first_order:
         kind = "not_critical"
     elif spectrum.lambda_min < -1e-8 * max(spectrum.lambda_max, 0.0) and spectrum.lambda_min < 0:
@@ -300,7 +304,7 @@ def classify_critical_point(
         kind = "global_min"
     else:
         kind = "non_strict_saddle"
-    counts = inertia(spectrum.eigenvalues, tau)
+    counts = inertia(spectrum.eigenvalues, tau) if spectrum.complete else None
     return CriticalPoint(
         first_order, grad_norm, float(loss), spectrum.lambda_min, spectrum.lambda_max, counts, kind
     )

@@ -30,6 +30,7 @@ from theory.problem import (
     spectrum,
 )
 from theory.quantities import DEFAULT_RECORD
+from theory.runs import doubts
 from theory.stages import StageReport, confirm_swaps, stages
 from theory.sweep import sweep, write_tables
 
@@ -112,16 +113,13 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
             alpha=alpha,
             factor_scale=config.factor_scale or None,
             target=problem.target,
+            layer_scales=tuple(config.layer_scales) or None,
         )
         lr, eta_hat = config.lr or None, config.eta_hat or None
         if lr is not None and eta_hat == 0.3:
             eta_hat = None  # the preset's default gives way to an explicit lr
         scale = float(problem.sharpness)
-        rate = dynamics.check_rate(lr, eta_hat, depth, sigma[0] if sigma else None)
-        if lr is None and config.problem != "reconstruction":
-            # eta_hat is in units of the target's curvature; that of the loss goes to lr.
-            lr, eta_hat = rate / scale, None
-            rate = lr
+        rate = dynamics.check_rate(lr, eta_hat, depth, sigma[0] if sigma else None, scale)
         steps = run_length(config, sigma, depth, rate * scale)
         every = config.record_every or max(1, steps // (150 if config.curvature else 400))
         record = list(RUN_RECORD)
@@ -130,6 +128,8 @@ def single_run(config: Any, workdir: Path, say: Callable[[str], None]) -> StageR
         n = sum(int(np.prod(np.shape(w))) for w in factors)
         if config.curvature and n <= landscape.MAX_DENSE:
             record.append("hessian")
+        elif config.curvature or config.certify:
+            say(f"no curvature and no certificates: N = {n} exceeds {landscape.MAX_DENSE}")
         say(f"{config.problem}, L = {depth}, dims {list(dims)}: {steps} steps of {rate:.4g}")
         trajectory = simulate(
             problem,
@@ -176,11 +176,14 @@ def _record(config, trajectory, report, sigma, depth) -> dict[str, Any]:
     return {
         "id": "run",
         "L": depth,
+        "dims": list(config.dims) or [config.dim] * (depth + 1),
         "R": len(sigma),
         "sigma": list(sigma),
         "alpha": alpha,
+        "noise_std": config.noise_std,
         "lr": trajectory.lr,
         "optimizer": trajectory.optimizer.name,
+        "hyper": dict(trajectory.optimizer.hyper),
         "init": config.init,
         "problem": config.problem,
         "seed": config.seed,
@@ -226,9 +229,10 @@ def _run_report(config, trajectory, report, certificates, notes, drawn, workdir)
     if trajectory.separability is not None:
         claims.append(("separability index S", f"{trajectory.separability:.2f}"))
     if "lambda_min" in trajectory.rows and trajectory.sigma:
+        scale = float(trajectory.problem.sharpness)  # the test is for a unit curvature in W
         kind, g_hat, lam = landscape.classify_near_critical(
-            trajectory.rows["grad_norm"][-1],
-            trajectory.rows["lambda_min"][-1],
+            trajectory.rows["grad_norm"][-1] / scale,
+            trajectory.rows["lambda_min"][-1] / scale,
             len(trajectory.state.factors),
             trajectory.sigma[0],
         )
@@ -302,14 +306,18 @@ def run_sweep(config: Any, workdir: Path, say: Callable[[str], None]) -> list[di
     if config.limit_minutes:
         deadline = time.monotonic() + 60.0 * config.limit_minutes
     say(f"{config.preset}: {len(specs)} runs on {len(jax.devices())} devices")
-    records = sweep(
-        specs,
-        workdir / "records.jsonl",
-        lanes=config.lanes,
-        chunk=config.chunk,
-        progress=Progress(),
-        deadline=deadline,
-    )
+    for note in doubts(specs):
+        say(f"warning: {note}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(separability index|eta_hat >= 2|dims: bottleneck)")
+        records = sweep(
+            specs,
+            workdir / "records.jsonl",
+            lanes=config.lanes,
+            chunk=config.chunk,
+            progress=Progress(),
+            deadline=deadline,
+        )
     write_tables(records, workdir)
     if records:
         write_text(workdir / "report.md", sweep_report(config.preset, records, len(specs), workdir))

@@ -82,7 +82,8 @@ class StageReport:
     escapes: `rank`, `merged` and `swap` escapes in order (rings are only counted);
     activation_steps: first step with s_r >= sigma_r / 2, None where never;
     plateau_visited: one flag for each r = 0..R-1; unfinished: (valley, peak) of a last rise that
-    never fell, or None; reference: where sigma came from (`target` or `final iterate`).
+    never fell, or None; reference: where sigma came from (`target` or `final iterate`);
+    dropped_events: escapes that n_stages and n_swaps count though `escapes` has no room for them.
     """
 
     escapes: tuple[Escape, ...]
@@ -191,13 +192,23 @@ def plateaus(s, sigma, delta, xp=np):
 
 
 def make_report(
-    escapes, *, n_rings, activation_steps, visited, final_rank, unfinished, sigma, **rest
+    escapes,
+    *,
+    n_rings,
+    activation_steps,
+    visited,
+    final_rank,
+    unfinished,
+    sigma,
+    dropped=(0, 0),
+    **rest,
 ):
+    """The report of these escapes; dropped: stages and swaps that were counted but not kept."""
     kept = tuple(e for e in escapes if e.kind != "ring")
     return StageReport(
         escapes=kept,
-        n_stages=sum(e.kind in ("rank", "merged") for e in kept),
-        n_swaps=sum(e.kind == "swap" for e in kept),
+        n_stages=sum(e.kind in ("rank", "merged") for e in kept) + dropped[0],
+        n_swaps=sum(e.kind == "swap" for e in kept) + dropped[1],
         n_rings=int(n_rings),
         n_plateaus=int(np.sum(visited)),
         activation_steps=tuple(activation_steps),
@@ -205,6 +216,7 @@ def make_report(
         final_rank=final_rank,
         unfinished=unfinished,
         sigma=tuple(float(v) for v in sigma),
+        dropped_events=sum(dropped),
         **rest,
     )
 

@@ -365,6 +365,9 @@ def detector_report(state: DetectorState) -> StageReport:
         Escape(int(v), int(p), int(b), int(a), KINDS[int(k)], float(drop))
         for (v, p, b, a, k), drop in zip(state.events, state.drops)
     ][: min(int(state.counts[:3].sum()), EVENTS)]
+    kinds = [e.kind for e in escapes]
+    n_swaps = int(state.counts[2])
+    stages_dropped = int(state.counts[:2].sum()) - (len(kinds) - kinds.count("swap"))
     n_rings = int(state.counts[3])
     valley, peak, before, loss_before = state.pending
     if valley >= 0:
@@ -382,5 +385,5 @@ def detector_report(state: DetectorState) -> StageReport:
         final_rank=int(state.last[1]),
         unfinished=(int(state.low[1]), int(state.high[1])) if state.rising else None,
         sigma=sigma,
-        dropped_events=max(0, int(state.counts[:3].sum()) - EVENTS),
+        dropped=(stages_dropped, n_swaps - kinds.count("swap")),
     )

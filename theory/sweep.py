@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,128 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from theory.closed_form import lr_from_eta_hat, separability, step_cap
-from theory.dynamics import CONVERGED, STATUS, State, init_state
+from theory.closed_form import separability
+from theory.dynamics import STATUS, State, init_state
 from theory.factorization import random_factors
 from theory.lanes import MULTIPLE, compiler_options, lanes_last, matmul
-from theory.optimizers import Optimizer, gradients, make_optimizer, squared_norm
-from theory.problem import Problem, check_spectrum, data_count, random_data, spectrum_target
+from theory.optimizers import Optimizer, gradients, squared_norm
+from theory.problem import Problem, random_data, spectrum_target
 from theory.quantities import effective_rank
+from theory.runs import RunSpec, doubts
 from theory.stages import StageReport
 from theory.streaming import detector_report, update_lanes
-
-GD = Optimizer("gd")
-PADDED_RANK = 6  # spectra are padded with zeros to this length, so that R = 1..6 share a program
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSpec:
-    """One run of a sweep; `id` is unique and stable, `label` is copied into runs.csv.
-
-    sigma: the target's spectrum; lr or eta_hat; cap: most steps (None: the benchmark's
-    6 (1.5 t_R + 500)); stop: loss at which the run counts as converged and ends (None: 1e-4
-    sigma_R^2 in the loss's units; negative: never); observed: share of entries for completion;
-    measurements: of sensing (None: three times the degrees of freedom); samples: of regression;
-    target: an explicit matrix as nested tuples instead of a random one (with `mask` for
-    completion).
-    """
-
-    id: str
-    dims: tuple[int, ...]
-    sigma: tuple[float, ...]
-    alpha: float
-    seed: int
-    eta_hat: float | None = 0.3
-    lr: float | None = None
-    cap: int | None = None
-    stop: float | None = None
-    problem: str = "reconstruction"
-    init: str = "gaussian"
-    symmetry: str = "general"
-    optimizer: Optimizer = GD
-    noise_std: float = 0.0
-    observed: float = 0.7
-    measurements: int | None = None
-    samples: int = 40
-    target: tuple | None = None
-    mask: tuple | None = None
-    label: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def depth(self) -> int:
-        return len(self.dims) - 1
-
-    @property
-    def step_size(self) -> float:
-        """lr, from eta_hat where that is given (completion: times the observed count).
-
-        Sensing and regression: in units of the drawn problem's curvature, by which the sweep
-        divides it.
-        """
-        if self.lr is not None:
-            return self.lr
-        rate = lr_from_eta_hat(self.eta_hat, self.depth, self.sigma[0])
-        return rate / self.loss_scale
-
-    @property
-    def rate_follows_draw(self) -> bool:
-        """Whether `step_size` is divided by the drawn problem's curvature."""
-        return self.lr is None and self.problem in ("sensing", "regression")
-
-    @property
-    def loss_scale(self) -> float:
-        """Curvature of the loss where it is known beforehand: 1 / |Omega| for completion."""
-        if self.problem != "completion":
-            return 1.0
-        if self.mask is not None:
-            return 1.0 / float(np.sum(self.mask))
-        return 1.0 / self.data_count
-
-    @property
-    def data_count(self) -> int:
-        """Observed entries, measurements or samples."""
-        return data_count(
-            self.problem,
-            (self.dims[-1], self.dims[0]),
-            len(self.sigma),
-            observed=self.observed,
-            measurements=self.measurements,
-            samples=self.samples,
-        )
-
-    @property
-    def steps(self) -> int:
-        """The cap in steps."""
-        if self.cap is not None:
-            return self.cap
-        return step_cap(self.sigma, self.depth, self.alpha, self.step_size * self.loss_scale)
-
-    @property
-    def stop_level(self) -> float:
-        if self.stop is not None:
-            return self.stop
-        if self.noise_std or self.problem != "reconstruction":
-            return -1.0
-        return CONVERGED * self.sigma[-1] ** 2 * self.loss_scale
-
-    @property
-    def width(self) -> int:
-        """Padded length of sigma; a run's draws must not depend on the runs beside it."""
-        return min(self.dims[0], self.dims[-1], max(PADDED_RANK, len(self.sigma)))
-
-    def shape_key(self) -> tuple:
-        """Runs with equal keys share one compiled program."""
-        return (
-            self.width,
-            self.dims,
-            self.problem,
-            self.init,
-            self.symmetry,
-            self.optimizer,
-            self.data_count,
-            self.rate_follows_draw,
-            self.target is not None,
-        )
 
 
 class Lanes(NamedTuple):
@@ -354,10 +243,13 @@ def _refill(lanes: Lanes, pool: Lanes, source: jax.Array, take: jax.Array, axis:
     return jax.tree.map(one, lanes, pool)
 
 
-def _status(lane: Lanes) -> str:
+def _status(spec: RunSpec, lane: Lanes) -> str:
     if not np.isfinite(lane.loss) or lane.loss > 1e3 * lane.state.detector.first_loss:
         return STATUS[2]
-    if lane.loss <= lane.stop:
+    level = lane.stop
+    if spec.stop is None:
+        level = spec.converged_level * lane.problem.scale
+    if lane.loss <= level:
         return STATUS[1]
     return STATUS[3] if lane.rises > 0.25 else STATUS[0]
 
@@ -379,16 +271,17 @@ def make_record(spec: RunSpec, lane: Lanes, report: StageReport) -> dict[str, An
         "R": rank,
         "sigma": list(spec.sigma),
         "alpha": spec.alpha,
-        "eta_hat": spec.eta_hat,
+        "eta_hat": spec.dimensionless_step,
         "lr": float(lane.lr),
         "optimizer": spec.optimizer.name,
+        "hyper": dict(spec.optimizer.hyper),
         "init": spec.init,
         "problem": spec.problem,
         "noise_std": spec.noise_std,
         "seed": spec.seed,
         "cap": spec.steps,
         "separability": index if np.isfinite(index) else None,
-        "status": _status(lane),
+        "status": _status(spec, lane),
         "steps": int(lane.state.step),
         "final_loss": float(lane.loss),
         "n_stages": report.n_stages,
@@ -422,6 +315,30 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _check_same_run(spec: RunSpec, record: dict[str, Any] | None, path: Path | None) -> None:
+    if record is None:
+        return
+    wanted = {
+        "dims": list(spec.dims),
+        "sigma": list(spec.sigma),
+        "alpha": spec.alpha,
+        "eta_hat": spec.dimensionless_step,
+        "optimizer": spec.optimizer.name,
+        "hyper": dict(spec.optimizer.hyper),
+        "init": spec.init,
+        "problem": spec.problem,
+        "noise_std": spec.noise_std,
+        "seed": spec.seed,
+        "cap": spec.steps,
+    }
+    for name, value in wanted.items():
+        if name in record and record[name] != value:
+            raise ValueError(
+                f"{path}: run {spec.id} was made with {name} = {record[name]}, now {value}; take "
+                "another workdir"
+            )
+
+
 def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the one axis `lanes` over all (given) devices."""
     return Mesh(np.asarray(devices if devices is not None else jax.devices()), ("lanes",))
@@ -445,7 +362,9 @@ def sweep(
     much, since the longest run is advanced step by step to its end; chunk: K steps between looks;
     progress(done, total, steps per second); deadline: `time.monotonic()` value after which no new
     chunk is started (the finished runs are kept, the rest is left for the next call).
-    Raises ValueError where two specs share an id, and for lanes or chunk below 1.
+    Raises ValueError where two specs share an id, for lanes or chunk below 1, for a spec that
+    `RunSpec.check` refuses, and where `path` holds an id that was run with other settings. Warns
+    of what `doubts` finds.
     """
     specs = list(specs)
     for name, value in (("lanes", lanes), ("chunk", chunk)):
@@ -455,11 +374,15 @@ def sweep(
     if len(set(ids)) != len(ids):
         raise ValueError("id: two runs of the sweep share an id")
     for spec in specs:
-        check_spectrum(spec.sigma, (spec.dims[-1], spec.dims[0]))
+        spec.check()
+    for note in doubts(specs):
+        warnings.warn(note, stacklevel=2)
     mesh = mesh or device_mesh()
     dtype = dtype or jnp.result_type(float)
     path = Path(path) if path is not None else None
     found = {record["id"]: record for record in (read_records(path) if path else [])}
+    for spec in specs:
+        _check_same_run(spec, found.get(spec.id), path)
     waiting = [spec for spec in specs if spec.id not in found]
     if path and path.exists():
         text = path.read_bytes()
@@ -565,27 +488,6 @@ def write_tables(records: Sequence[dict[str, Any]], directory: Path | str) -> No
             writer.writeheader()
             for row in rows:
                 writer.writerow(
-                    {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
+                    {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()}
                 )
         os.replace(temporary, directory / name)
-
-
-def make_specs(
-    grid: Iterable[dict[str, Any]], *, dim: int = 10, prefix: str = "", **shared: Any
-) -> list[RunSpec]:
-    """Specs from dicts with keys `L`, `sigma`, `alpha`, `seed` and any `RunSpec` field."""
-    specs = []
-    for row in grid:
-        row = {**shared, **row}
-        depth = row.pop("L")
-        dims = tuple(row.pop("dims", None) or [dim] * (depth + 1))
-        optimizer = row.pop("optimizer", "gd")
-        if isinstance(optimizer, str):
-            optimizer = make_optimizer(optimizer, **row.pop("optimizer_kwargs", {}))
-        sigma = check_spectrum(row.pop("sigma"))
-        label = tuple(row.pop("label", {}).items())
-        name = row.pop("id", None) or prefix + "_".join(
-            [f"L{depth}", *(str(v) for _, v in label), f"R{len(sigma)}", f"s{row['seed']}"]
-        )
-        specs.append(RunSpec(name, dims, sigma, optimizer=optimizer, label=label, **row))
-    return specs

@@ -12,7 +12,7 @@ from theory.dynamics import certify, simulate, simulate_aligned
 from theory.factorization import balance_defects, gauge_transform, initialize, product
 from theory.optimizers import gradients, make_optimizer
 from theory.problem import make_problem, random_problem, spectrum_target
-from theory.stages import confirm_swaps, detect, stages
+from theory.stages import Escape, certificate, confirm_swaps, detect, stages
 
 LIGHT = ("loss", "grad_norm", "singular_values")
 
@@ -233,6 +233,34 @@ def test_steps_past_the_edge_of_stability_end_as_oscillating_or_diverged():
     assert run.status in ("oscillating", "diverged")
     capped = simulate(problem, factors, eta_hat=0.3, steps=60, record_every=20, record=LIGHT)
     assert capped.status == "max_steps"
+
+
+@pytest.mark.parametrize("norm", ["half_sum", "mean"])
+@pytest.mark.parametrize("kind", ["reconstruction", "completion", "sensing", "regression"])
+def test_eta_hat_is_the_step_times_the_curvature_whatever_the_loss(kind, norm):
+    problem = random_problem(jax.random.key(1), kind, (4, 4), (2.0, 0.5), loss_norm=norm)
+    factors = initialize(jax.random.key(2), (4, 4, 4, 4), alpha=1e-2)
+    options = dict(steps=1, record=("loss",), sigma=(2.0, 0.5), alpha=1e-6)
+    run = simulate(problem, factors, eta_hat=0.3, **options)
+    unit = 3 * 2.0 ** (2 - 2 / 3)
+    assert run.lr * unit * float(problem.sharpness) == pytest.approx(0.3)
+
+
+def test_a_state_without_its_gradient_cannot_go_on_with_the_cosine():
+    problem, factors = small()
+    run = simulate(problem, factors, lr=0.01, steps=2, record=("loss",), sigma=())
+    with pytest.raises(ValueError, match="'gradient_cosine' needs the gradient before"):
+        simulate(problem, state=run.state, lr=0.01, steps=2, record=("gradient_cosine",), sigma=())
+
+
+def test_a_certificate_weighs_each_point_with_the_rate_of_its_own_update():
+    problem, factors = small(depth=2, alpha=1e-2)
+    options = dict(optimizer="group_rmsprop", lr=1e-2, steps=12, sigma=())
+    run = simulate(problem, factors, record=("adjusted_lr", "hessian"), **options)
+    # Row t + 1 holds the rate of update t.
+    rates, lowest = run.rows["adjusted_lr"][1:11], run.rows["lambda_min"][:10]
+    escape = Escape(0, 9, 0, 1, "rank", 0.1)
+    assert certify(run, escape) == pytest.approx(certificate(np.arange(10), lowest, rates))
 
 
 def test_alpha_below_the_start_of_the_flow_gives_the_known_half_rise_time():

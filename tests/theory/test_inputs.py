@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.dmf import get_config
-from theory import presets, simulate
+from theory import presets, simulate, simulate_aligned
 from theory.factorization import initialize, warn_bottleneck
 from theory.problem import check_spectrum, make_problem, random_problem
 from theory.stages import stages
@@ -73,6 +73,8 @@ def factors(dims=(3, 3, 3), alpha=1e-2):
             lambda: simulate(problem(), factors(), lr=0.1, steps=5, record_every=0),
             "record_every: 0",
         ),
+        (lambda: simulate_aligned((1.0,), 3, -0.1, steps=5), "alpha: -0.1 must be positive"),
+        (lambda: simulate_aligned((1.0,), 3, 0.1, steps=5, record_every=6), "record_every: 6"),
         (
             lambda: simulate(problem(), factors(), lr=0.1, steps=5, record_every=6),
             "record_every: 6",
@@ -130,8 +132,14 @@ def test_a_doubtful_input_is_warned_about(call, message):
 def test_stages_beyond_a_bottleneck_are_not_expected():
     narrow = initialize(KEY, (3, 2, 3), alpha=1e-2)
     with pytest.warns(UserWarning, match="bottleneck"):
-        run = simulate(problem(), narrow, steps=60, record=("loss",))
+        run = simulate(problem(), narrow, steps=40, record=("loss",))
     assert run.sigma == pytest.approx((1.0, 0.5))
+    assert run.status == "max_steps"
+    with pytest.warns(UserWarning, match="bottleneck"):
+        longer = simulate(problem(), narrow, steps=200, record=("loss",))
+    assert longer.status == "converged"
+    # The best approximation of rank 2 misses the mode 0.2.
+    assert longer.trace["loss"][-1] == pytest.approx(0.02, abs=1e-4)
 
 
 def test_a_small_separability_index_is_warned_about():
@@ -188,6 +196,7 @@ def test_a_tiny_alpha_is_refused_in_float32():
         ({"optimizer": "sgd"}, "optimizer: unknown 'sgd'"),
         ({"optimizer_kwargs": {"mom": 0.9}}, "takes no 'mom'"),
         ({"init": "gausian"}, "init: unknown 'gausian'"),
+        ({"init": "unbalanced", "layer_scales": (2.0, 1.0, 1.0)}, "their product is 2"),
         ({"init": "custom"}, "custom: init 'custom' needs"),
         ({"symmetry": "skew"}, "symmetry: unknown 'skew'"),
         ({"loss_norm": "sum"}, "loss_norm: 'sum' is not one of"),

@@ -125,6 +125,23 @@ def test_near_critical_test_follows_its_formula():
     assert kind == ("saddle" if lam > 0.3 * g_hat**0.65 else "minimum")
 
 
+def test_the_class_of_a_point_does_not_depend_on_the_scale_of_the_data():
+    near = [np.diag([0.9, 0.0, 0.0])] * 2
+    for scale in (1e-12, 1.0, 1e6):
+        problem = make_problem("reconstruction", target=scale * np.diag([1.0, 0.5, 0.2]))
+        root = np.sqrt(scale)
+        assert classify_critical_point(problem, [root * w for w in near]).kind == "not_critical"
+        saddle = [root * np.diag([1.0, 0.0, 0.0])] * 2
+        assert classify_critical_point(problem, saddle).kind == "strict_saddle"
+
+
+def test_no_inertia_is_told_from_the_extreme_eigenvalues_alone():
+    problem = make_problem("reconstruction", target=np.eye(32))
+    point = classify_critical_point(problem, [np.diag(np.arange(32) < 31).astype(float)] * 2)
+    assert point.kind == "strict_saddle" and point.inertia is None
+    assert point.lambda_min == pytest.approx(-1.0)
+
+
 def test_inertia_counts_signs_with_a_relative_tolerance():
     assert inertia([-1.0, -1e-12, 0.0, 1e-11, 2.0]) == (1, 3, 1)
     assert inertia([-0.1, 1.0], tau=0.2) == (0, 1, 1)

@@ -15,7 +15,7 @@ from theory.stages import (
     wilson_interval,
     zigzag,
 )
-from theory.streaming import detector_init, detector_report, detector_update
+from theory.streaming import EVENTS, detector_init, detector_report, detector_update
 
 
 def test_zigzag_keeps_the_first_of_ties_and_marks_an_unfinished_rise():
@@ -83,6 +83,26 @@ def test_rows_after_the_end_of_a_run_are_not_looked_at():
     found = detector_report(short)
     assert found.escapes == alone.escapes and found.unfinished == alone.unfinished
     assert found.activation_steps == alone.activation_steps
+
+
+def test_stages_beyond_the_kept_events_are_counted():
+    # The gradient norm rises and falls in every cycle, the one mode comes and goes with it.
+    t = np.arange(1600)
+    grad = 1.0 + 0.5 * np.sin(2 * np.pi * t / 20)
+    modes = (t // 20 % 2).astype(float)
+    loss = 1.0 + 0.5 * (1 - modes) ** 2
+    host = detect(grad, loss, modes[:, None], (1.0,))
+    state = detector_init(jnp.asarray([1.0]), (1, 1))
+    feed = (jnp.asarray(x) for x in (t, loss, grad, modes[:, None, None]))
+    found = detector_report(jax.jit(detector_update)(state, *feed))
+    counted = host.n_stages + host.n_swaps
+    assert counted > EVENTS + 1
+    assert (found.n_stages, found.n_swaps, found.n_rings) == (
+        host.n_stages,
+        host.n_swaps,
+        host.n_rings,
+    )
+    assert found.dropped_events == counted - len(found.escapes) > 0
 
 
 def test_without_a_target_the_final_iterate_is_the_reference_and_the_report_says_so():

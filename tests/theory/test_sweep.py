@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.dmf import PRESETS, get_config
-from theory import experiments, lanes, presets, sweep
+from theory import experiments, lanes, presets, runs, sweep
 from theory.optimizers import gradients
 from theory.streaming import detector_init, detector_report, detector_update
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def specs(count=6):
-    return sweep.make_specs(
+    return runs.make_specs(
         dict(L=2, sigma=(1.0, 0.4)[: 1 + s % 2], alpha=1e-4, seed=s, cap=250) for s in range(count)
     )
 
@@ -95,7 +95,7 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_records(tmp_path):
 
 @pytest.mark.parametrize("kind", ["reconstruction", "completion"])
 def test_lanes_last_take_the_steps_of_lanes_first(kind):
-    made = sweep.make_specs(
+    made = runs.make_specs(
         [dict(L=3, sigma=(1.0, 0.5), alpha=0.1, seed=s) for s in range(16)], dim=5, problem=kind
     )
     first = sweep.draw_lanes(made, 5, jnp.float64)
@@ -121,7 +121,7 @@ def test_a_sweep_with_its_lanes_first_gives_the_same_stages(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sensing", "regression"])
 def test_sensing_and_regression_sweep_as_single_runs(kind):
-    made = sweep.make_specs(
+    made = runs.make_specs(
         [dict(L=2, sigma=(1.0, 0.4)[: 1 + s], alpha=1e-3, seed=s, cap=300) for s in range(2)],
         dim=4,
         problem=kind,
@@ -135,10 +135,10 @@ def test_sensing_and_regression_sweep_as_single_runs(kind):
         assert record["final_loss"] == pytest.approx(loss, rel=1e-9)
         lane = sweep.draw_lanes([spec], spec.width, jnp.float64)
         problem = jax.tree.map(lambda x: x[0], lane.problem)
-        wanted = spec.eta_hat / 2 / float(problem.sharpness)
+        wanted = spec.dimensionless_step / 2 / float(problem.sharpness)
         assert record["lr"] == pytest.approx(wanted) and record["relative_error"] < 0.2
     assert (
-        sweep.make_specs([dict(L=2, sigma=(1.0,), alpha=1e-3, seed=0, lr=0.1)], problem=kind)[
+        runs.make_specs([dict(L=2, sigma=(1.0,), alpha=1e-3, seed=0, lr=0.1)], problem=kind)[
             0
         ].shape_key()
         != made[0].shape_key()
@@ -148,6 +148,61 @@ def test_sensing_and_regression_sweep_as_single_runs(kind):
 def test_two_runs_with_one_id_are_refused():
     with pytest.raises(ValueError, match="share an id"):
         sweep.sweep([*specs(1), *specs(1)])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": 0.0}, "run L2_R1_s0: alpha: 0.0 must be positive"),
+        ({"alpha": -1.0}, "alpha: -1.0 must be positive"),
+        ({"lr": 0.0}, "lr: 0.0 must be positive"),
+        ({"lr": 0.1, "eta_hat": 0.3}, "give lr or eta_hat, not both"),
+        ({"eta_hat": -1.0}, "eta_hat: -1.0 must be positive"),
+        ({"init": "unbalanced"}, "init: a sweep cannot draw 'unbalanced'"),
+        ({"problem": "denoising"}, "problem: unknown 'denoising'"),
+        ({"cap": 0}, "cap: 0 must be at least 1"),
+        ({"sigma": (1.0, 0.5), "dims": (1, 3, 3)}, "sigma: rank 2 exceeds"),
+        ({"target": ((1.0,),)}, r"dims: .*\(10, 10\).*\(1, 1\)"),
+    ],
+)
+def test_a_bad_run_of_a_sweep_is_one_line_that_names_it(values, message):
+    row = dict(L=2, sigma=(1.0,), alpha=1e-4, seed=0)
+    with pytest.raises(ValueError, match=message) as caught:
+        sweep.sweep(runs.make_specs([{**row, **values}]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.float32
+def test_a_sweep_of_a_tiny_alpha_is_refused_in_float32():
+    with pytest.raises(ValueError, match="x64"):
+        sweep.sweep(runs.make_specs([dict(L=2, sigma=(1.0,), alpha=1e-8, seed=0)]))
+
+
+def test_runs_that_will_not_show_their_rank_are_counted_before_a_sweep():
+    row = dict(L=2, sigma=(1.0, 0.9), alpha=1e-2, seed=0)
+    made = runs.make_specs([row, {**row, "seed": 1, "eta_hat": 2.5, "dims": (3, 1, 3)}])
+    notes = " ".join(runs.doubts(made))
+    for part in ("S < 1.25 in 2 of 2", "eta_hat >= 2 in 1 of 2", "rank in 1 of 2"):
+        assert part in notes
+
+
+def test_a_run_with_a_bottleneck_converges_to_the_best_approximation():
+    row = dict(L=2, sigma=(1.0, 0.5), alpha=1e-2, seed=0, dims=(3, 1, 3), cap=300)
+    mesh = sweep.device_mesh(jax.devices()[:1])
+    with pytest.warns(UserWarning, match="bottleneck"):
+        (record,) = sweep.sweep(runs.make_specs([row]), chunk=32, mesh=mesh)
+    assert record["status"] == "converged" and record["steps"] < 300
+    assert record["n_stages"] == 1 and record["final_loss"] == pytest.approx(0.125, rel=1e-2)
+
+
+def test_records_of_other_settings_are_not_taken_for_this_sweeps(tmp_path):
+    path = tmp_path / "records.jsonl"
+    kept = {"id": "L2_R1_s0", "alpha": 1e-4, "sigma": [1.0], "cap": 250}
+    path.write_text(json.dumps(kept) + "\n")
+    assert sweep.sweep(specs(1), path) == [kept]
+    row = dict(L=2, sigma=(1.0,), alpha=1e-6, seed=0, cap=250)
+    with pytest.raises(ValueError, match=r"L2_R1_s0 was made with alpha = 0\.0001, now 1e-06"):
+        sweep.sweep(runs.make_specs([row]), path)
 
 
 def test_the_recorded_experiments_have_the_specified_sizes():
