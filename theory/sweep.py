@@ -267,19 +267,8 @@ def make_record(spec: RunSpec, lane: Lanes, report: StageReport) -> dict[str, An
         "id": spec.id,
         **dict(spec.label),
         "L": spec.depth,
-        "dims": list(spec.dims),
-        "R": rank,
-        "sigma": list(spec.sigma),
-        "alpha": spec.alpha,
-        "eta_hat": spec.dimensionless_step,
+        **_settings(spec),
         "lr": float(lane.lr),
-        "optimizer": spec.optimizer.name,
-        "hyper": dict(spec.optimizer.hyper),
-        "init": spec.init,
-        "problem": spec.problem,
-        "noise_std": spec.noise_std,
-        "seed": spec.seed,
-        "cap": spec.steps,
         "separability": index if np.isfinite(index) else None,
         "status": _status(spec, lane),
         "steps": int(lane.state.step),
@@ -315,11 +304,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _check_same_run(spec: RunSpec, record: dict[str, Any] | None, path: Path | None) -> None:
-    if record is None:
-        return
-    wanted = {
+def _settings(spec: RunSpec) -> dict[str, Any]:
+    """What a record holds of its spec, and a continued sweep compares."""
+    return {
         "dims": list(spec.dims),
+        "R": len(spec.sigma),
         "sigma": list(spec.sigma),
         "alpha": spec.alpha,
         "eta_hat": spec.dimensionless_step,
@@ -331,7 +320,12 @@ def _check_same_run(spec: RunSpec, record: dict[str, Any] | None, path: Path | N
         "seed": spec.seed,
         "cap": spec.steps,
     }
-    for name, value in wanted.items():
+
+
+def _check_same_run(spec: RunSpec, record: dict[str, Any] | None, path: Path | None) -> None:
+    if record is None:
+        return
+    for name, value in _settings(spec).items():
         if name in record and record[name] != value:
             raise ValueError(
                 f"{path}: run {spec.id} was made with {name} = {record[name]}, now {value}; take "

@@ -231,16 +231,18 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
 
 
 def _judged(evaluate, config, reporter):
-    """`evaluate`, which says so where it does not give what checkpoints are chosen by."""
+    """`evaluate`, which says once where it does not give what checkpoints are chosen by."""
     wanted = config.checkpoint.best_metric
 
     def run(variables):
+        nonlocal wanted
         numbers = evaluate(variables)
         if wanted and wanted not in numbers:
             reporter.say(
                 f"config.checkpoint.best_metric: the evaluation gives no {wanted!r}, so that no "
                 f"checkpoint is the best; {nearest(wanted, numbers)}"
             )
+            wanted = ""
         return numbers
 
     return run

@@ -273,7 +273,8 @@ class Coral(nn.Module):
         table = getattr(self, f"layers.{k}.rel.*.lin")().astype(self.dtype)
         own = getattr(self, f"layers.{k}.self")().astype(self.dtype)
         if x is not None:
-            table, own = jnp.einsum("ni,rio->rno", over_rows(x), table), over_rows(x) @ own
+            x = over_rows(x)
+            table, own = jnp.einsum("ni,rio->rno", x, table), x @ own
         rows = table.reshape(-1, table.shape[-1])
         # Reads out of order: of the rows here, of their gradients on the way back.
         total = everywhere(aggregate_sum(operator, everywhere(rows)))

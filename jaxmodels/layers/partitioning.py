@@ -12,15 +12,15 @@ Tree = TypeVar("Tree")
 ROW_AXES = ("data", "fsdp")
 
 
-def over_rows(tree: Tree, axis: int = 0) -> Tree:
-    """The same arrays, their dimension `axis` spread over the devices of `data` and `fsdp`.
+def over_rows(tree: Tree) -> Tree:
+    """The same arrays, their first dimension spread over the devices of `data` and `fsdp`.
 
     What depends on a batch is spread as the batch is. Random draws and whole graphs are not: XLA
     computes them, and whatever follows from them alone, on every device. The identity without a
     mesh of these axes in context (`train.step.execute_jit` sets it) and inside `shard_map` or
     `pmap`; rows need not divide by the devices.
     """
-    return _placed(tree, PartitionSpec(*(None,) * axis, ROW_AXES))
+    return _placed(tree, PartitionSpec(ROW_AXES))
 
 
 def everywhere(tree: Tree) -> Tree:

@@ -13,9 +13,9 @@ def test_the_mean_latent_moves_wherever_images_are_made():
     class Counting(stylegan2.StyleGAN2):
         """A generator of flat images that counts in place of averaging."""
 
-        def _codes(self, variables, rng, batch, update_average=False):
+        def _codes(self, variables, rng, batch):
             ws = jnp.full((batch, 2, 3), variables["params"]["level"])
-            return ws, {"moves": variables["buffers"]["moves"] + update_average}
+            return ws, {"moves": variables["buffers"]["moves"] + 1}
 
         def _images(self, variables, ws, rng):
             return jnp.broadcast_to(ws.sum((1, 2))[:, None, None, None], (len(ws), 4, 4, 3))

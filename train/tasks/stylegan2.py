@@ -73,15 +73,13 @@ class StyleGAN2:
         }
         return params, {"buffers": generator["buffers"], "gan": gan}
 
-    def _codes(self, variables, rng, batch: int, update_average: bool = False):
+    def _codes(self, variables, rng, batch: int):
         """(W+ of two mixed styles, new buffers)."""
         first, second, cut = jax.random.split(rng, 3)
         z = over_rows(jax.random.normal(first, (batch, self.model.z_dim)))
         z2 = over_rows(jax.random.normal(second, (batch, self.model.z_dim)))
         layers = self.model.num_latents
-        w, moved = self.model.apply(
-            variables, z, update_average, method="to_w", mutable=["buffers"]
-        )
+        w, moved = self.model.apply(variables, z, True, method="to_w", mutable=["buffers"])
         w2 = self.model.apply(variables, z2, method="to_w")
         cutoff = losses.mixing_cutoff(cut, batch, layers, self.style_mixing)
         late = (jnp.arange(layers) >= cutoff)[:, None]
@@ -109,7 +107,7 @@ class StyleGAN2:
         # Generator.
         def generator_loss(generator):
             variables = {"params": generator, "buffers": buffers}
-            ws, moved = self._codes(variables, keys[0], count, True)
+            ws, moved = self._codes(variables, keys[0], count)
             images = self._images(variables, ws, keys[1])
             return losses.generator_loss(logits(params["discriminator"], images)), moved
 
@@ -129,7 +127,7 @@ class StyleGAN2:
 
             def path_loss(generator, mean):
                 variables = {"params": generator, "buffers": buffers}
-                ws, moved = self._codes(variables, keys[2], size, True)
+                ws, moved = self._codes(variables, keys[2], size)
                 shape = (size, *real.shape[1:])
                 noise = jax.random.normal(keys[3], shape)
                 lengths, _ = losses.path_lengths(
@@ -159,7 +157,7 @@ class StyleGAN2:
 
         # Discriminator.
         variables = {"params": params["generator"], "buffers": buffers}
-        ws, moved = self._codes(variables, keys[5], count, True)
+        ws, moved = self._codes(variables, keys[5], count)
         buffers = kept(moved)
         fake = jax.lax.stop_gradient(self._images(variables, ws, keys[6]))
 
