@@ -32,7 +32,7 @@ from train.parallel import (
 from train.probe import RankProbe
 from train.reporting import Reporter
 from train.state import create_state
-from train.step import execute_jit, execute_pmap, make_eval_step, make_train_step
+from train.step import execute_jit, execute_pmap, make_train_step, on_mesh
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -139,7 +139,8 @@ class Plan:
         config, rows = self.config, batch_sharding(self.mesh)
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = -(-(config.eval.batch_size or config.batch_size) // parts) * parts
-        step = jax.jit(make_eval_step(self.task))
+        # Sums of whatever the task counts, to be added up over batches.
+        step = jax.jit(on_mesh(self.task.evaluate, self.mesh))
 
         def run(variables):
             total = None

@@ -1,7 +1,8 @@
-"""The pure training and evaluation steps."""
+"""The pure training step, and how it and evaluations meet their devices."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -111,13 +112,15 @@ def make_train_step(
     return step
 
 
-def make_eval_step(task) -> Callable:
-    """`(variables, batch) -> sums`: whatever the task counts, to be added up over batches."""
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """The function, traced where `jaxmodels.layers.partitioning` sees the mesh."""
 
-    def step(variables, batch):
-        return task.evaluate(variables, batch)
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
 
-    return step
+    return traced
 
 
 class Execution(NamedTuple):
@@ -141,16 +144,12 @@ def execute_jit(step: Callable, mesh: Mesh, sharding) -> Execution:
     rows = batch_sharding(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def on_mesh(state, batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, batch)
-
     return Execution(
         place=lambda state: jax.device_put(state, sharding),
         whole=lambda state: state,
         put=lambda batch: global_batch(batch, rows),
         step=jax.jit(
-            on_mesh,
+            on_mesh(step, mesh),
             in_shardings=(sharding, rows),
             out_shardings=(sharding, everywhere),
             donate_argnums=0,

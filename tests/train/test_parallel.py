@@ -21,7 +21,7 @@ from train.parallel import (
     state_sharding,
 )
 from train.state import create_state
-from train.step import execute_jit, make_train_step
+from train.step import execute_jit, make_train_step, on_mesh
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +170,23 @@ def test_rows_that_a_step_draws_are_shared_by_the_devices(fsdp):
     assert share < 1.5 * whole / 8
     np.testing.assert_allclose(shared_loss, loss, rtol=1e-5)
     np.testing.assert_allclose(shared_kernel, kernel, rtol=1e-5)
+
+
+def test_an_evaluation_shares_the_rows_that_it_makes_itself():
+    """CORAL's evaluation reads a whole graph, which follows from no batch."""
+
+    def run(devices):
+        mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "model": 1}), devices)
+        kernel = jax.device_put(jnp.ones((64, 128)), jax.NamedSharding(mesh, jax.P()))
+
+        def evaluate(kernel, key):
+            return jnp.tanh(over_rows(jax.random.normal(key, (32, 64))) @ kernel).sum()
+
+        step = jax.jit(on_mesh(evaluate, mesh))
+        compiled = step.lower(kernel, jax.random.key(0)).compile()
+        return compiled.cost_analysis()["flops"], step(kernel, jax.random.key(0))
+
+    whole, value = run(jax.devices()[:1])
+    share, shared_value = run(jax.devices())
+    assert share < 1.5 * whole / 8
+    np.testing.assert_allclose(shared_value, value, rtol=1e-5)
