@@ -193,7 +193,7 @@ def retrieve_keys():
         {
             "split": "",  # queries of the data set; "": config.eval.split
             "documents": "",  # a corpus file in place of the data set's documents
-            "layout": "rocketqa",  # its columns: rocketqa | capstone | psgs
+            "layout": "rocketqa",  # its columns: rocketqa | capstone | psgs | beir
             "pseudo_queries": "",  # its pseudo queries
             "queries": "",  # a file of queries
             "judgments": "",  # a file of judgments

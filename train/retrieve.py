@@ -6,6 +6,8 @@ set, or the files that `config.retrieve` names:
 
     --config.retrieve.documents=corpus.tsv   id, title, text (train/data/retrieval_files.py)
     --config.retrieve.queries=queries.tsv    --config.retrieve.judgments=qrels.txt
+    --config.retrieve.layout=beir            a folder of BEIR: corpus.jsonl, queries.jsonl and
+                                             qrels/test.tsv under the three names above
     --config.retrieve.pseudo_queries=file    expansion of these documents
     --config.retrieve.answers=qa.csv         questions with answers: success@k by passages that
                                              contain one (Natural Questions)
@@ -96,7 +98,10 @@ def main(argv: list[str]) -> int:
             return 0
     asked = encoder("encode_queries", options["query_length"])(found.query_rows)
     depth = min(keys.depth, len(found.document_ids))
-    scores, rows = _search(stores, asked, depth, keys.index)
+    beir = bool(keys.documents) and keys.layout == "beir"
+    scores, rows = _search(stores, asked, min(depth + beir, len(found.document_ids)), keys.index)
+    if beir:
+        rows = _without_themselves(rows, found, depth)
     run = metrics.run_from_scores(found.query_ids, rows, scores, found.document_ids)
     if keys.from_ranking:
         run = metrics.run_from_ranking(found.query_ids, rows, found.document_ids)
@@ -159,7 +164,26 @@ def _set(config, family, options) -> RetrievalSet:
     if keys.judgments:
         judged = retrieval_files.read_judgments(keys.judgments)
         found = dataclasses.replace(found, judgments=judged, graded=None)
+    if keys.documents and keys.layout == "beir" and found.judgments:
+        # Its queries are those of all splits.
+        asked = [i for i, name in enumerate(found.query_ids) if name in found.judgments]
+        found = dataclasses.replace(
+            found,
+            query_ids=[found.query_ids[i] for i in asked],
+            query_rows=[found.query_rows[i] for i in asked],
+        )
     return found
+
+
+def _without_themselves(rows: np.ndarray, found: RetrievalSet, depth: int) -> np.ndarray:
+    """Rows [queries, any] with -1 for a document of the query's own id, and behind the first
+    `depth` others: in BEIR's sets whose queries are documents these are not answers."""
+    rows = np.array(rows)
+    for best, query in zip(rows, found.query_ids):
+        own = [r >= 0 and found.document_ids[r] == query for r in best.tolist()]
+        best[own] = -1
+        best[np.flatnonzero(best >= 0)[depth:]] = -1
+    return rows
 
 
 class _Texts:

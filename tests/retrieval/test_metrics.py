@@ -119,6 +119,13 @@ def test_published_layouts_are_read(tmp_path):
     assert swapped.document(0) == ("Title", "Text") and swapped.document(1) == ("", "Only text")
     shifted = files.Corpus(put("c.tsv", "id\ttext\ttitle\n1\tText\tTitle\n2\tB\tA\n"), "psgs")
     assert list(shifted.ids) == ["0", "1"] and shifted.document(1) == ("A", "B")
+    given = '{"_id": "x", "title": "T", "text": "a"}\n{"_id": "MED-1", "text": "b\\tc"}\n'
+    beir = files.Corpus(put("corpus.jsonl", given), "beir")
+    assert list(beir.ids) == ["x", "MED-1"]
+    assert [beir.document(i) for i in range(2)] == [("T", "a"), ("", "b\tc")]
+    assert files.read_queries(tmp_path / "corpus.jsonl") == {"x": "a", "MED-1": "b\tc"}
+    beir = put("test.tsv", "query-id\tcorpus-id\tscore\nq1\tMED-1\t2\nq1\tx\t0\n")
+    assert files.read_judgments(beir) == {"q1": {"MED-1": 2, "x": 0}}
     pseudo = files.PseudoQueries(put("p.tsv", "y\tq3\nx\tq1\tq2\n"), swapped.index)
     assert pseudo[0] == ["q1", "q2"] and pseudo[1] == ["q3"]
     triples = files.read_triples(put("t.tsv", "7\t1\t2\n7\t1\t3\n7\t1\t2\n"), 2)
@@ -151,6 +158,12 @@ def read_all(path):
     ("text", "reader", "message"),
     [
         ("7 0 12\n", files.read_judgments, "line 1: wanted `qid 0 docid grade`"),
+        (
+            "query-id corpus-id score\n7 0 a 1\n",
+            files.read_judgments,
+            "line 2: wanted `qid doci",
+        ),
+        ('{"text": "a"}\n', lambda f: files.Corpus(f, "beir"), "line 1: wanted JSON with the str"),
         ("7 Q0 d 1\n", files.read_run, "line 1: wanted `qid Q0 docid rank score tag`"),
         ("7 Q0 d 1 2 t\n7 Q0 d 2 1 t\n", files.read_run, "line 2: query '7' lists 'd' twice"),
         ("7 what\n", files.read_queries, "line 1: wanted `qid<tab>query`"),

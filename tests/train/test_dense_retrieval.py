@@ -13,6 +13,7 @@ from jaxmodels.retrieval.dual_encoder import DualEncoder
 from train import predict, retrieve
 from train.__main__ import main
 from train.command_line import read_flags
+from train.data.retrieval_files import read_run
 from train.encoding import Encoder, ShardedVectors, buckets, mean_view
 from train.naming import ConfigError
 from train.tasks.dense_retrieval import DenseRetrieval
@@ -224,6 +225,42 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
     assert "| success@10 | 0.5 |" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="documents are expanded; name the file"):
         retrieve.main(["retrieve", *[a for a in arguments if "pseudo" not in a]])
+
+
+@on_one_worker
+def test_a_folder_of_beir_is_searched_without_the_queries_themselves(paper_run, marco, tmp_path):
+    workdir, flags, _ = paper_run
+    lines = [line.split("\t") for line in (marco / "corpus.tsv").read_text().splitlines()]
+    words = {name: " ".join(rest) for name, *rest in lines}
+    first, second, other = list(words)[:3]
+    documents = [json.dumps({"_id": k, "title": "", "text": t}) for k, t in words.items()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(documents) + "\n")
+    # As in ArguAna, queries are documents; the last is of another split.
+    asked = [json.dumps({"_id": k, "text": words[k]}) for k in (first, second, other)]
+    (tmp_path / "queries.jsonl").write_text("\n".join(asked) + "\n")
+    judged = f"query-id\tcorpus-id\tscore\n{first}\t{second}\t1\n{second}\t{first}\t1\n"
+    (tmp_path / "test.tsv").write_text(judged)
+    pseudo = marco / "pseudo_queries.tsv"
+    arguments = [
+        *flags,
+        f"--checkpoint={workdir}",
+        f"--output={tmp_path / 'out'}",
+        "--config.retrieve.layout=beir",
+        f"--config.retrieve.documents={tmp_path / 'corpus.jsonl'}",
+        f"--config.retrieve.pseudo_queries={pseudo}",
+        f"--config.retrieve.queries={tmp_path / 'queries.jsonl'}",
+        f"--config.retrieve.judgments={tmp_path / 'test.tsv'}",
+        f"--config.retrieve.depth={len(words)}",
+    ]
+    assert retrieve.main(["retrieve", *arguments]) == 0
+    run = read_run(tmp_path / "out" / "run.trec")
+    assert {q: set(found) for q, found in run.items()} == {
+        q: set(words) - {q} for q in (first, second)
+    }
+    shallow = [*arguments, "--config.retrieve.depth=5"]
+    assert retrieve.main(["retrieve", *shallow]) == 0
+    run = read_run(tmp_path / "out" / "run.trec")
+    assert all(len(found) == 5 and q not in found for q, found in run.items())
 
 
 def test_a_document_without_a_title_is_what_it_was_in_training(marco, tmp_path):

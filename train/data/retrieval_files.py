@@ -1,12 +1,14 @@
-"""Files of MS MARCO, TREC Deep Learning and Natural Questions, as the published recipes have them.
+"""Files of MS MARCO, TREC Deep Learning, Natural Questions and BEIR, as they are published.
 
 | file | lines |
 |---|---|
 | corpus, `rocketqa` | `id title text`, tab-separated |
 | corpus, `capstone` | `id text title` |
 | corpus, `psgs` | `id+1 text title`: ids are one higher than everywhere else |
-| queries | `qid query`, tab-separated |
+| corpus, `beir` | JSON with `_id`, `title` (may be missing), `text` |
+| queries | `qid query`, tab-separated; in `.jsonl` files JSON with `_id`, `text` |
 | judgments | `qid 0 docid grade` (tabs or blanks) or `qid docid` |
+| judgments, BEIR's | a header, then `qid docid grade` |
 | triples | `qid positive negative` |
 | pseudo queries | `docid q1 q2 ...`, tab-separated |
 | run | `qid Q0 docid rank score tag`, blank-separated |
@@ -29,7 +31,9 @@ import numpy as np
 
 from jaxmodels.retrieval.metrics import Judgments, Run
 
-CORPUS_LAYOUTS = {"rocketqa": (1, 2), "capstone": (2, 1), "psgs": (2, 1)}
+# Layout -> columns of title and text; BEIR's lines are JSON.
+CORPUS_LAYOUTS = {"rocketqa": (1, 2), "capstone": (2, 1), "psgs": (2, 1), "beir": None}
+_BEIR_HEADER = ["query-id", "corpus-id", "score"]
 _BLOCK = 1 << 26
 
 
@@ -123,7 +127,7 @@ class ById:
 
 
 class Corpus:
-    """Documents of a tab-separated file, read line by line when asked for.
+    """Documents of a file, one a line, read when asked for.
 
     Args:
       layout: one of `CORPUS_LAYOUTS`.
@@ -140,6 +144,9 @@ class Corpus:
 
     def _names(self, layout: str, shift: int) -> Iterator[str]:
         for number in range(self._skipped, len(self._lines)):
+            if self._columns is None:
+                yield _of_json(self._lines.path, number + 1, self._lines[number])["_id"]
+                continue
             name, tab, _ = self._lines[number].partition("\t")
             if not tab:
                 raise ValueError(
@@ -161,6 +168,9 @@ class Corpus:
 
     def document(self, row: int) -> tuple[str, str]:
         """(title, text) of a row; a missing field is empty."""
+        if self._columns is None:
+            found = _of_json(self._lines.path, row + 1, self._lines[row])
+            return found.get("title") or "", found["text"]
         fields = self._lines[row + self._skipped].split("\t")
         title, text = (fields[c] if c < len(fields) else "" for c in self._columns)
         return title, text
@@ -195,12 +205,28 @@ class PseudoQueries:
         return [f for f in fields if f.strip()]
 
 
+def _of_json(path, number: int, line: str) -> dict[str, str]:
+    """A line of BEIR's corpus or queries. Raises ValueError naming a line that is not one."""
+    try:
+        found = json.loads(line)
+        if isinstance(found["_id"], str) and isinstance(found["text"], str):
+            return found
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}, line {number}: wanted JSON with the strings `_id` and `text`")
+
+
 def read_queries(path: str | os.PathLike) -> dict[str, str]:
     """Query id -> text. Raises ValueError naming the line that is not one, or a repeated id."""
     found: dict[str, str] = {}
+    beir = Path(path).suffix == ".jsonl"
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            name, tab, text = line.rstrip("\r\n").partition("\t")
+            if beir:
+                fields = _of_json(path, number, line)
+                name, tab, text = fields["_id"], True, fields["text"]
+            else:
+                name, tab, text = line.rstrip("\r\n").partition("\t")
             if not tab:
                 raise ValueError(f"{path}, line {number}: wanted `qid<tab>query`")
             if name in found:
@@ -210,19 +236,23 @@ def read_queries(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_judgments(path: str | os.PathLike) -> dict[str, dict[str, int]]:
-    """Query id -> document id -> grade, of TREC's four columns or MS MARCO's two (grade 1)."""
+    """Query id -> document id -> grade, of TREC's four columns, MS MARCO's two (grade 1) or, below
+    its header, BEIR's three."""
     found: dict[str, dict[str, int]] = {}
     with open(path, encoding="utf-8") as file:
+        beir = False
         for number, line in enumerate(file, 1):
             fields = line.split()
+            if number == 1 and fields == _BEIR_HEADER:
+                beir = True
+                continue
             if not fields:
                 continue
-            if len(fields) not in (2, 4):
-                raise ValueError(
-                    f"{path}, line {number}: wanted `qid 0 docid grade` or `qid docid`"
-                )
-            query, document = fields[0], fields[1 if len(fields) == 2 else 2]
-            grade = "1" if len(fields) == 2 else fields[3]
+            if len(fields) not in ((3,) if beir else (2, 4)):
+                wanted = "`qid docid grade`" if beir else "`qid 0 docid grade` or `qid docid`"
+                raise ValueError(f"{path}, line {number}: wanted {wanted}")
+            query, document = fields[0], fields[2 if len(fields) == 4 else 1]
+            grade = "1" if len(fields) == 2 else fields[-1]
             try:
                 found.setdefault(query, {})[document] = int(grade)
             except ValueError:
