@@ -56,7 +56,9 @@ def one(recipe: str, system: str, seed: int, path: str | None, examples: int) ->
         config = _config(PRESETS[system], seed, steps, path, changes, examples)
         config.init_from = start
         numbers = fit(config, str(Path(folder) / "run"))
-    measured = {name: round(float(numbers[f"test_{name}"]), 3) for name in MEASURES}
+    # A generator has no plans to be consistent with.
+    found = {name: numbers.get(f"test_{name}", "") for name in MEASURES}
+    measured = {k: v if v == "" else round(float(v), 3) for k, v in found.items()}
     seconds = round(time.perf_counter() - begin)
     return {"recipe": recipe, "system": system, "seed": seed, "pretrain_steps": pretraining,
             "steps": steps, **measured, "seconds": seconds}  # fmt: skip
@@ -106,7 +108,9 @@ def write(rows: list[dict]) -> Path:
             cell = [r for r in rows if r["recipe"] == recipe and r["system"] == system]
             if not cell:
                 continue
-            shown = [_interval([float(r[m]) for r in cell]) for m in MEASURES]
+            shown = [
+                _interval([float(r[m]) for r in cell]) if cell[0][m] != "" else "" for m in MEASURES
+            ]
             steps = f"{cell[0]['pretrain_steps']} + {cell[0]['steps']}"
             table.append([recipe, system, steps, str(len(cell)), *shown])
             scores[system] = {int(r["seed"]): float(r["exact_match"]) for r in cell}

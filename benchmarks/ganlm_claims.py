@@ -1,0 +1,154 @@
+"""What GanLM's losses do on docstrings: detection, denoising, a pre-trained start.
+
+`python -m benchmarks.ganlm_claims [--recipes NAME ...] [--seeds 0 1 ...] [--tunings NAME ...]`
+pre-trains every recipe, fine-tunes each result and, beside them, random weights, and appends a row
+a run to `results/ganlm_runs.jsonl`; finished rows are not repeated, but a pre-training whose
+fine-tuning is missing is run again. `results/ganlm_claims.md` is written from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, machine, markdown, versions
+from configs.ganlm import get_config
+from jaxmodels.retrieval.metrics import interval
+
+RUNS = RESULTS / "ganlm_runs.jsonl"
+# Name -> (preset of the pre-training, changed keys).
+RECIPES: dict[str, tuple[str, dict]] = {
+    "three losses": ("small", {}),
+    "without denoising": ("small", {"task_args.inconsistency_weight": 0.0}),
+    "generator alone": (
+        "small",
+        {"task_args.inconsistency_weight": 0.0, "task_args.discriminator_weight": 0.0},
+    ),
+    "messages": ("messages", {}),
+    "three losses, 3000 steps": ("small", {"steps": 3000, "schedule.warmup_steps": 300}),
+}
+RANDOM = "random weights"
+# Name -> (preset, what is not taken over, measures).
+TUNINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "reversal": ("reversal", "", ("next_token_accuracy", "exact_match", "greedy_exact_match")),
+    "summaries": ("summaries", "", ("loss", "next_token_accuracy", "rouge1", "bleu")),
+    "pairs": ("pairs", "classification_heads", ("accuracy", "majority_accuracy", "loss")),
+}
+PRETRAINING = (
+    "generator_loss", "unigram_entropy", "denoising_loss", "denoising_over_generator",
+    "detection_accuracy", "majority_accuracy", "replace_acc", "non_replace_acc",
+)  # fmt: skip
+
+
+def rows() -> list[dict]:
+    """All finished rows."""
+    if not RUNS.exists():
+        return []
+    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+
+
+def run(config, seed: int, folder: str, **what) -> None:
+    """Train, and append what the run reports."""
+    from train.loop import fit
+
+    config.seed = seed
+    config.log_every = config.steps
+    config.eval.every = config.checkpoint.every = 0
+    begin = time.process_time()
+    numbers = fit(config, folder)
+    row = {**what, "seed": seed, "steps": config.steps}
+    row |= {k: v if isinstance(v, str) else round(float(v), 5) for k, v in numbers.items()}
+    row["cpu_seconds"] = round(time.process_time() - begin)
+    with RUNS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+def one(recipe: str, tunings: list[str], seed: int) -> None:
+    """What is missing of a recipe and a seed."""
+    done = {(r["recipe"], r["tuning"], r["seed"]) for r in rows()}
+    wanted = [t for t in tunings if (recipe, t, seed) not in done]
+    if recipe == "messages":  # another vocabulary
+        wanted = []
+    fresh = recipe != RANDOM and (recipe, "", seed) not in done
+    if not wanted and not fresh:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begun = ""
+        if recipe != RANDOM:
+            preset, changes = RECIPES[recipe]
+            config = get_config(preset)
+            config.update_from_flattened_dict(changes)
+            begun = str(Path(folder) / "pretraining")
+            if fresh:
+                run(config, seed, begun, recipe=recipe, tuning="")
+            else:
+                from train.loop import fit
+
+                config.seed, config.eval.every, config.checkpoint.every = seed, 0, 0
+                fit(config, begun)
+        for tuning in wanted:
+            preset, skipped, _ = TUNINGS[tuning]
+            config = get_config(preset)
+            config.init_from = begun
+            if begun and skipped:
+                config.init_skip = skipped
+            run(config, seed, str(Path(folder) / tuning), recipe=recipe, tuning=tuning)
+
+
+def report() -> Path:
+    """Means and halves of Student's 95 % intervals over seeds."""
+
+    def table(names, tuning: str, measures) -> str:
+        cells = []
+        for name in names:
+            own = [r for r in rows() if r["recipe"] == name and r["tuning"] == tuning]
+            if own:
+                shown = [_cell([r[m] for r in own if m in r]) for m in measures]
+                cells.append([name, str(own[0]["steps"]), str(len(own)), *shown])
+        return markdown(["start" if tuning else "recipe", "steps", "seeds", *measures], cells)
+
+    text = (
+        "# What GanLM's losses do\n\n"
+        f"`python -m benchmarks.ganlm_claims`, {machine()}; {versions()}. Held-out modules. "
+        "Mean ± half of Student's 95 % interval over seeds; losses are bits a target.\n\n"
+        "Pre-training:\n\n" + table(RECIPES, "", PRETRAINING)
+    )
+    for tuning, (_, _, measures) in TUNINGS.items():
+        text += f"\nFine-tuning, `{tuning}`:\n\n" + table([*RECIPES, RANDOM], tuning, measures)
+    path = RESULTS / "ganlm_claims.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    mean, half = interval(values)
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*RECIPES, RANDOM]
+    parser.add_argument("--recipes", nargs="*", default=names, choices=names)
+    parser.add_argument("--tunings", nargs="*", default=list(TUNINGS), choices=list(TUNINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    from train.loop import compilation_cache
+
+    compilation_cache()
+    for seed in arguments.seeds:
+        for recipe in arguments.recipes:
+            one(recipe, arguments.tunings, seed)
+    print(report().read_text())
+
+
+if __name__ == "__main__":
+    main()
