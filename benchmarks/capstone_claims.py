@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import runs
 from configs.capstone import get_config
-from jaxmodels.retrieval.metrics import interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Name -> data options. All documents of a run have the same number of tokens in training and index.
@@ -54,8 +54,7 @@ def table(rows: list[dict]) -> str:
             continue
         cells = []
         for measure in MEASURES:
-            mean, width = interval([r[measure] for r in own])
-            cells.append(f"{mean:.4f} ± {width:.4f}" if len(own) > 1 else f"{mean:.4f}")
+            cells.append(runs.mean([r[measure] for r in own], ".4f"))
         lines.append(f"| {arm} | {len(own)} | " + " | ".join(cells) + " |")
     bm25 = [f"{rows[0]['bm25_' + m]:.4f}" for m in MEASURES]
     return "\n".join([*lines, "| BM25 | | " + " | ".join(bm25) + " |"])
@@ -73,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "capstone_runs.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = runs.read(file)
     arms = args.arms.split(";") if args.arms else list(ARMS)
     for seed in range(0 if args.table else args.seeds):
         for arm in arms:
@@ -88,8 +87,7 @@ def main() -> None:
                 return  # asked to stop; the same command goes on
             row = {"arm": arm, "seed": seed, "steps": config.steps, **numbers}
             rows.append({**row, **_baseline(config, args.work / "baseline.json")})
-            with open(file, "a") as out:
-                out.write(json.dumps(rows[-1]) + "\n")
+            runs.append(file, rows[-1])
     text = (
         "# CAPSTONE: how the pseudo query is chosen\n\n"
         f"`python -m benchmarks.capstone_claims`, {rows[0]['steps']} steps of "

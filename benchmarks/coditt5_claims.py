@@ -13,15 +13,14 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.coditt5 import get_config
 from jaxmodels.language import edit_metrics
-from jaxmodels.retrieval.metrics import interval
 from train.data import edits
 from train.initialization import starting_variables
 from train.loop import Plan, compilation_cache, fit
@@ -29,7 +28,6 @@ from train.rerank import rerank
 
 CSV = RESULTS / "coditt5_runs.csv"
 MEASURES = ("exact_match", "copy_rate", "bleu4", "sari", "gleu", "consistent")
-FIELDS = ("recipe", "system", "seed", "pretrain_steps", "steps", *MEASURES, "seconds")
 # Both systems take the same number of steps in all. Name -> (steps of CoditT5's own pre-training,
 # steps of fine-tuning or of the generator's training, changed keys of both).
 RECIPES: dict[str, tuple[int, int, dict]] = {
@@ -77,10 +75,7 @@ def _config(preset: str, seed: int, steps: int, path: str | None, changes: dict,
 def train(arguments: argparse.Namespace) -> None:
     """Run what is missing and write the table."""
     compilation_cache()
-    rows = []
-    if CSV.exists():
-        with CSV.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = runs.read(CSV)
     known = {(r["recipe"], r["system"], int(r["seed"])) for r in rows}
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
@@ -89,12 +84,7 @@ def train(arguments: argparse.Namespace) -> None:
                     continue
                 row = one(recipe, system, seed, arguments.path, arguments.examples)
                 rows.append(row)
-                fresh = not CSV.exists()
-                with CSV.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                    if fresh:
-                        writer.writeheader()
-                    writer.writerow(row)
+                runs.append(CSV, row)
                 print(row, flush=True)
                 write(rows)
 
@@ -108,9 +98,7 @@ def write(rows: list[dict]) -> Path:
             cell = [r for r in rows if r["recipe"] == recipe and r["system"] == system]
             if not cell:
                 continue
-            shown = [
-                _interval([float(r[m]) for r in cell]) if cell[0][m] != "" else "" for m in MEASURES
-            ]
+            shown = [runs.mean([r[m] for r in cell if r[m] != ""], ".1f") for m in MEASURES]
             steps = f"{cell[0]['pretrain_steps']} + {cell[0]['steps']}"
             table.append([recipe, system, steps, str(len(cell)), *shown])
             scores[system] = {int(r["seed"]): float(r["exact_match"]) for r in cell}
@@ -118,7 +106,7 @@ def write(rows: list[dict]) -> Path:
             seeds = sorted(set(scores["CoditT5"]) & set(scores["generator"]))
             paired.append(
                 [recipe, str(len(seeds)),
-                 _interval([scores["CoditT5"][s] - scores["generator"][s] for s in seeds])]
+                 runs.mean([scores["CoditT5"][s] - scores["generator"][s] for s in seeds], ".1f")]
             )  # fmt: skip
     path = RESULTS / "coditt5_claims.md"
     path.write_text(
@@ -131,13 +119,6 @@ def write(rows: list[dict]) -> Path:
         + markdown(["recipe", "seeds", "difference"], paired)
     )
     return path
-
-
-def _interval(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    mean, half = interval(values)
-    return f"{mean:.1f} ± {half:.1f}"
 
 
 def main() -> None:

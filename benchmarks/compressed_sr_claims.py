@@ -9,7 +9,6 @@ picture's input is replaced by that of the next: with leakage of targets it woul
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from collections import defaultdict
@@ -17,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown
 
 CSV = RESULTS / "compressed_sr_runs.csv"
-FIELDS = ("preset", "changes", "seed", "steps", "psnr", "bicubic_psnr", "gain", "ensemble_gain",
-          "swapped_gain", "cpu_seconds", "seconds")  # fmt: skip
 CONFIG = Path(__file__).parents[1] / "configs" / "compressed_sr.py"
 
 
@@ -74,29 +72,18 @@ def swapped_gain(task, variables, config) -> float:
     return float(np.mean(gains))
 
 
-def append(row: dict) -> None:
-    """Add a row to the table of runs."""
-    new = not CSV.exists()
-    with open(CSV, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def table() -> Path:
     """Means over seeds, with the range of single runs."""
     groups = defaultdict(list)
-    with open(CSV) as file:
-        for row in csv.DictReader(file):
-            groups[(row["preset"], row["changes"], row["steps"])].append(row)
+    for row in runs.read(CSV):
+        groups[(row["preset"], row["changes"], row["steps"])].append(row)
     rows = []
-    for (preset, changes, steps), runs in groups.items():
-        cells = [preset, changes or "-", steps, len(runs), runs[0]["bicubic_psnr"]]
+    for (preset, changes, steps), own in groups.items():
+        cells = [preset, changes or "-", steps, len(own), own[0]["bicubic_psnr"]]
         for key in ("gain", "ensemble_gain", "swapped_gain"):
-            values = [float(run[key]) for run in runs]
+            values = [float(run[key]) for run in own]
             cells.append(f"{np.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})")
-        cells.append(f"{np.mean([float(run['cpu_seconds']) for run in runs]):.0f}")
+        cells.append(f"{np.mean([float(run['cpu_seconds']) for run in own]):.0f}")
         rows.append(cells)
     header = ["preset", "changes", "steps", "seeds", "bicubic dB", "gain dB", "x8 ensemble",
               "inputs swapped", "CPU s"]  # fmt: skip
@@ -121,7 +108,7 @@ def main() -> None:
     if arguments.preset != "table":
         for seed in arguments.seeds:
             row = one(arguments.preset, seed, arguments.set)
-            append(row)
+            runs.append(CSV, row)
             print(row, flush=True)
     print(table().read_text())
 

@@ -9,12 +9,12 @@ repeated; `results/coral.md` is written from the rows. `DIR` holds `dpdk.csv.gz`
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "coral_runs.csv"
@@ -73,18 +73,10 @@ def main() -> None:
                 continue
             if "file" in options and not arguments.code_review:
                 continue
-            if (cell, str(seed)) not in {(r["cell"], r["seed"]) for r in rows()}:
+            if (cell, str(seed)) not in {(r["cell"], r["seed"]) for r in runs.read(RUNS)}:
                 run_cell(cell, seed, arguments.code_review)
                 write_table()
     write_table()
-
-
-def rows() -> list[dict[str, str]]:
-    """The runs that are done."""
-    if not RUNS.exists():
-        return []
-    with open(RUNS, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def run_cell(cell: str, seed: int, folder: str) -> None:
@@ -109,50 +101,39 @@ def run_cell(cell: str, seed: int, folder: str) -> None:
         numbers = fit(config, workdir)
         lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     trained = [row for row in map(json.loads, lines) if row["kind"] == "train"][-1]
-    new = not RUNS.exists()
-    with open(RUNS, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        kept = {k: round(v, 5) for k, v in numbers.items() if k != "steps"}
-        kept["sampled_loss"] = round(trained["sampled_loss"], 5)
-        seconds = round(time.perf_counter() - begin, 1)
-        row = (cell, seed, trained["step"], seconds, round(trained["loss"], 4), json.dumps(kept))
-        writer.writerow(row)
+    kept = {k: round(v, 5) for k, v in numbers.items() if k != "steps"}
+    kept["sampled_loss"] = round(trained["sampled_loss"], 5)
+    seconds = round(time.perf_counter() - begin, 1)
+    row = (cell, seed, trained["step"], seconds, round(trained["loss"], 4), json.dumps(kept))
+    runs.append(RUNS, dict(zip(COLUMNS, row)))
 
 
 def write_table() -> None:
     """`results/coral.md` from the runs: means over seeds with 95 % intervals."""
-    from jaxmodels.graphs.reviewer_metrics import mean_interval
-
     of_cell: dict[str, list[dict]] = {}
-    for row in rows():
+    for row in runs.read(RUNS):
         numbers = {**json.loads(row["numbers"]), "loss": float(row["loss"])}
         numbers["margin"] = numbers["coral_mrr"] - numbers["popularity_mrr"]
         of_cell.setdefault(row["cell"], []).append(numbers)
 
-    def cell_text(runs, name):
-        values = [run[name] for run in runs if name in run]
-        if not values:
-            return "-"
-        mean, half = mean_interval(values)
-        return f"{mean:.3f}" + (f" ±{half:.3f}" if len(values) > 1 else "")
+    def cell_text(own, name):
+        return runs.mean([run[name] for run in own if name in run], ".3f") or "-"
 
     lines, strata = [], []
     for cell in (c for c in CELLS if c in of_cell):
-        runs = of_cell[cell]
+        own = of_cell[cell]
         for model in ("coral", "rule_based", "recency", "popularity", "random"):
             metrics = [f"{model}_{m}" for m in ("top1", "top3", "top5", "top7", "mrr")]
-            lines.append([cell, len(runs), model, *(cell_text(runs, m) for m in metrics)])
+            lines.append([cell, len(own), model, *(cell_text(own, m) for m in metrics)])
         for size in ("small", "medium", "large"):
-            if any(f"{size}_projects_queries" in run for run in runs):
+            if any(f"{size}_projects_queries" in run for run in own):
                 names = ("queries", "coral_mrr", "rule_based_mrr", "popularity_mrr")
                 strata.append(
-                    [cell, size, *(cell_text(runs, f"{size}_projects_{n}") for n in names)]
+                    [cell, size, *(cell_text(own, f"{size}_projects_{n}") for n in names)]
                 )
     losses = [
-        [cell, *(cell_text(runs, n) for n in ("loss", "sampled_loss", "margin"))]
-        for cell, runs in of_cell.items()
+        [cell, *(cell_text(own, n) for n in ("loss", "sampled_loss", "margin"))]
+        for cell, own in of_cell.items()
     ]
     text = (
         "# CORAL: does it recommend the right reviewers?\n\n"

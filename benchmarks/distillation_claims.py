@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks import runs
 from configs import lead as lead_configs
 from configs import prod as prod_configs
-from jaxmodels.retrieval.metrics import interval
 from train.loop import compilation_cache
 from train.naming import ConfigError
 from train.progression import run_progression
@@ -180,11 +180,6 @@ def prod(workdir: Path, seed: int, path, rate: float, lwf: float, temperature: f
     }
 
 
-def _cell(values) -> str:
-    mean, half = interval(values)
-    return f"{mean:.4f} ± {half:.4f}"
-
-
 def table(results: dict[int, dict[str, float]], pairs) -> str:
     """Markdown: a row an arm, a column a seed, mean and interval; then paired differences."""
     seeds = list(results)
@@ -195,11 +190,11 @@ def table(results: dict[int, dict[str, float]], pairs) -> str:
     for arm in results[seeds[0]]:
         values = [results[s][arm] for s in seeds]
         shown = " | ".join(f"{v:.4f}" for v in values)
-        lines.append(f"| {arm} | {shown} | {_cell(values)} |")
+        lines.append(f"| {arm} | {shown} | {runs.mean(values, '.4f')} |")
     for better, worse in pairs:
         values = [results[s][better] - results[s][worse] for s in seeds]
         shown = " | ".join(f"{v:+.4f}" for v in values)
-        lines.append(f"| {better} - {worse} | {shown} | {_cell(values)} |")
+        lines.append(f"| {better} - {worse} | {shown} | {runs.mean(values, '.4f')} |")
     return "\n".join(lines)
 
 

@@ -9,14 +9,13 @@ fine-tuning is missing is run again. `results/ganlm_claims.md` is written from t
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.ganlm import get_config
-from jaxmodels.retrieval.metrics import interval
 
 RUNS = RESULTS / "ganlm_runs.jsonl"
 # Name -> (preset of the pre-training, changed keys).
@@ -43,13 +42,6 @@ PRETRAINING = (
 )  # fmt: skip
 
 
-def rows() -> list[dict]:
-    """All finished rows."""
-    if not RUNS.exists():
-        return []
-    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
-
-
 def run(config, seed: int, folder: str, **what) -> None:
     """Train, and append what the run reports."""
     from train.loop import fit
@@ -62,14 +54,13 @@ def run(config, seed: int, folder: str, **what) -> None:
     row = {**what, "seed": seed, "steps": config.steps}
     row |= {k: v if isinstance(v, str) else round(float(v), 5) for k, v in numbers.items()}
     row["cpu_seconds"] = round(time.process_time() - begin)
-    with RUNS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    runs.append(RUNS, row)
     print(row, flush=True)
 
 
 def one(recipe: str, tunings: list[str], seed: int) -> None:
     """What is missing of a recipe and a seed."""
-    done = {(r["recipe"], r["tuning"], r["seed"]) for r in rows()}
+    done = {(r["recipe"], r["tuning"], r["seed"]) for r in runs.read(RUNS)}
     wanted = [t for t in tunings if (recipe, t, seed) not in done]
     if recipe == "messages":  # another vocabulary
         wanted = []
@@ -102,12 +93,14 @@ def one(recipe: str, tunings: list[str], seed: int) -> None:
 def report() -> Path:
     """Means and halves of Student's 95 % intervals over seeds."""
 
+    found = runs.read(RUNS)
+
     def table(names, tuning: str, measures) -> str:
         cells = []
         for name in names:
-            own = [r for r in rows() if r["recipe"] == name and r["tuning"] == tuning]
+            own = [r for r in found if r["recipe"] == name and r["tuning"] == tuning]
             if own:
-                shown = [_cell([r[m] for r in own if m in r]) for m in measures]
+                shown = [runs.mean([r[m] for r in own if m in r], ".4f") for m in measures]
                 cells.append([name, str(own[0]["steps"]), str(len(own)), *shown])
         return markdown(["start" if tuning else "recipe", "steps", "seeds", *measures], cells)
 
@@ -122,15 +115,6 @@ def report() -> Path:
     path = RESULTS / "ganlm_claims.md"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    mean, half = interval(values)
-    return f"{mean:.4f} ± {half:.4f}"
 
 
 def main() -> None:

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import markdown
-from jaxmodels.retrieval.metrics import interval
+from benchmarks import runs
+from benchmarks.measure import RESULTS, markdown
 
-RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "lidar_camera_claims.jsonl"
 NEAR_METERS, LEAST_RETURNS = 10.0, 30
 
@@ -307,7 +306,7 @@ def over_seeds(rows: list[dict]) -> str:
         arms = list(dict.fromkeys(r["arm"] for r in own))
         for arm in arms:
             mine = [r for r in own if r["arm"] == arm]
-            shown = [_interval([r[name] for r in mine]) for name in OVER_SEEDS]
+            shown = [runs.mean([r[name] for r in mine], ".3g") for name in OVER_SEEDS]
             cells.append([backbone, size, arm, len(mine), *shown])
         full = {r["seed"]: r for r in own if r["arm"] == "full frame"}
         for arm in arms:
@@ -315,20 +314,15 @@ def over_seeds(rows: list[dict]) -> str:
             if arm != "full frame" and mine:
                 lower = [100 * (1 - r["mean_ms"] / full[r["seed"]]["mean_ms"]) for r in mine]
                 better = [r["mAP"] - full[r["seed"]]["mAP"] for r in mine]
-                paired.append([backbone, size, arm, _interval(lower), _interval(better)])
+                paired.append(
+                    [backbone, size, arm, runs.mean(lower, ".3g"), runs.mean(better, ".3g")]
+                )
     head = ["backbone", "detector pixels", "arm"]
     return (
         markdown([*head, "seeds", *OVER_SEEDS], cells)
         + "\nAgainst the full-frame detector of the same seed:\n\n"
         + markdown([*head, "mean latency lower by %", "mAP higher by"], paired)
     )
-
-
-def _interval(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3g}"
-    mean, half = interval(values)
-    return f"{mean:.3g} ± {half:.2g}"
 
 
 def table(rows: list[dict]) -> str:
@@ -373,13 +367,11 @@ def main() -> None:
         rows = pipeline(given.patches, given.detector, given.frames, given.crowd, given.size)
     elif given.what == "latency":
         rows = latency(given.frames, given.crowd, given.size, given.backbone, given.image_scale)
-    with open(ROWS, "a", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row))
-            file.write(json.dumps(row) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+    runs.append(ROWS, *rows)
     if given.what == "table":
-        stored = [json.loads(line) for line in ROWS.read_text().splitlines()]
-        text = "# LiDAR first, camera later: what was measured\n\n" + table(stored)
+        text = "# LiDAR first, camera later: what was measured\n\n" + table(runs.read(ROWS))
         (RESULTS / "lidar_camera_claims.md").write_text(text, encoding="utf-8")
 
 

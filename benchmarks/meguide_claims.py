@@ -8,7 +8,6 @@ appends to `results/meguide_claims.csv`; `python -m benchmarks.meguide_claims ta
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown
 
 FIELDS = ("study", "recipe", "sampler", "seed", "valid", "test", "seconds", "steps", "nodes", "mlp")
@@ -166,13 +166,7 @@ def run_one(dataset, model, options, changes, sampler, seed, path):
 
 def study(name: str, seeds: int, path: str | None) -> None:
     """Run what the CSV has not yet, and append."""
-    done = set()
-    if CSV.exists():
-        with open(CSV, newline="") as file:
-            done = {
-                (r["study"], r["recipe"], r["sampler"], int(r["seed"]))
-                for r in csv.DictReader(file)
-            }
+    done = {(r["study"], r["recipe"], r["sampler"], int(r["seed"])) for r in runs.read(CSV)}
     label = f"{name} {Path(path).name.partition('.')[0]}" if path else name
     for recipe, (dataset, model, options, changes, samplers) in STUDIES[name].items():
         for seed in range(seeds):
@@ -180,31 +174,19 @@ def study(name: str, seeds: int, path: str | None) -> None:
                 if (label, recipe, sampler, seed) in done:
                     continue
                 found = run_one(dataset, model, options, changes, sampler, seed, path)
-                new = not CSV.exists()
-                with open(CSV, "a", newline="") as file:
-                    writer = csv.writer(file)
-                    if new:
-                        writer.writerow(FIELDS)
-                    row = [f"{v:.4f}" if isinstance(v, float) else v for v in found]
-                    writer.writerow([label, recipe, sampler, seed, *row])
+                row = [f"{v:.4f}" if isinstance(v, float) else v for v in found]
+                runs.append(CSV, dict(zip(FIELDS, (label, recipe, sampler, seed, *row))))
                 print(label, recipe, sampler, seed, *row, flush=True)
 
 
 def interval(values: list[float]) -> str:
     """Mean and the half-width of its 95% t interval, in percent."""
-    from scipy.stats import t
-
-    mean, n = np.mean(values), len(values)
-    if n < 2:
-        return f"{100 * mean:.1f}"
-    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    return runs.mean(values, ".1f", 100)
 
 
 def table() -> Path:
     """The CSV as tables: test accuracy, difference to full batch over the same seeds, CPU time."""
-    with open(CSV, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = runs.read(CSV)
     groups: dict = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         groups[row["study"], row["recipe"]][row["sampler"]][int(row["seed"])] = row

@@ -8,19 +8,15 @@ predicts from). A finished run's rows stand in `results/mhui_runs.csv` and are n
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "mhui_runs.csv"
-COLUMNS = (
-    *("method", "seed", "attack", "protocol", "score"),
-    *("auroc", "aupr", "fpr95", "accuracy", "clean_accuracy", "seconds"),
-)
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 ATTACKS = ("fgsm:0.05", "fgsm:0.1", "fgsm:0.2", "pgd:0.05", "pgd:0.1", "pgd:0.2", "cw")
 ADAPTIVE = ("adaptive:0.05", "adaptive:0.1")
@@ -50,17 +46,9 @@ def main() -> None:
     compilation_cache()
     for seed in arguments.seeds:
         for method in arguments.methods:
-            if (method, seed) not in {(r["method"], int(r["seed"])) for r in rows()}:
+            if (method, seed) not in {(r["method"], int(r["seed"])) for r in runs.read(RUNS)}:
                 one(method, seed)
     report()
-
-
-def rows() -> list[dict[str, str]]:
-    """All finished rows."""
-    if not RUNS.exists():
-        return []
-    with open(RUNS, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def one(method: str, seed: int) -> None:
@@ -97,20 +85,21 @@ def one(method: str, seed: int) -> None:
     tables = task.detection(variables, images, labels, batch_size=150, seed=seed)
     seconds = time.process_time() - begin
     clean = tables.pop("clean")["accuracy"]
-    new = not RUNS.exists()
-    with open(RUNS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for attack, table in tables.items():
-            for protocol in ("all", "successful"):
-                for score, found in table.get(protocol, {}).items():
-                    numbers = (found.auroc, found.aupr, found.fpr95, table["last_accuracy"], clean)
-                    writer.writerow(
-                        [method, seed, attack, protocol, score]
-                        + [f"{v:.4f}" for v in numbers]
-                        + [f"{seconds:.0f}"]
-                    )
+    rows = []
+    for attack, table in tables.items():
+        for protocol in ("all", "successful"):
+            for score, found in table.get(protocol, {}).items():
+                numbers = {
+                    **{"auroc": found.auroc, "aupr": found.aupr, "fpr95": found.fpr95},
+                    **{"accuracy": table["last_accuracy"], "clean_accuracy": clean},
+                }
+                rows.append(
+                    {"method": method, "seed": seed, "attack": attack, "protocol": protocol}
+                    | {"score": score}
+                    | {name: f"{value:.4f}" for name, value in numbers.items()}
+                    | {"seconds": f"{seconds:.0f}"}
+                )
+    runs.append(RUNS, *rows)
 
 
 def cell(values: list[float]) -> str:
@@ -124,7 +113,7 @@ def cell(values: list[float]) -> str:
 
 def report() -> Path:
     """`results/mhui_claims.md` from the rows."""
-    found = rows()
+    found = runs.read(RUNS)
     seeds = sorted({int(r["seed"]) for r in found})
 
     def values(method, attack, score, kind="auroc", protocol="all"):

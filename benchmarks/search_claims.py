@@ -9,21 +9,19 @@ can be stopped and continued; `--table` writes means with 95 % intervals (t over
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import runs
 from train.command_line import load_config
 
 KINDS = {
     "vitas": {"cyclic": "small", "ordinal": "ordinal", "two_sided": "two_sided"},
     "scalenet": {"hierarchical": "small", "uniform": "uniform"},
 }
-COLUMNS = ("system", "kind", "seed", "steps", "networks", "alone_steps", "kendall_tau",
-           "search", "random", "measured", "supernet_accuracy")  # fmt: skip
 
 
 def supernet(system: str, kind: str, seed: int, steps: int):
@@ -145,26 +143,19 @@ def one(system: str, kind: str, seed: int, arguments, accuracies: list[float]) -
 
 def table(path: Path) -> str:
     """Means over seeds with 95 % intervals of the mean."""
-    from scipy.stats import t
-
-    rows = list(csv.DictReader(path.open()))
+    rows = runs.read(path)
     lines = ["| supernet | seeds | Kendall tau | search (%) | random (%) | search - random |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-
-    def cell(values):
-        values = np.array(values, float)
-        half = 0.0
-        if len(values) > 1:
-            half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        return f"{values.mean():.3f} +- {half:.3f}"
 
     for key in dict.fromkeys((r["system"], r["kind"]) for r in rows):
         mine = [r for r in rows if (r["system"], r["kind"]) == key]
         gaps = [float(r["search"]) - float(r["random"]) for r in mine]
-        cells = [cell([r[c] for r in mine]) for c in ("kendall_tau", "search", "random")]
+        cells = [
+            runs.mean([r[c] for r in mine], ".3f") for c in ("kendall_tau", "search", "random")
+        ]
         wins = sum(g > 0 for g in gaps)
         lines.append(
-            f"| {' '.join(key)} | {len(mine)} | {' | '.join(cells)} | {cell(gaps)} "
+            f"| {' '.join(key)} | {len(mine)} | {' | '.join(cells)} | {runs.mean(gaps, '.3f')} "
             f"({wins} of {len(gaps)}) |"
         )
     return "\n".join(lines) + "\n"
@@ -183,25 +174,18 @@ def main() -> None:
     from train.loop import compilation_cache
 
     compilation_cache()
-    known = set()
     accuracies: list[float] = []
     memory = arguments.out.with_suffix(".alone.csv")
     if memory.exists():
         accuracies = [float(v) for v in memory.read_text().split()]
-    if arguments.out.exists():
-        known = {(r["kind"], int(r["seed"])) for r in csv.DictReader(arguments.out.open())}
+    known = {(r["kind"], int(r["seed"])) for r in runs.read(arguments.out)}
     for seed in range(arguments.seeds):
         for kind in KINDS[arguments.system]:
             if (kind, seed) in known:
                 continue
             row = one(arguments.system, kind, seed, arguments, accuracies)
             memory.write_text("\n".join(map(str, accuracies)) + "\n")
-            new = not arguments.out.exists()
-            with open(arguments.out, "a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            runs.append(arguments.out, row)
             print(row, flush=True)
     arguments.out.with_suffix(".md").write_text(
         f"`python -m benchmarks.search_claims --system {arguments.system} --seeds "

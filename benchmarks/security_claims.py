@@ -17,7 +17,6 @@ forecasts  VectorNet on the highway: displacement errors of tracks as driven and
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 from pathlib import Path
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "security_runs.csv"
@@ -271,27 +271,9 @@ CLAIMS = {
 }
 
 
-def stored() -> list[dict[str, str]]:
-    """All finished rows."""
-    if not RUNS.exists():
-        return []
-    with open(RUNS, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(claim: str, seed: int, rows: list[tuple]) -> None:
-    """Add the rows of one run."""
-    new = not RUNS.exists()
-    with open(RUNS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows([claim, seed, *row[:2], f"{row[2]:.4f}"] for row in rows)
-
-
 def report() -> Path:
     """`results/security_claims.md` from the rows: mean and range over seeds."""
-    rows = stored()
+    rows = runs.read(RUNS)
     blocks = []
     for claim in CLAIMS:
         own = [r for r in rows if r["claim"] == claim]
@@ -329,13 +311,14 @@ def main() -> None:
     from train.loop import compilation_cache
 
     compilation_cache()
-    done = {(r["claim"], int(r["seed"])) for r in stored()}
+    done = {(r["claim"], int(r["seed"])) for r in runs.read(RUNS)}
     for seed in given.seeds:
         if (given.claim, seed) not in done:
             rows = CLAIMS[given.claim](seed, given.steps)
             for row in rows:
                 print(seed, *row)
-            append(given.claim, seed, rows)
+            named = (zip(COLUMNS, (given.claim, seed, *r[:2], f"{r[2]:.4f}")) for r in rows)
+            runs.append(RUNS, *map(dict, named))
     report()
 
 

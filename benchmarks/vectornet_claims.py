@@ -9,12 +9,12 @@ vectornet_claims.md` is written from the rows.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "vectornet_runs.csv"
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         for cell in arguments.cells:
-            done = {(row["cell"], int(row["seed"])) for row in rows()}
+            done = {(row["cell"], int(row["seed"])) for row in runs.read(RUNS)}
             if seed < CELLS[cell][2] and (cell, seed) not in done:
                 run_cell(cell, seed)
                 write_table()
@@ -73,30 +73,17 @@ def run_cell(cell: str, seed: int) -> None:
     found["seconds"] = round(time.perf_counter() - start, 1)
     found |= {name: round(numbers[name], 5) for name in (*MEASURES, *EXTRA) if name in numbers}
     new = [found]
-    if not any(row["cell"] == BASELINE for row in rows()):
+    if not any(row["cell"] == BASELINE for row in runs.read(RUNS)):
         baseline = {name: round(numbers[f"constant_velocity_{name}"], 5) for name in MEASURES}
         new.insert(0, {"cell": BASELINE, "seed": 0, "steps": 0, "seconds": 0, **baseline})
-    fresh = not RUNS.exists()
-    with open(RUNS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(new)
-
-
-def rows() -> list[dict[str, str]]:
-    """The runs so far."""
-    if not RUNS.exists():
-        return []
-    with open(RUNS, newline="") as file:
-        return list(csv.DictReader(file))
+    runs.append(RUNS, *({name: row.get(name, "") for name in COLUMNS} for row in new))
 
 
 def write_table() -> Path:
     """`results/vectornet_claims.md`: medians over seeds, and the ratios that are claimed."""
     table, median = [], {}
     for cell in (BASELINE, *CELLS):
-        found = [row for row in rows() if row["cell"] == cell]
+        found = [row for row in runs.read(RUNS) if row["cell"] == cell]
         if not found:
             continue
         values = {

@@ -8,12 +8,12 @@ rows are not repeated. `results/video2stylegan_claims.md` is written from the ro
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "video2stylegan_runs.jsonl"
@@ -55,17 +55,10 @@ def main() -> None:
     for seed in arguments.seeds:
         for study in arguments.studies or STUDIES:
             if (study, seed, changes) not in {
-                (r["study"], r["seed"], r["changes"]) for r in rows()
+                (r["study"], r["seed"], r["changes"]) for r in runs.read(RUNS)
             }:
                 one(study, seed, arguments.changes)
     print(report().read_text())
-
-
-def rows() -> list[dict]:
-    """All finished rows."""
-    if not RUNS.exists():
-        return []
-    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
 def one(study: str, seed: int, changes: list[str]) -> None:
@@ -90,8 +83,7 @@ def one(study: str, seed: int, changes: list[str]) -> None:
         "cpu_seconds": round(time.process_time() - busy),
         "seconds": round(time.perf_counter() - begin),
     }
-    with open(RUNS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    runs.append(RUNS, row)
 
 
 def cell(values: list) -> str:
@@ -107,7 +99,7 @@ def cell(values: list) -> str:
 
 def report() -> Path:
     """`results/video2stylegan_claims.md` from the rows."""
-    found, blocks = rows(), []
+    found, blocks = runs.read(RUNS), []
     for title, (studies, names) in TABLES.items():
         lines = []
         for changes in dict.fromkeys(r["changes"] for r in found):
