@@ -76,7 +76,7 @@ def _small(config, preset):
     config.log_every, config.eval.every, config.checkpoint.every = 100, 1000, 500
     config.eval.batch_size = 150
     config.eval.split = "test"
-    config.search.update(flops_min=1.2e6, budget=1.6e6, population=20, generations=10)
+    config.search.update(flops_min=1.2e6, budget=1.6e6)
     if preset == "twins":
         config.model = "search.twins_superformer:digits_twins"
         config.search.update(flops_min=6e5, budget=9e5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -82,14 +81,3 @@ def fisher_exact(ranks: np.ndarray, others: np.ndarray, k: int = 3) -> float:
         return [hits, len(r) - hits]
 
     return float(test([row(np.asarray(ranks)), row(np.asarray(others))]).pvalue)
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean of a number over seeds and the half width of its Student interval (NaN for one)."""
-    from scipy.stats import t
-
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(error * t.ppf(0.5 + confidence / 2, len(values) - 1))
