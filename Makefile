@@ -30,4 +30,4 @@ lock:  ## resolve again (needs uv): one universal file for Python 3.11 and for 3
 	  --extra dev --extra tpu --extra tensorboard --extra retrieval --extra video --extra medical -q -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) build dist runs .pytest_cache

@@ -9,6 +9,11 @@ import pytest
 LARGE_WORKER = 3 * 2**30  # bytes
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time is the compiler's, and much of it spent on a program that another test, process
+# or run has compiled: resumed runs, golden cases that are run twice.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
 # Eight devices for the mesh tests; single-device tests simply use the first.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
