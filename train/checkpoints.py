@@ -37,6 +37,7 @@ from train.checkpoint_manifest import (
     write_through_and_digest,
 )
 
+# Keys that may differ from those of the run that is continued.
 IGNORABLE_CONFIG = (
     "checkpoint",
     "dry_run",
@@ -53,6 +54,8 @@ IGNORABLE_CONFIG = (
     "tensorboard",
     "workdir",
 )
+# Those of them on which what comes next depends; a change is said.
+TOLD_CONFIG = ("parallel", "steps")
 """Config keys (and all keys below them) that may change between a checkpoint and its resumption."""
 
 
@@ -425,13 +428,19 @@ class Checkpoints:
         if self._config is None or not stored.exists():
             return
         then, now = _dotted(json.loads(stored.read_bytes())), _dotted(self._config)
-        changed = [
-            f"{key} {json.dumps(then[key]) if key in then else '(absent)'}"
+        differing = {
+            key: f"{key} {json.dumps(then[key]) if key in then else '(absent)'}"
             f" -> {json.dumps(now[key]) if key in now else '(absent)'}"
             for key in sorted(then.keys() | now.keys())
             if (key in then) != (key in now) or then.get(key) != now.get(key)
-            if not any(key == p or key.startswith(f"{p}.") for p in self._ignorable)
-        ]
+        }
+        changed = [text for key, text in differing.items() if not _below(key, self._ignorable)]
+        told = [text for key, text in differing.items() if _below(key, TOLD_CONFIG)]
+        if told and not changed:
+            self._report(
+                f"since checkpoint {path.name}: {', '.join(told)}; schedules follow the new steps, "
+                "and other devices add in another order"
+            )
         if changed:
             raise ValueError(
                 f"config differs from that of checkpoint {path.name} in {self.directory}: "
@@ -552,6 +561,10 @@ def _plain(config: Any) -> Any:
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     return json.loads(json.dumps(config, default=str))
+
+
+def _below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
 
 
 def _dotted(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -359,7 +359,10 @@ def test_a_changed_config_is_refused_with_the_keys_that_matter(tmp_path):
     with Checkpoints(tmp_path, config=config) as checkpoints:
         checkpoints.save(1, make_small(1))
     same = config | {"steps": 9, "eval": {"every": 7}}
-    assert Checkpoints(tmp_path, config=same).restore(make_small(0))[0] == 1
+    told = []
+    again = Checkpoints(tmp_path, config=same, report=told.append)
+    assert again.restore(make_small(0))[0] == 1
+    assert len(told) == 1 and "steps 5 -> 9" in told[0] and "eval" not in told[0]
     other = config | {"seed": 1, "data": {"name": "textures", "size": (8, 8)}, "model": "vgg"}
     with pytest.raises(ValueError) as error:
         Checkpoints(tmp_path, config=other).restore(make_small(0))
