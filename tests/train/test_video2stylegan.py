@@ -15,6 +15,7 @@ import jaxmodels
 from jaxmodels.interop import catalog
 from train import edit_video, predict, video_files
 from train.__main__ import main
+from train.building import build_task
 from train.checkpoints import load_params
 from train.command_line import read_flags, stop_with_one_line
 from train.data import face_clips, face_stills, pipeline
@@ -360,6 +361,29 @@ def test_generator_and_discriminator_train_in_turn_with_lazy_regularizers(gan_ru
     assert [r["r1"] > 0 for r in rows] == [True, False, False, False, False]
     assert all(np.isfinite(r["loss"]) for r in rows)
     assert "sliced_wasserstein_untrained" in (workdir / "report.md").read_text()
+
+
+@on_one_worker
+def test_prediction_draws_the_averaged_generator_by_official_seeds(gan_run, tmp_path):
+    workdir, flags = gan_run
+    (tmp_path / "seeds.txt").write_text("3\n17 4\n")
+    given = [*flags, f"--checkpoint={workdir}", f"--output={tmp_path / 'drawn'}"]
+    assert predict.main(["predict", *given, f"--input={tmp_path / 'seeds.txt'}"]) == 0
+    saved = load_params(workdir)
+    variables = {"params": saved["gan"]["average"], "buffers": saved["buffers"]}
+    config, _ = read_flags(["train", *flags], need_workdir=False)
+    z = np.random.RandomState(17).randn(1, 8)
+    wanted = video_files.to_bytes(
+        build_task(config).model.apply(variables, z.astype(np.float32))[0]
+    )
+    picture = np.asarray(Image.open(tmp_path / "drawn" / "seed0017.png"))
+    assert np.abs(picture.astype(int) - wanted).max() <= 1
+    grid = np.asarray(Image.open(tmp_path / "drawn" / "grid.png"))
+    assert grid.shape == (8, 24, 3)
+    np.testing.assert_array_equal(grid[:, 8:16], picture)
+    (tmp_path / "seeds.txt").write_text("3 three\n")
+    with pytest.raises(ValueError, match="wanted seeds, whole numbers, not three"):
+        predict.main(["predict", *given, f"--input={tmp_path / 'seeds.txt'}"])
 
 
 @on_one_worker

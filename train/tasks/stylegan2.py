@@ -10,6 +10,7 @@ they live in the task's own collection `gan`, beside the moving average that eva
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +24,10 @@ from jaxmodels.video import stylegan2_losses as losses
 from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.parallel import local_copy
+from train.restoration_files import write_picture
+from train.video_files import to_bytes
 
-_PROJECTIONS, _SAMPLES = 128, 256
+_PROJECTIONS, _SAMPLES, _COLUMNS = 128, 256, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class StyleGAN2:
         divides the batch it is measured on.
       style_mixing: probability that the later layers take a second style.
       ema_images: images after which the generator's moving average has half forgotten.
+      truncation: psi of the pictures that prediction draws.
     """
 
     model: nn.Module
@@ -54,6 +58,9 @@ class StyleGAN2:
     pl_shrink: int = 2
     style_mixing: float = 0.9
     ema_images: float = 10000.0
+    truncation: float = 1.0
+
+    predicts_test = True
 
     def _adam(self, every: int) -> optax.GradientTransformation:
         c = losses.lazy(every)
@@ -215,6 +222,34 @@ class StyleGAN2:
             "sliced_wasserstein_noise": sliced_wasserstein(noise, real),
             "sliced_wasserstein_held_out": sliced_wasserstein(held, real),
         }
+
+    def predict_files(self, variables, source, output: Path, config) -> str:
+        """Pictures of the averaged generator, `seedNNNN.png`, and `grid.png`, eight in a row.
+
+        `source` is a text file of seeds; "test" stands for 0 to 31. A seed's latent is that of
+        the official `generate.py`, noise maps are the constant ones.
+        """
+        seeds = list(range(32))
+        if source != "test":
+            words = Path(source).read_text(encoding="utf-8").split()
+            wrong = next((w for w in words if not (w.isascii() and w.isdigit())), None)
+            if wrong is not None or not words:
+                raise ValueError(f"{source}: wanted seeds, whole numbers, not {wrong or 'nothing'}")
+            seeds = [int(w) for w in words]
+        output.mkdir(parents=True, exist_ok=True)
+        variables = {"params": variables["gan"]["average"], "buffers": variables["buffers"]}
+        draw = jax.jit(lambda v, z: self.model.apply(v, z, self.truncation))
+        pictures = []
+        for seed in seeds:
+            z = np.random.RandomState(seed).randn(1, self.model.z_dim).astype(np.float32)
+            picture = to_bytes(draw(variables, z)[0])
+            write_picture(output / f"seed{seed:04d}.png", picture)
+            pictures.append(picture)
+        width = min(_COLUMNS, len(pictures))
+        pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % width)
+        rows = np.stack(pictures).reshape(-1, width, *pictures[0].shape)
+        write_picture(output / "grid.png", np.concatenate(np.concatenate(rows, 1), 1))
+        return f"{len(seeds)} pictures and grid.png in {output}"
 
     def _real(self, config, split: str = "") -> np.ndarray:
         from train.data import pipeline
