@@ -290,7 +290,8 @@ class SuperSupernet(nn.Module):
             new = {"0": new}
         else:
             block = choice(weights, first, widest, gene, area, setting, 0)
-            x, new = block.run(x, block.layers, gene, block.which, right[0])
+            run = block.run if self.sliced else jax.checkpoint(block.run)
+            x, new = run(x, block.layers, gene, block.which, right[0])
             new = block.finish(new)
         self._track(norms, new)
         entry, area = x, area.strided(first.stride)
@@ -310,7 +311,10 @@ class SuperSupernet(nn.Module):
         tail = Subnet(*(a[1:] for a in genes))
         block = choice(weights, rest[0], widest, tail, area, setting, 1)
         stack = (block.layers, tail, block.which, right[1:])
-        x, new = lax.scan(lambda x, one: block.run(x, *one), x, stack)
+        # Computed again for the gradient: else every op's branch keeps its own values for every
+        # block.
+        again = jax.checkpoint(block.run, prevent_cse=False)
+        x, new = lax.scan(lambda x, one: again(x, *one), x, stack)
         self._track(norms, block.finish(new))
         return entry, x, area
 
