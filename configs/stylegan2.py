@@ -2,8 +2,10 @@
 
 small   python -m train --config configs/stylegan2.py --workdir runs/stylegan2
         scikit-image's `lfw_subset` (80 gray faces of 25 pixels) at 32 pixels: sliced Wasserstein
-        distance to the training images beside an untrained generator's and noise's; about 5
-        minutes. No whole run is recorded.
+        distance to the training images 0.195 (noise 0.240, held-out faces 0.143; one seed), 3.5
+        CPU minutes. Pictures by seeds as the official `generate.py`:
+        python -m train.predict --config configs/stylegan2.py --checkpoint runs/stylegan2
+            --input seeds.txt --output drawn [--config.task_args.truncation=0.7]
 paper   python -m train --config configs/stylegan2.py:paper --workdir DIR
             --config.data.options.path=FFHQ
         configuration F at 1024 pixels, batch 32, 25 million images, mixed regularization.
