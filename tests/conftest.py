@@ -47,11 +47,21 @@ def bounded_memory():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For programs that run a few steps each: nearly all of their time is the compiler's."""
+# Folders whose programs run a few steps each: nearly all of their time is the compiler's.
+QUICK = ("language", "retrieval", "search", "security", "train", "video", "vision")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Skips most optimizations where compiling is what takes the time.
+
+    The committed golden cases too, not those of `--golden`, which check what users run.
+    """
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    where = request.path.relative_to(Path(__file__).parent).parts
+    golden = where == ("test_golden.py",) and not request.config.getoption("--golden")
+    quick = where[0] in QUICK or golden
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

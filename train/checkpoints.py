@@ -37,7 +37,6 @@ from train.checkpoint_manifest import (
     write_through_and_digest,
 )
 
-# Keys that may differ from those of the run that is continued.
 IGNORABLE_CONFIG = (
     "checkpoint",
     "dry_run",
@@ -54,9 +53,9 @@ IGNORABLE_CONFIG = (
     "tensorboard",
     "workdir",
 )
+"""Config keys (and all keys below them) that may change between a checkpoint and its resumption."""
 # Those of them on which what comes next depends; a change is said.
 TOLD_CONFIG = ("parallel", "steps")
-"""Config keys (and all keys below them) that may change between a checkpoint and its resumption."""
 
 
 class CheckpointError(OSError):

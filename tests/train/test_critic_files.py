@@ -13,8 +13,6 @@ from jaxmodels.interop import catalog, checkpoint
 from train.naming import ConfigError
 from train.video_critics import build_critics, load_face_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NETWORKS = {
     "lpips": {"net": "alex", "width_divisor": 32},
     "identity": {"width_divisor": 32, "se_reduction": 2},

@@ -21,8 +21,6 @@ from train.progression import run_progression, stage_config
 from train.step import make_train_step
 from train.tasks import lead, prod, ranking
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def marco(tmp_path_factory):

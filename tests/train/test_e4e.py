@@ -21,7 +21,6 @@ from train.loop import Plan
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "e4e.py")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 on_one_worker = pytest.mark.xdist_group("e4e")
 
 MODEL = [

@@ -26,7 +26,6 @@ CONFIG = str(ROOT / "configs" / "video2stylegan.py")
 GAN = str(ROOT / "configs" / "stylegan2.py")
 POSE = str(ROOT / "configs" / "pose_control.py")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Runs that share a compiled step stay on one worker.
 on_one_worker = pytest.mark.xdist_group("video2stylegan")
 
