@@ -17,6 +17,10 @@ from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 
 RUNS = RESULTS / "mhui_runs.csv"
+COLUMNS = (
+    *("method", "seed", "attack", "protocol", "score"),
+    *("auroc", "aupr", "fpr95", "accuracy", "clean_accuracy", "seconds"),
+)
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 ATTACKS = ("fgsm:0.05", "fgsm:0.1", "fgsm:0.2", "pgd:0.05", "pgd:0.1", "pgd:0.2", "cw")
 ADAPTIVE = ("adaptive:0.05", "adaptive:0.1")
@@ -89,16 +93,10 @@ def one(method: str, seed: int) -> None:
     for attack, table in tables.items():
         for protocol in ("all", "successful"):
             for score, found in table.get(protocol, {}).items():
-                numbers = {
-                    **{"auroc": found.auroc, "aupr": found.aupr, "fpr95": found.fpr95},
-                    **{"accuracy": table["last_accuracy"], "clean_accuracy": clean},
-                }
-                rows.append(
-                    {"method": method, "seed": seed, "attack": attack, "protocol": protocol}
-                    | {"score": score}
-                    | {name: f"{value:.4f}" for name, value in numbers.items()}
-                    | {"seconds": f"{seconds:.0f}"}
-                )
+                numbers = (found.auroc, found.aupr, found.fpr95, table["last_accuracy"], clean)
+                shown = (*(f"{v:.4f}" for v in numbers), f"{seconds:.0f}")
+                named = zip(COLUMNS, (method, seed, attack, protocol, score, *shown), strict=True)
+                rows.append(dict(named))
     runs.append(RUNS, *rows)
 
 

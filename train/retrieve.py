@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
             return 0
     asked = encoder("encode_queries", options["query_length"])(found.query_rows)
     depth = min(keys.depth, len(found.document_ids))
-    beir = bool(keys.documents) and keys.layout == "beir"
+    beir = _of_beir(keys)
     scores, rows = _search(stores, asked, min(depth + beir, len(found.document_ids)), keys.index)
     if beir:
         rows = _without_themselves(rows, found, depth)
@@ -148,12 +148,16 @@ def _set(config, family, options) -> RetrievalSet:
         )
         if not (keys.queries or keys.answers):
             raise ConfigError("config.retrieve.queries: queries for these documents are wanted")
+    judged = retrieval_files.read_judgments(keys.judgments) if keys.judgments else {}
     if keys.queries or keys.answers:
         if keys.answers:
             rows = retrieval_files.read_questions_csv(keys.answers)
             given = {name: question for question, _, name in rows}
         else:
             given = retrieval_files.read_queries(keys.queries)
+        if judged and _of_beir(keys):
+            # Its queries are those of all splits.
+            given = {name: text for name, text in given.items() if name in judged}
         found = dataclasses.replace(
             found,
             query_ids=list(given),
@@ -162,17 +166,12 @@ def _set(config, family, options) -> RetrievalSet:
             graded=None,
         )
     if keys.judgments:
-        judged = retrieval_files.read_judgments(keys.judgments)
         found = dataclasses.replace(found, judgments=judged, graded=None)
-    if keys.documents and keys.layout == "beir" and found.judgments:
-        # Its queries are those of all splits.
-        asked = [i for i, name in enumerate(found.query_ids) if name in found.judgments]
-        found = dataclasses.replace(
-            found,
-            query_ids=[found.query_ids[i] for i in asked],
-            query_rows=[found.query_rows[i] for i in asked],
-        )
     return found
+
+
+def _of_beir(keys) -> bool:
+    return bool(keys.documents) and keys.layout == "beir"
 
 
 def _without_themselves(rows: np.ndarray, found: RetrievalSet, depth: int) -> np.ndarray:

@@ -224,11 +224,11 @@ def read_queries(path: str | os.PathLike) -> dict[str, str]:
         for number, line in enumerate(file, 1):
             if beir:
                 fields = _of_json(path, number, line)
-                name, tab, text = fields["_id"], True, fields["text"]
+                name, text = fields["_id"], fields["text"]
             else:
                 name, tab, text = line.rstrip("\r\n").partition("\t")
-            if not tab:
-                raise ValueError(f"{path}, line {number}: wanted `qid<tab>query`")
+                if not tab:
+                    raise ValueError(f"{path}, line {number}: wanted `qid<tab>query`")
             if name in found:
                 raise ValueError(f"{path}, line {number}: query {name!r} stands there twice")
             found[name] = text
