@@ -16,8 +16,21 @@ from pathlib import Path
 from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.ganlm import get_config
+from train.data.fairseq_files import dictionary_size, mask_id
 
 RUNS = RESULTS / "ganlm_runs.jsonl"
+
+
+def vocabulary(pieces: int) -> dict:
+    """The changes of `small` to a dictionary of so many pieces."""
+    return {
+        "data.options.pieces": pieces,
+        "data.options.vocab_size": dictionary_size(pieces),
+        "model_args.vocab_size": dictionary_size(pieces),
+        "task_args.mask_id": mask_id(pieces),
+    }
+
+
 # Name -> (preset of the pre-training, changed keys).
 RECIPES: dict[str, tuple[str, dict]] = {
     "three losses": ("small", {}),
@@ -28,7 +41,15 @@ RECIPES: dict[str, tuple[str, dict]] = {
     ),
     "messages": ("messages", {}),
     "three losses, 3000 steps": ("small", {"steps": 3000, "schedule.warmup_steps": 300}),
+    # More of a span's pieces are determined by those around them.
+    "three losses, 400 pieces": ("small", vocabulary(400)),
+    "three losses, 400 pieces, 3000 steps": (
+        "small",
+        {**vocabulary(400), "steps": 3000, "schedule.warmup_steps": 300},
+    ),
 }
+# With a vocabulary of their own: nothing here is tuned from them.
+UNTUNED = ("messages", "three losses, 400 pieces", "three losses, 400 pieces, 3000 steps")
 RANDOM = "random weights"
 # Name -> (preset, what is not taken over, measures).
 TUNINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -62,7 +83,7 @@ def one(recipe: str, tunings: list[str], seed: int) -> None:
     """What is missing of a recipe and a seed."""
     done = {(r["recipe"], r["tuning"], r["seed"]) for r in runs.read(RUNS)}
     wanted = [t for t in tunings if (recipe, t, seed) not in done]
-    if recipe == "messages":  # another vocabulary
+    if recipe in UNTUNED:
         wanted = []
     fresh = recipe != RANDOM and (recipe, "", seed) not in done
     if not wanted and not fresh:

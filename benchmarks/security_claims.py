@@ -7,6 +7,9 @@ patches   a patch optimized over placements beside one optimized for a single pl
 margins   verification of letters after training with ArcFace and with softmax for the same steps.
 scenarios  share of ten scenes a seed in which a search finds a collision that counts, by method and
           number of rollouts, for an ego without and with forecasts (constant velocity).
+textures  share of drive-ups in which a vehicle is found with its paint, a random texture, and one
+          optimized on two detectors, on two and on four with diverse scenes; by the attacked
+          detectors and by a hidden one.
 forecasts  VectorNet on the highway: displacement errors of tracks as driven and as attacked, and
           scenarios against an ego that plans by it.
 
@@ -163,26 +166,42 @@ def patches(seed: int, steps: int) -> list[tuple]:
 
 
 def margins(seed: int, steps: int) -> list[tuple]:
-    """Verification accuracy of letters."""
+    """Verification accuracy of letters that were trained."""
+    return [
+        (name, "letters", _verification(preset, seed, steps))
+        for name, preset in (("ArcFace", "face"), ("softmax", "face_softmax"))
+    ]
+
+
+def new_identities(seed: int, steps: int) -> list[tuple]:
+    """Verification accuracy of 13 letters that were not trained, the other 39 were."""
+    arms = {
+        "ArcFace, scale 32": ("face", ()),
+        "ArcFace, scale 16": ("face", ("task_args.scale=16.0",)),
+        "softmax": ("face_softmax", ()),
+    }
+    return [
+        (name, "new letters", _verification(preset, seed, steps, "data.options.held_out=13", *own))
+        for name, (preset, own) in arms.items()
+    ]
+
+
+def _verification(preset: str, seed: int, steps: int, *changes: str) -> float:
     from train.command_line import read_flags
     from train.loop import fit
 
-    rows = []
-    for name, preset in (("ArcFace", "face"), ("softmax", "face_softmax")):
-        with tempfile.TemporaryDirectory() as folder:
-            config, workdir = read_flags(
-                [
-                    "claims",
-                    f"--config=configs/ai_security.py:{preset}",
-                    f"--workdir={folder}",
-                    f"--config.seed={seed}",
-                    f"--config.steps={steps}",
-                    "--config.checkpoint.every=0",
-                ],
-                need_workdir=True,
-            )
-            rows.append((name, "letters", fit(config, workdir)["verification_accuracy"]))
-    return rows
+    own = (f"seed={seed}", f"steps={steps}", "checkpoint.every=0", *changes)
+    with tempfile.TemporaryDirectory() as folder:
+        config, workdir = read_flags(
+            [
+                "claims",
+                f"--config=configs/ai_security.py:{preset}",
+                f"--workdir={folder}",
+                *(f"--config.{change}" for change in own),
+            ],
+            need_workdir=True,
+        )
+        return fit(config, workdir)["verification_accuracy"]
 
 
 def _collisions(seed, traffic, forecaster, method, restarts, iterations, count) -> list[bool]:
@@ -218,6 +237,53 @@ def scenarios(seed: int, steps: int) -> list[tuple]:
             for method in ("gradient", "cem", "random"):
                 found = _collisions(seed, Traffic(), forecaster, method, 8, iterations, 10)
                 rows.append((method, f"{ego}, {8 * iterations} rollouts", float(np.mean(found))))
+    return rows
+
+
+def textures(seed: int, steps: int) -> list[tuple]:
+    """Detection rates on the scorer's drive-ups; detectors are trained as the rules say."""
+    import yaml
+
+    from train.competition import driving
+    from train.competition.roster import train_members
+
+    del steps
+    rules = yaml.safe_load(Path("configs/rules/driving.yaml").read_text())
+    entry = rules["detectors"][1]
+    others = [
+        {
+            **entry,
+            "name": f"white_detector_{2 + i}",
+            "set": {**entry["set"], **changes, "seed": 2 + i},
+        }
+        for i, changes in enumerate(
+            ({"model_args.width": 10}, {"model_args.width": 12, "model_args.act": "silu"})
+        )
+    ]
+    four = rules["detectors"] + others
+    for member in (*four, *rules["hidden_detector"]):
+        settings = member.get("set") or {}
+        member["set"] = settings | {"seed": settings.get("seed", 0) + 100 * seed}
+    diverse = rules["texture_attack"] | {"diversity": 0.5}
+    arms = {
+        "two detectors": {},
+        "two detectors, diverse scenes": {"texture_attack": diverse},
+        "four detectors, diverse scenes": {"texture_attack": diverse, "detectors": four},
+    }
+    base, rows = driving.base_texture(rules), []
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        (hidden,) = train_members(rules["hidden_detector"], workdir)
+        for i, (name, changes) in enumerate(arms.items()):
+            own = {**rules, **changes, "seed": seed}
+            texture = driving.optimize(own, workdir, base)
+            white = driving.white_box_rates(own, workdir, texture)
+            found = driving.detection_tables(own, hidden, driving.judged_textures(own, texture))
+            for which, table in found.items():
+                label = name if which == "attacked" else f"{which} texture"
+                if which == "attacked" or i == 0:
+                    rows.append((label, "attacked", white[f"white_box_rate/{which}"]))
+                    rows.append((label, "hidden", float(table.mean())))
     return rows
 
 
@@ -266,7 +332,9 @@ CLAIMS = {
     "transfer": transfer,
     "patches": patches,
     "margins": margins,
+    "new_identities": new_identities,
     "scenarios": scenarios,
+    "textures": textures,
     "forecasts": forecasts,
 }
 
@@ -289,7 +357,7 @@ def report() -> Path:
                 spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
             table.append([what, *cells])
-        title = f"## {claim.capitalize()}, seeds {', '.join(map(str, seeds))}"
+        title = f"## {claim.capitalize().replace('_', ' ')}, seeds {', '.join(map(str, seeds))}"
         blocks.append(f"{title}\n\n{markdown(['', *places], table)}")
     path = RESULTS / "security_claims.md"
     path.write_text(

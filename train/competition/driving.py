@@ -77,11 +77,13 @@ def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, flo
     if world == "street":
         texture = street.optimize(rules, workdir, base)
     else:
-        texture = _optimize(rules, workdir, base)
+        texture = optimize(rules, workdir, base)
 
     traffic = Traffic(**(rules.get("traffic") or {}))
     options = {k: v for k, v in rules["search"].items() if k != "methods"}
     numbers: dict[str, float] = {}
+    if world != "street":
+        numbers |= white_box_rates(rules, workdir, texture)
     for method in rules["search"]["methods"]:
         found = [
             search(jax.random.fold_in(key, i), scene, traffic, forecaster, method=method, **options)
@@ -107,8 +109,8 @@ def _world(rules: dict[str, Any]) -> str:
     return world
 
 
-def _optimize(rules, workdir, base) -> jax.Array:
-    """The texture found on the track's own detectors."""
+def optimize(rules: dict[str, Any], workdir: Path, base: jax.Array) -> jax.Array:
+    """The texture [side, side, 3] found on the track's own detectors."""
     detectors = train_members(rules["detectors"], workdir)
     cfg = texture_attack.TextureAttack(**rules["texture_attack"])
     backgrounds = _backgrounds(detectors[0], "train", 64, rules["seed"])
@@ -146,12 +148,12 @@ def _combined(perception, planning) -> dict[str, float]:
     return {"score": 50 * (perception["perception_score"] + planning["planning_score"])}
 
 
-def _perception(rules, workdir, texture) -> dict[str, float]:
-    """Detection by the hidden detector on drive-ups that no optimization saw."""
-    (hidden,) = train_members(rules["hidden_detector"], workdir)
-    base = base_texture(rules)
+def detection_tables(
+    rules: dict[str, Any], member: Member, textures: dict[str, jax.Array]
+) -> dict[str, np.ndarray]:
+    """Bool [drives, frames] a texture: found on drive-ups that no optimization saw."""
     drives, frames = rules["drives"], rules["frames"]
-    backgrounds = _backgrounds(hidden, "test", drives, _HIDDEN)
+    backgrounds = _backgrounds(member, "test", drives, _HIDDEN)
     rng = np.random.default_rng((_HIDDEN, 1))
     draws = [
         (rng.uniform(-1, 1), np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.7, 1.3))
@@ -159,23 +161,48 @@ def _perception(rules, workdir, texture) -> dict[str, float]:
     ]
     detect = jax.jit(
         lambda backgrounds, texture, pose: texture_attack.detection_rate(
-            _detector(hidden), backgrounds, texture, pose
+            _detector(member), backgrounds, texture, pose
         )
     )
-    chance = np.random.default_rng((_HIDDEN, 2)).uniform(size=base.shape).astype(np.float32)
-    found = {"clean": [], "random": [], "attacked": []}
+    found = {name: [] for name in textures}
     for background, (lateral, yaw, light) in zip(backgrounds, draws):
         pose = renderer.drive_up(frames, lateral, yaw, light)
         many = jnp.broadcast_to(background, (frames, *background.shape))
-        for name, one in (("clean", base), ("random", jnp.asarray(chance)), ("attacked", texture)):
+        for name, one in textures.items():
             found[name].append(np.asarray(detect(many, one, pose)))
-    tables = {name: np.stack(rows) for name, rows in found.items()}
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def judged_textures(rules: dict[str, Any], texture: jax.Array) -> dict[str, jax.Array]:
+    """The attack's texture beside what it has to be better than."""
+    base = base_texture(rules)
+    chance = np.random.default_rng((_HIDDEN, 2)).uniform(size=base.shape).astype(np.float32)
+    return {"clean": base, "random": jnp.asarray(chance), "attacked": texture}
+
+
+def _perception(rules, workdir, texture) -> dict[str, float]:
+    """Detection by the hidden detector."""
+    (hidden,) = train_members(rules["hidden_detector"], workdir)
+    tables = detection_tables(rules, hidden, judged_textures(rules, texture))
     numbers = {f"detection_rate/{name}": float(rows.mean()) for name, rows in tables.items()}
-    for i, part in enumerate(np.array_split(np.arange(frames), 3)):
+    for i, part in enumerate(np.array_split(np.arange(rules["frames"]), 3)):
         where = ("30-22m", "22-14m", "14-6m")[i]
         numbers[f"attack_success/{where}"] = float(1 - tables["attacked"][:, part].mean())
-    value = texture_attack.texture_score(jnp.asarray(tables["attacked"]), texture, base)
+    found = jnp.asarray(tables["attacked"])
+    value = texture_attack.texture_score(found, texture, base_texture(rules))
     return {"perception_score": float(value), **numbers}
+
+
+def white_box_rates(rules: dict[str, Any], workdir: Path, texture: jax.Array) -> dict[str, float]:
+    """Detection by the detectors that were attacked, mean over them, on the scorer's drive-ups."""
+    tables = [
+        detection_tables(rules, member, judged_textures(rules, texture))
+        for member in train_members(rules["detectors"], workdir)
+    ]
+    return {
+        f"white_box_rate/{name}": float(np.mean([t[name].mean() for t in tables]))
+        for name in tables[0]
+    }
 
 
 @functools.partial(jax.jit, static_argnums=3)

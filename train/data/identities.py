@@ -1,8 +1,10 @@
 """Identities to verify: rendered Latin letters under affine jitter, or folders of aligned faces.
 
 `glyphs`: 52 identities, the letters of Pillow's built-in font, each example turned, scaled, moved,
-recolored and noisy; nothing is read from disk. `folders`: `PATH/train/<identity>/*.jpg` and
-`PATH/test/<identity>/*.jpg`, aligned faces. Pixels are scaled to [-1, 1].
+recolored and noisy; nothing is read from disk. With `held_out` that many of them, spread over the
+alphabets, are verified and the others trained, as faces are; without, all are both. `folders`:
+`PATH/train/<identity>/*.jpg` and `PATH/test/<identity>/*.jpg`, aligned faces. Pixels are scaled to
+[-1, 1].
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ OPTIONS: dict[str, Any] = {
     "set": "glyphs",
     "image_size": 112,
     "flip": True,
+    "held_out": 0,
     "examples": 5200,
     "test_examples": 520,
     "threads": 1,
@@ -43,7 +46,7 @@ _MARGIN = 0.18  # of the side, around a letter
 def num_classes(options: Mapping[str, Any]) -> int:
     """Number of training identities; for folders these must be there."""
     if options["set"] == "glyphs":
-        return len(GLYPHS)
+        return len(_letters("train", options["held_out"]))
     return len(_identities(_root(options), "train"))
 
 
@@ -67,19 +70,35 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class GlyphSource:
-    """Example i is a picture of letter i mod 52, a function of (split, i) alone; uint8 pixels."""
+    """Example i is a picture of `letters[i mod n]`, a function of (split, i, letter); uint8 pixels.
+
+    The label is the letter's place in `letters`.
+    """
 
     split: str
     size: int
     count: int
+    letters: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = int(index) % len(GLYPHS)
+        label = int(index) % len(self.letters)
         rng = np.random.default_rng((_SEEDS[self.split], int(index)))
-        return {"image": draw_glyph(rng, label, self.size), "label": np.int32(label)}
+        image = draw_glyph(rng, self.letters[label], self.size)
+        return {"image": image, "label": np.int32(label)}
+
+
+def _letters(split: str, held_out: int) -> tuple[int, ...]:
+    """The letters of a split. Raises ValueError where one split would have fewer than two."""
+    every = range(len(GLYPHS))
+    if not held_out:
+        return tuple(every)
+    if not 2 <= held_out <= len(every) - 2:
+        raise ValueError(f"data.options.held_out: {held_out}; 0, or 2 to {len(every) - 2} letters")
+    kept = {i * len(every) // held_out for i in range(held_out)}
+    return tuple(i for i in every if (i in kept) == (split == "test"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,7 +170,8 @@ def source(split: str, options: Mapping[str, Any]) -> GlyphSource | FolderSource
     """The examples of a split."""
     size = element_spec(options)["image"].shape[0]
     if options["set"] == "glyphs":
-        return GlyphSource(split, size, split_sizes(options)[split])
+        letters = _letters(split, options["held_out"])
+        return GlyphSource(split, size, split_sizes(options)[split], letters)
     return FolderSource(_files(_root(options), split), size)
 
 
