@@ -70,7 +70,7 @@ def test_a_plain_classifier_becomes_the_backbone_and_the_last_linear_head():
         "vision.resnet", plain, layers=(1, 1, 1, 1), width=4, num_classes=3
     )
     got = jax.jit(module.apply)(variables, x)[:, -1]
-    np.testing.assert_allclose(got, jax.jit(want_module.apply)(want, x), atol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(want_module.apply)(want, x), rtol=1e-6)
 
 
 def test_a_plain_vggs_classifier_becomes_the_last_linear_head():
