@@ -24,6 +24,7 @@ from PIL import Image
 from jaxmodels.driving import camera_renderer, driving_scene
 from jaxmodels.driving.frame import Frame, Labels2D, Labels3D, check_frame, front_view
 from train.data import preparation
+from train.data.stored_arrays import arrays_of
 
 SPLITS = ("train", "test")
 KINDS = ("simulated", "waymo", "nuscenes", "kitti", "npz")
@@ -313,8 +314,7 @@ def save_frame(path: str | os.PathLike, frame: Frame) -> None:
 
 def load_frame(path: str | os.PathLike) -> Frame:
     """A checked frame of `save_frame`. Raises ValueError naming the file and what is missing."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = dict(stored)
+    arrays = arrays_of(path)
     given: dict[str, Any] = {}
     for field in dataclasses.fields(Frame):
         prefix = field.name + "."

@@ -29,6 +29,7 @@ from PIL import Image
 
 from jaxmodels.video.face_alignment import check_landmarks, ffhq_quads, smooth_quads
 from train import video_files
+from train.data.stored_arrays import arrays_of
 from train.naming import ConfigError
 
 OPTIONS: dict[str, Any] = {
@@ -213,10 +214,10 @@ def _landmarks_of(path: Path, required: bool) -> np.ndarray | None:
         if required:
             raise ConfigError(f"{path}: needs landmarks [frames, 68, 2] in {file.name}")
         return None
-    with np.load(file, allow_pickle=False) as arrays:
-        if "landmarks" not in arrays.files:
-            raise ConfigError(f"{file}: no array `landmarks`; it has {arrays.files}")
-        landmarks = np.asarray(arrays["landmarks"], np.float64)
+    arrays = arrays_of(file)
+    if "landmarks" not in arrays:
+        raise ConfigError(f"{file}: no array `landmarks`; it has {list(arrays)}")
+    landmarks = np.asarray(arrays["landmarks"], np.float64)
     check_landmarks(landmarks, len(landmarks))
     return landmarks
 

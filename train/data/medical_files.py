@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.biomedical.preprocessing import NO_AXIS
+from train.data.stored_arrays import mapped_array
 
 ENDINGS = (".nii.gz", ".nii", ".npy", ".npz", ".png", ".tif", ".tiff")
 
@@ -387,4 +388,4 @@ def write_dataset(
 @functools.lru_cache(maxsize=512)
 def mapped(path: str) -> np.ndarray:
     """A .npy file, memory-mapped once."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped_array(path)

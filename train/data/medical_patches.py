@@ -23,6 +23,7 @@ from jaxmodels.biomedical.augmentation import Augmentation, enlarged_patch
 from jaxmodels.biomedical.preprocessing import Geometry, labels_of, restore_probabilities
 from train.data import medical_preparation, preparation
 from train.data.medical_files import DataError, RawDataset, mapped, write_labels
+from train.data.stored_arrays import arrays_of
 from train.naming import ConfigError
 
 OPTIONS: dict[str, Any] = {
@@ -178,8 +179,7 @@ class PatchReader:
         places: dict[int, np.ndarray] = {}
         forced = patches.is_forced(index % self.batch_size, self.batch_size, self.oversample)
         if forced or self.sparse:
-            with np.load(f"{stem}.npz") as stored:
-                places = {int(k): stored[k] for k in stored.files}
+            places = {int(k): v for k, v in arrays_of(f"{stem}.npz").items()}
             places = dict(patches.chosen_locations(places, forced) or {})
         prior = mapped(f"{self.prior}/{case}.npy") if self.prior else None
         if prior is not None and prior.shape != label.shape:
