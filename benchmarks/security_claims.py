@@ -294,15 +294,11 @@ def forecasts(seed: int, steps: int) -> list[tuple]:
     from train.competition import ego
     from train.competition.roster import train_members
 
+    del steps  # the preset's own: with a few hundred the network is behind constant velocity
     entry = {
         "name": "forecaster",
         "config": "configs/vectornet.py:highway",
-        "set": {
-            "seed": seed,
-            "steps": steps,
-            "schedule.boundaries": f"({4 * steps // 10},{6 * steps // 10})",
-            "checkpoint.every": 0,
-        },
+        "set": {"seed": seed, "checkpoint.every": 0},
     }
     with tempfile.TemporaryDirectory() as folder:
         (member,) = train_members([entry], Path(folder))
