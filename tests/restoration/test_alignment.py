@@ -142,6 +142,19 @@ def test_clips_that_cannot_be_meant_are_refused_with_the_shape_expected():
         BasicVSRPlusPlus(mid_channels=10)
 
 
+def test_he_initialization_lets_gradients_reach_ivls_first_layers():
+    sizes = []
+    for he_init in (False, True):
+        module = catalog.find("restoration.ivl").build(
+            nf=8, cnn_nf=8, cnn_nb=8, out_nc=8, he_init=he_init
+        )
+        x = jax.random.uniform(jax.random.key(1), (1, 8, 8, 5))
+        variables = jax.jit(module.init)(jax.random.key(0), x)
+        grads = jax.jit(jax.grad(lambda v, m=module, x=x: (m.apply(v, x) ** 2).mean()))(variables)
+        sizes.append(np.abs(grads["params"]["qenet"]["in_conv.0"]["kernel"]).max())
+    assert sizes[1] > 1000 * sizes[0] > 0
+
+
 def test_ivl_repeats_edge_frames_and_returns_the_restored_picture():
     assert ivl.frame_windows(6).tolist()[0] == [0, 0, 0, 1, 2]
     assert ivl.frame_windows(6).tolist()[5] == [3, 4, 5, 5, 5]
