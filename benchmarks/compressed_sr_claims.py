@@ -90,7 +90,7 @@ def table() -> Path:
     path = RESULTS / "compressed_sr_claims.md"
     text = (
         "# Gain over bicubic enlargement\n\n"
-        "`python -m benchmarks.compressed_sr_claims PRESET --seeds ...`, then `table`, on "
+        "`python -m benchmarks.compressed_sr_claims PRESET --seeds ...`, then `table`, written on "
         f"{machine()}. Mean over seeds (range) of the mean gain of the test pictures or clips in "
         "dB; every single run is in compressed_sr_runs.csv. CPU seconds include compilation and "
         "evaluation.\n\n"

@@ -4,7 +4,8 @@ transfer  digits at 32x32: success on two hidden victims of random signs, PGD an
           MI on four, MI with diverse inputs and smoothed gradients on four, at three budgets.
 patches   a patch optimized over placements beside one optimized for a single placement, both judged
           at fresh placements, on the same networks.
-margins   verification of letters after training with ArcFace and with softmax for the same steps.
+margins   verification of letters after training with ArcFace and with softmax for the same steps;
+          `new_identities`: of letters that were left out of training.
 scenarios  share of ten scenes a seed in which a search finds a collision that counts, by method and
           number of rollouts, for an ego without and with forecasts (constant velocity).
 textures  share of drive-ups in which a vehicle is found with its paint, a random texture, and one
@@ -358,9 +359,9 @@ def report() -> Path:
     path = RESULTS / "security_claims.md"
     path.write_text(
         "# Attacks of the security tracks\n\n"
-        f"`python -m benchmarks.security_claims`, on {machine()}; {versions()}. Mean (range) over "
-        "seeds; transfer: shares of images that were classified rightly before; displacement "
-        "errors in meters.\n\n" + "\n".join(blocks)
+        f"`python -m benchmarks.security_claims`, written on {machine()}; {versions()}. Mean "
+        "(range) over seeds; transfer: shares of images that were classified rightly before; "
+        "displacement errors in meters.\n\n" + "\n".join(blocks)
     )
     return path
 

@@ -115,7 +115,8 @@ def report() -> Path:
             blocks.append(f"## {title}\n\n{markdown(header, lines)}")
     path = RESULTS / "video2stylegan_claims.md"
     path.write_text(
-        "# Video2StyleGAN's small recipes\n\n`python -m benchmarks.video2stylegan_claims`, on "
+        "# Video2StyleGAN's small recipes\n\n"
+        "`python -m benchmarks.video2stylegan_claims`, written on "
         f"{machine()}; {versions()}. Mean +- standard deviation over seeds; every run is in "
         f"`{RUNS.name}`.\n\n" + "\n".join(blocks),
         encoding="utf-8",

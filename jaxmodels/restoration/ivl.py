@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmodels.interop.conversion import TRANSPOSED_CONVOLUTION
 from jaxmodels.layers.convolution import Conv
+from jaxmodels.layers.initializers import Initializer, torch_kernel
 from jaxmodels.layers.transposed_convolution import TransposedConv
 from jaxmodels.restoration.deformable import modulated_deform_conv2d
 from jaxmodels.restoration.inputs import check_unit_range
@@ -26,9 +27,9 @@ _HE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 _HE_TRANSPOSED = nn.initializers.variance_scaling(8.0, "fan_in", "truncated_normal")
 
 
-def _starts(he_init: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`kernel_init` of convolutions and of transposed ones; PyTorch's unless asked."""
-    return ({"kernel_init": _HE}, {"kernel_init": _HE_TRANSPOSED}) if he_init else ({}, {})
+def _starts(he_init: bool) -> tuple[Initializer, Initializer]:
+    """Initializers of hidden convolutions and of transposed ones."""
+    return (_HE, _HE_TRANSPOSED) if he_init else (torch_kernel(), torch_kernel())
 
 
 class DeformableFusion(nn.Module):
@@ -50,27 +51,29 @@ class DeformableFusion(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        starts, starts_up = _starts(self.he_init)
+        start, start_up = _starts(self.he_init)
 
-        def conv(y, name, features=self.nf, stride=1, **own):
-            return Conv(features, 3, stride, use_bias=True, name=name, **types, **own)(y)
+        def conv(y, name, features=self.nf, stride=1, kernel_init=start):
+            init = {"use_bias": True, "kernel_init": kernel_init}
+            return Conv(features, 3, stride, name=name, **init, **types)(y)
 
         def up(y, name):
-            return nn.relu(TransposedConv(self.nf, name=name, **types, **starts_up)(y))
+            return nn.relu(TransposedConv(self.nf, name=name, kernel_init=start_up, **types)(y))
 
-        maps = nn.relu(conv(x, "initial_conv.0", self.initial_maps, **starts))
-        levels = [nn.relu(conv(maps, "in_conv.0", **starts))]
+        maps = nn.relu(conv(x, "initial_conv.0", self.initial_maps))
+        levels = [nn.relu(conv(maps, "in_conv.0"))]
         for i in range(1, self.nb_unet):
-            y = nn.relu(conv(levels[-1], f"dn_conv{i}.0", stride=2, **starts))
-            levels.append(nn.relu(conv(y, f"dn_conv{i}.2", **starts)))
-        y = nn.relu(conv(levels[-1], "tr_conv.0", stride=2, **starts))
-        y = up(nn.relu(conv(y, "tr_conv.2", **starts)), "tr_conv.4")
+            y = nn.relu(conv(levels[-1], f"dn_conv{i}.0", stride=2))
+            levels.append(nn.relu(conv(y, f"dn_conv{i}.2")))
+        y = nn.relu(conv(levels[-1], "tr_conv.0", stride=2))
+        y = up(nn.relu(conv(y, "tr_conv.2")), "tr_conv.4")
         for i in range(self.nb_unet - 1, 0, -1):
-            y = nn.relu(conv(jnp.concatenate([y, levels[i]], -1), f"up_conv{i}.0", **starts))
+            y = nn.relu(conv(jnp.concatenate([y, levels[i]], -1), f"up_conv{i}.0"))
             y = up(y, f"up_conv{i}.2")
-        y = nn.relu(conv(y, "out_conv.0", **starts))
-        offset = conv(y, "offset", 18 * self.offset_groups)
-        mask = jax.nn.sigmoid(conv(y, "mask", 9 * self.offset_groups))
+        y = nn.relu(conv(y, "out_conv.0"))
+        offset = conv(y, "offset", 18 * self.offset_groups, kernel_init=torch_kernel())
+        mask = conv(y, "mask", 9 * self.offset_groups, kernel_init=torch_kernel())
+        mask = jax.nn.sigmoid(mask)
         kernel = self.param(
             "weights", nn.initializers.uniform(1.0), (self.out_nc, 1, 3, 3), self.param_dtype
         )
@@ -99,17 +102,18 @@ class PlainCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        starts, starts_up = _starts(self.he_init)
+        start, start_up = _starts(self.he_init)
 
-        def conv(y, name, features=self.nf, **own):
-            return Conv(features, 3, use_bias=True, name=name, **types, **own)(y)
+        def conv(y, name, features=self.nf, kernel_init=start):
+            init = {"use_bias": True, "kernel_init": kernel_init}
+            return Conv(features, 3, name=name, **init, **types)(y)
 
-        x = nn.relu(conv(x, "in_conv.0", **starts))
+        x = nn.relu(conv(x, "in_conv.0"))
         for stage in (1, 2):
             for i in range(self.nb - 2):
-                x = nn.relu(conv(x, f"hid_conv_{stage}.{2 * i}", **starts))
-            x = TransposedConv(self.nf, name=f"up{stage}", **types, **starts_up)(x)
-        return conv(x, "out_conv", 1)
+                x = nn.relu(conv(x, f"hid_conv_{stage}.{2 * i}"))
+            x = TransposedConv(self.nf, name=f"up{stage}", kernel_init=start_up, **types)(x)
+        return conv(x, "out_conv", 1, kernel_init=torch_kernel())
 
 
 class MFVQESRY(nn.Module):

@@ -313,6 +313,53 @@ def systems(monkeypatch, tmp_path):
     }
 
 
+def test_textures_are_judged_by_the_attacked_detectors_too(monkeypatch, tmp_path):
+    entry = {"config": "configs/ai_security.py:driving", "set": {"model_args.width": 4}}
+
+    def member(name):
+        config = member_config({**entry, "name": name}, tmp_path)
+        task = build_task(config)
+        example = jnp.zeros((1, 64, 64, 3))
+        variables = jax.jit(task.model.init)(jax.random.key(len(name)), example)
+        return Member(name, config, task, variables, {})
+
+    members = {name: member(name) for name in ("a", "bb", "hidden")}
+    monkeypatch.setattr(
+        driving, "train_members", lambda entries, workdir: [members[e["name"]] for e in entries]
+    )
+    # What each detector finds, in place of what its random weights would.
+    found = {"a": [1, 1, 0], "bb": [1, 0, 0], "hidden": [1, 1, 1]}
+    monkeypatch.setattr(
+        driving,
+        "detection_tables",
+        lambda rules, member, textures: {
+            name: np.full((1, 3), value, bool)
+            for name, value in zip(textures, found[member.name], strict=True)
+        },
+    )
+    rules = {
+        "seed": 0,
+        "paint": [0.5, 0.5, 0.5],
+        "texture_attack": {"steps": 2, "batch": 2},
+        "detectors": [{"name": "a"}, {"name": "bb"}],
+        "hidden_detector": [{"name": "hidden"}],
+        "drives": 1,
+        "frames": 3,
+    }
+    base = driving.base_texture(rules)
+    texture = driving.optimize(rules, tmp_path, base)
+    assert texture.shape == base.shape and np.abs(texture - base).max() > 0.01
+    rates = driving.white_box_rates(rules, tmp_path, texture)
+    assert rates == {
+        "white_box_rate/clean": 1.0, "white_box_rate/random": 0.5, "white_box_rate/attacked": 0.0
+    }  # fmt: skip
+    monkeypatch.undo()
+    tables = driving.detection_tables(rules, members["a"], driving.judged_textures(rules, texture))
+    assert {name: t.shape for name, t in tables.items()} == dict.fromkeys(
+        ("clean", "random", "attacked"), (1, 3)
+    )
+
+
 def test_the_driving_track_attacks_the_projects_own_systems(systems, tmp_path):
     folder = tmp_path / "submission"
     numbers = driving.attempt(systems, tmp_path, folder)

@@ -195,8 +195,9 @@ def _perception(rules, workdir, texture) -> dict[str, float]:
 
 def white_box_rates(rules: dict[str, Any], workdir: Path, texture: jax.Array) -> dict[str, float]:
     """Detection by the detectors that were attacked, mean over them, on the scorer's drive-ups."""
+    textures = judged_textures(rules, texture)
     tables = [
-        detection_tables(rules, member, judged_textures(rules, texture))
+        detection_tables(rules, member, textures)
         for member in train_members(rules["detectors"], workdir)
     ]
     return {
