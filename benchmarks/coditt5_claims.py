@@ -1,13 +1,14 @@
 """CoditT5's claims on held-out files: plans against plain generation, and re-ranking both ways.
 
     python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
+        [--workdir DIR]
     python -m benchmarks.coditt5_claims rerank --plans RUN --generator RUN [--path DATA]
         [--beams 5] [--examples 256]
 
 `train` runs every recipe with both systems and every seed, appends a row a run to
 `results/coditt5_runs.csv` (a row that is there is not repeated) and writes
-`results/coditt5_claims.md`. For `rerank`, RUN are finished runs of `configs/coditt5.py` and
-`configs/coditt5.py:generator`.
+`results/coditt5_claims.md`. With `--workdir` the runs stay, in `DIR/RECIPE/SYSTEM_SEED`. For
+`rerank`, RUN are finished runs of `configs/coditt5.py` and `configs/coditt5.py:generator`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from configs.coditt5 import get_config
 from jaxmodels.language import edit_metrics
 from train.data import edits
 from train.initialization import starting_variables
-from train.loop import Plan, compilation_cache, fit
+from train.loop import Plan, fit
+from train.process import prepare_process
 from train.rerank import rerank
 
 CSV = RESULTS / "coditt5_runs.csv"
@@ -39,21 +41,24 @@ PRESETS = {"CoditT5": "small", "generator": "generator"}
 METRICS = ("exact_match", "copy_rate", "bleu4", "sari", "gleu")
 
 
-def one(recipe: str, system: str, seed: int, path: str | None, examples: int) -> dict:
-    """Train and test one system."""
+def one(
+    recipe: str, system: str, seed: int, path: str | None, examples: int, workdir: str | None
+) -> dict:
+    """Train and test one system; its runs stay in `workdir`, if given."""
     pretraining, steps, changes = RECIPES[recipe]
     if system == "generator":
         pretraining, steps = 0, pretraining + steps
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(workdir or temporary) / recipe.replace(",", "").replace(" ", "_")
         start = ""
         if pretraining:
             config = _config("pretrain", seed, pretraining, path, {}, examples)
-            start = str(Path(folder) / "pretraining")
+            start = str(folder / f"pretraining_{seed}")
             fit(config, start)
         config = _config(PRESETS[system], seed, steps, path, changes, examples)
         config.init_from = start
-        numbers = fit(config, str(Path(folder) / "run"))
+        numbers = fit(config, str(folder / f"{system}_{seed}"))
     # A generator has no plans to be consistent with.
     found = {name: numbers.get(f"test_{name}", "") for name in MEASURES}
     measured = {k: v if v == "" else round(float(v), 3) for k, v in found.items()}
@@ -74,7 +79,7 @@ def _config(preset: str, seed: int, steps: int, path: str | None, changes: dict,
 
 def train(arguments: argparse.Namespace) -> None:
     """Run what is missing and write the table."""
-    compilation_cache()
+    prepare_process()
     rows = runs.read(CSV)
     known = {(r["recipe"], r["system"], int(r["seed"])) for r in rows}
     for seed in arguments.seeds:
@@ -82,7 +87,9 @@ def train(arguments: argparse.Namespace) -> None:
             for system in PRESETS:
                 if (recipe, system, seed) in known:
                     continue
-                row = one(recipe, system, seed, arguments.path, arguments.examples)
+                row = one(
+                    recipe, system, seed, arguments.path, arguments.examples, arguments.workdir
+                )
                 rows.append(row)
                 runs.append(CSV, row)
                 print(row, flush=True)
@@ -131,6 +138,7 @@ def main() -> None:
         if name == "train":
             command.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+            command.add_argument("--workdir")
         else:
             command.add_argument("--plans", required=True)
             command.add_argument("--generator", required=True)
@@ -141,7 +149,7 @@ def main() -> None:
 
 def rerank_both(arguments: argparse.Namespace) -> None:
     """Beams of each system re-scored by the other, the table on standard output."""
-    compilation_cache()
+    prepare_process()
     models = {}
     for name, preset, run in (
         ("CoditT5", "small", arguments.plans),

@@ -27,9 +27,10 @@ def one(preset: str, seed: int, changes: list[str]) -> dict:
     """Train a preset with a seed and measure it."""
     from train.checkpoints import load_params
     from train.command_line import read_flags
-    from train.loop import Plan, compilation_cache, fit
+    from train.loop import Plan, fit
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     flags = [f"--config={CONFIG}:{preset}", f"--config.seed={seed}"]
     flags += [f"--config.{change}" for change in changes]
     with tempfile.TemporaryDirectory() as folder:

@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks import runs
 from configs import lead as lead_configs
 from configs import prod as prod_configs
-from train.loop import compilation_cache
 from train.naming import ConfigError
+from train.process import prepare_process
 from train.progression import run_progression
 
 SIZES = {"query_length": 16, "document_length": 32}
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--lwf", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=4.0)
     args = parser.parse_args()
-    compilation_cache()
+    prepare_process()
     pairs = [("lead", "plain"), ("lead", "response")]
     if args.system == "prod":
         pairs = [("D2", "none"), ("D2", "direct"), ("direct", "none")]

@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="*", default=list(TUNINGS), choices=list(TUNINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             one(recipe, arguments.tunings, seed)

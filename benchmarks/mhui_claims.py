@@ -45,9 +45,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     arguments = parser.parse_args()
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     for seed in arguments.seeds:
         for method in arguments.methods:
             if (method, seed) not in {(r["method"], int(r["seed"])) for r in runs.read(RUNS)}:

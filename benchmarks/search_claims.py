@@ -1,9 +1,10 @@
 """What the searches claim, on real digits: rank correlation, search against random, sharing, HSS.
 
-`python -m benchmarks.search_claims --system vitas --seeds 5 --out FILE.csv` trains supernets of
-every kind, scores a sample of networks in each, trains the same networks on their own, and runs
-both searches at equal numbers of measured networks. One row a (kind, seed), appended, so that it
-can be stopped and continued; `--table` writes means with 95 % intervals (t over seeds) beside it.
+`python -m benchmarks.search_claims --system vitas [--kinds cyclic ...] [--seeds 0 1 ...]` trains
+supernets of every kind, scores a sample of networks in each, trains the same networks on their own
+once (their accuracies stand in `results/SYSTEM_alone.csv`), and runs both searches at equal numbers
+of measured networks. A row a (kind, seed) is appended to `results/SYSTEM_runs.csv`, so that it can
+be stopped and continued; `results/SYSTEM_claims.md` has means with 95 % intervals over seeds.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks import runs
+from benchmarks.measure import RESULTS, machine, markdown, versions
 from train.command_line import load_config
 
 KINDS = {
@@ -141,57 +142,81 @@ def one(system: str, kind: str, seed: int, arguments, accuracies: list[float]) -
     }  # fmt: skip
 
 
-def table(path: Path) -> str:
-    """Means over seeds with 95 % intervals of the mean."""
-    rows = runs.read(path)
-    lines = ["| supernet | seeds | Kendall tau | search (%) | random (%) | search - random |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-
-    for key in dict.fromkeys((r["system"], r["kind"]) for r in rows):
-        mine = [r for r in rows if (r["system"], r["kind"]) == key]
-        gaps = [float(r["search"]) - float(r["random"]) for r in mine]
-        cells = [
-            runs.mean([r[c] for r in mine], ".3f") for c in ("kendall_tau", "search", "random")
-        ]
-        wins = sum(g > 0 for g in gaps)
-        lines.append(
-            f"| {' '.join(key)} | {len(mine)} | {' | '.join(cells)} | {runs.mean(gaps, '.3f')} "
-            f"({wins} of {len(gaps)}) |"
-        )
-    return "\n".join(lines) + "\n"
+def write(system: str, command: str) -> None:
+    """Means over seeds with 95 % intervals, and what differs between kinds, paired by seed."""
+    rows = runs.read(RESULTS / f"{system}_runs.csv")
+    kinds = [k for k in KINDS[system] if any(r["kind"] == k for r in rows)]
+    measures = ("kendall_tau", "search", "random", "gap", "supernet_accuracy")
+    by_seed: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in kinds}
+    for r in rows:
+        gap = float(r["search"]) - float(r["random"])
+        by_seed[r["kind"]][int(r["seed"])] = {
+            m: gap if m == "gap" else float(r[m]) for m in measures
+        }
+    means, paired = [], []
+    for kind in kinds:
+        mine = by_seed[kind].values()
+        wins = sum(r["gap"] > 0 for r in mine)
+        means.append(
+            [kind, str(len(mine)), *(runs.mean([r[m] for r in mine], ".2f") for m in measures),
+             f"{wins} of {len(mine)}"]
+        )  # fmt: skip
+        seeds = sorted(set(by_seed[kinds[0]]) & set(by_seed[kind]))
+        if kind != kinds[0] and seeds:
+            pairs = [(by_seed[kinds[0]][s], by_seed[kind][s]) for s in seeds]
+            differences = (runs.mean([a[m] - b[m] for a, b in pairs], ".2f") for m in measures)
+            paired.append([f"{kinds[0]} - {kind}", str(len(seeds)), *differences])
+    named = ["Kendall tau", "search (%)", "random (%)", "search - random", "supernet (%)"]
+    first = rows[0]
+    (RESULTS / f"{system}_claims.md").write_text(
+        f"# {system}: what its search finds on digits\n\n`{command}`, written on {machine()}; "
+        f"{versions()}.\n{first['steps']} training steps a supernet; Kendall tau between the "
+        f"supernet's scores and the accuracies of {first['networks']} networks trained on their "
+        f"own for {first['alone_steps']} steps (`{system}_alone.csv`); the best network of the "
+        "search and of as many random ones by the supernet's accuracy on held-out digits; the "
+        "supernet's own test accuracy over drawn networks. Mean ± half of Student's 95 % interval "
+        f"over seeds; every run in `{system}_runs.csv`.\n\n"
+        + markdown(["supernet", "seeds", *named, "search ahead"], means)
+        + "\nPaired by seed:\n\n"
+        + markdown(["difference", "seeds", *named], paired)
+    )
 
 
 def main() -> None:
     """Missing rows, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--system", choices=tuple(KINDS), required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", help="all of the system's without it")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--networks", type=int, default=12)
     parser.add_argument("--alone_steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    from train.loop import compilation_cache
+    kinds = arguments.kinds or list(KINDS[arguments.system])
+    if unknown := set(kinds) - set(KINDS[arguments.system]):
+        parser.error(f"no kind {min(unknown)!r}; known: {', '.join(KINDS[arguments.system])}")
+    from train.process import prepare_process
 
-    compilation_cache()
-    accuracies: list[float] = []
-    memory = arguments.out.with_suffix(".alone.csv")
-    if memory.exists():
-        accuracies = [float(v) for v in memory.read_text().split()]
-    known = {(r["kind"], int(r["seed"])) for r in runs.read(arguments.out)}
-    for seed in range(arguments.seeds):
-        for kind in KINDS[arguments.system]:
-            if (kind, seed) in known:
+    prepare_process()
+    path = RESULTS / f"{arguments.system}_runs.csv"
+    memory = RESULTS / f"{arguments.system}_alone.csv"
+    accuracies = [float(r["accuracy"]) for r in runs.read(memory)]
+    command = (
+        f"python -m benchmarks.search_claims --system {arguments.system} --steps {arguments.steps} "
+        f"--networks {arguments.networks} --alone_steps {arguments.alone_steps}"
+    )
+    for seed in arguments.seeds:
+        for kind in kinds:
+            if any((r["kind"], int(r["seed"])) == (kind, seed) for r in runs.read(path)):
                 continue
             row = one(arguments.system, kind, seed, arguments, accuracies)
-            memory.write_text("\n".join(map(str, accuracies)) + "\n")
-            runs.append(arguments.out, row)
+            if not memory.exists():
+                runs.append(
+                    memory, *({"network": i, "accuracy": a} for i, a in enumerate(accuracies))
+                )
+            runs.append(path, row)
             print(row, flush=True)
-    arguments.out.with_suffix(".md").write_text(
-        f"`python -m benchmarks.search_claims --system {arguments.system} --seeds "
-        f"{arguments.seeds} --steps {arguments.steps} --networks {arguments.networks} "
-        f"--alone_steps {arguments.alone_steps}`\n\n{table(arguments.out)}"
-    )
+    write(arguments.system, command)
 
 
 if __name__ == "__main__":

@@ -373,9 +373,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=300, help="training steps of every network")
     given = parser.parse_args()
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     done = {(r["claim"], int(r["seed"])) for r in runs.read(RUNS)}
     for seed in given.seeds:
         if (given.claim, seed) not in done:

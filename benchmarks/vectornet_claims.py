@@ -58,9 +58,10 @@ def main() -> None:
 def run_cell(cell: str, seed: int) -> None:
     """Train and append a row; the first run also records constant velocity."""
     from configs import vectornet
-    from train.loop import compilation_cache, fit
+    from train.loop import fit
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     preset, changes, _ = CELLS[cell]
     config = vectornet.get_config(preset)
     config.update_from_flattened_dict({**changes, "seed": seed, "checkpoint.every": 0})

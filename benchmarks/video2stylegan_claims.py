@@ -64,9 +64,10 @@ def main() -> None:
 def one(study: str, seed: int, changes: list[str]) -> None:
     """Train, and append what the run reports."""
     from train.command_line import read_flags
-    from train.loop import compilation_cache, fit
+    from train.loop import fit
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     config_file, own = STUDIES[study]
     flags = [f"--config={CONFIGS / config_file}", f"--config.seed={seed}"]
     flags += [f"--config.{flag}" for flag in (*own, *changes)]

@@ -8,7 +8,8 @@ no_map    the same without the map: 3.5 m
 complete  small with node completion (hidden polylines): 3.8 m; it needs longer runs
           (--config.steps=2400 --config.schedule.boundaries=960,1440,1920: 2.2 m, two minutes)
 crossing  intersections: the map shows three routes
-highway   a straight road of three lanes with lane changes: the driving track's forecaster
+highway   a straight road of three lanes with lane changes: the driving track's forecaster, ten
+          minutes of a core
 raster    the ConvNet baseline (k3, crop along the trajectory) on rasters of 64 px
 paper     python -m train --config configs/vectornet.py:paper --workdir DIR
               --config.data.options.path=/path/to/argoverse
@@ -81,8 +82,10 @@ def _small(config, preset):
         config.steps, config.batch_size = 300, 16
     if preset == "highway":
         # Ends are 90 m ahead there, and constant velocity comes within 2.3 m of them: 600 steps
-        # end at 1.75 of its error, 4000 at 0.97, 9000 too (learned by heart).
-        config.steps = 4000
+        # end at 1.75 of its error; 4000 at 0.97, and longer runs too, if there are 1500 scenes to
+        # learn by heart.
+        config.steps = 9000
+        config.data.options.scenes = (8000, 300, 300)
     # Times 0.3 in stages after 40 % of the steps.
     config.schedule.boundaries = tuple(config.steps * k // 10 for k in (4, 6, 8))
     config.eval.batch_size = 100

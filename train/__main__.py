@@ -20,12 +20,13 @@ def main(argv: list[str]) -> int:
 
         print(dry_run(config, argv))
         return 0
-    from train.loop import compilation_cache, fit
+    from train.loop import fit
     from train.parallel import start_processes
+    from train.process import prepare_process
 
     start_processes(config.parallel)
 
-    compilation_cache()
+    prepare_process()
     command = shlex.join(["python", "-m", "train", *argv[1:]])
     if config.order:
         from train.progression import run_progression

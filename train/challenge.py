@@ -28,10 +28,10 @@ def main(argv: list[str]) -> int:
     if "challenge" not in config:
         raise ConfigError("config.challenge is missing: take the preset `pipeline`")
     from train.challenge_stages import stages_of_challenge
-    from train.loop import compilation_cache
+    from train.process import prepare_process
     from train.progression import run_stages
 
-    compilation_cache()
+    prepare_process()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "train.challenge", *argv[1:]])

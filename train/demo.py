@@ -30,9 +30,10 @@ def main(argv: list[str]) -> int:
     _headline("1. Three saddle escapes of a rank-3 target (theory)")
     rows += _theory(workdir / "theory", pictures)
 
-    from train.loop import compilation_cache, fit
+    from train.loop import fit
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     _headline("2. RepGhost on real handwritten digits, trained and folded")
     config = load_config(str(ROOT / "configs" / "repghost.py"))
     numbers = fit(config, workdir / "repghost", command="make demo")

@@ -32,9 +32,9 @@ STRIP_COLUMNS = 8
 def main(argv: list[str]) -> int:
     """Encode, edit and write a clip; say how fast, and how steady it is."""
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     if "edit" not in config:
         raise ConfigError("--config: it has no key `edit`; use configs/video2stylegan.py")
     numbers = edit_clip(config, paths["checkpoint"], paths["input"], paths["output"])

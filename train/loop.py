@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -482,11 +481,3 @@ def _write_config(workdir: Path, config) -> None:
     part = workdir / "config.json.part"
     part.write_text(text)
     part.replace(workdir / "config.json")
-
-
-@functools.cache
-def compilation_cache() -> None:
-    """Keep compiled programs between runs, as every accelerator user wants."""
-    if not jax.config.jax_compilation_cache_dir:
-        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "jaxmodels", "xla"))

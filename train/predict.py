@@ -27,9 +27,10 @@ def load_run(argv: list[str]) -> tuple:
     """
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
     from train.initialization import starting_variables
-    from train.loop import Plan, compilation_cache
+    from train.loop import Plan
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     missing = not Path(paths["input"]).exists()
     if missing and paths["input"] != "test":
         raise ConfigError(f"--input {paths['input']}: no such file or directory")

@@ -90,9 +90,10 @@ def main(argv: list[str]) -> int:
     config, paths = read_flags(argv, need_workdir=False, strings=FLAGS)
     from train.data import edits
     from train.initialization import starting_variables
-    from train.loop import Plan, compilation_cache
+    from train.loop import Plan
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     if not Path(paths["input"]).is_file():
         raise ConfigError(f"--input {paths['input']}: no such file")
     other = load_config(paths["reranker_config"])

@@ -53,11 +53,12 @@ def main(argv: list[str]) -> int:
     if "retrieve" not in config:
         raise ConfigError("config.retrieve is missing: this config is not one of a retriever")
     from train.initialization import starting_variables
-    from train.loop import Plan, compilation_cache
+    from train.loop import Plan
     from train.parallel import start_processes
+    from train.process import prepare_process
 
     start_processes(config.parallel)
-    compilation_cache()
+    prepare_process()
     if not Path(paths["checkpoint"]).exists():
         raise ConfigError(f"--checkpoint {paths['checkpoint']}: no such file or directory")
     with config.unlocked():

@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Run or score one track and print its table."""
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
     parser = _Parser(prog="python -m train.competition")
     parser.add_argument("track")
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from train.competition.rules import check_rules
 
     check_rules(arguments.track, rules)
-    compilation_cache()
+    prepare_process()
     workdir = Path(arguments.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     track = importlib.import_module(f"train.competition.{arguments.track}")

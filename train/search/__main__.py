@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError("config.search: this config has no search")
     from train.building import build_task
     from train.checkpoints import load_params
-    from train.loop import compilation_cache
+    from train.process import prepare_process
 
-    compilation_cache()
+    prepare_process()
     workdir = Path(paths["workdir"])
     workdir.mkdir(parents=True, exist_ok=True)
     task = build_task(config)
