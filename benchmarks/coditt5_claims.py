@@ -2,13 +2,14 @@
 
     python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
         [--workdir DIR]
-    python -m benchmarks.coditt5_claims rerank --plans RUN --generator RUN [--path DATA]
+    python -m benchmarks.coditt5_claims rerank --plans RUN ... --generator RUN ... [--path DATA]
         [--beams 5] [--examples 256]
 
 `train` runs every recipe with both systems and every seed, appends a row a run to
 `results/coditt5_runs.csv` (a row that is there is not repeated) and writes
 `results/coditt5_claims.md`. With `--workdir` the runs stay, in `DIR/RECIPE/SYSTEM_SEED`. For
-`rerank`, RUN are finished runs of `configs/coditt5.py` and `configs/coditt5.py:generator`.
+`rerank`, RUN are finished runs of `configs/coditt5.py` and, as many, of
+`configs/coditt5.py:generator`; it writes `results/coditt5_rerank.md`.
 """
 
 from __future__ import annotations
@@ -140,21 +141,40 @@ def main() -> None:
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
             command.add_argument("--workdir")
         else:
-            command.add_argument("--plans", required=True)
-            command.add_argument("--generator", required=True)
+            command.add_argument("--plans", nargs="+", required=True)
+            command.add_argument("--generator", nargs="+", required=True)
             command.add_argument("--beams", type=int, default=5)
     arguments = parser.parse_args()
     (train if arguments.command == "train" else rerank_both)(arguments)
 
 
 def rerank_both(arguments: argparse.Namespace) -> None:
-    """Beams of each system re-scored by the other, the table on standard output."""
+    """Beams of each system re-scored by the other, means over pairs of runs."""
     prepare_process()
+    pairs = list(zip(arguments.plans, arguments.generator, strict=True))
+    cells: dict[str, list[dict]] = {}
+    for runs_of_pair in pairs:
+        for name, scores in reranked(*runs_of_pair, arguments).items():
+            cells.setdefault(name, []).append(scores)
+    rows = [
+        [name, *(runs.mean([s[m] for s in scores], ".1f") for m in METRICS)]
+        for name, scores in cells.items()
+    ]
+    text = (
+        "# CoditT5 and the plain generator, re-ranked by each other\n\n"
+        f"`python -m benchmarks.coditt5_claims rerank`, {len(pairs)} pairs of runs, "
+        f"{arguments.examples} held-out statements, {arguments.beams} beams; written on "
+        f"{machine()}; {versions()}. Mean ± half of Student's 95 % interval over pairs.\n\n"
+        + markdown(["system", *METRICS], rows)
+    )
+    (RESULTS / "coditt5_rerank.md").write_text(text)
+    print(text)
+
+
+def reranked(plans: str, generator: str, arguments: argparse.Namespace) -> dict[str, dict]:
+    """Scores x 100 of two runs, alone and re-ranked, by name."""
     models = {}
-    for name, preset, run in (
-        ("CoditT5", "small", arguments.plans),
-        ("generator", "generator", arguments.generator),
-    ):
+    for name, preset, run in (("CoditT5", "small", plans), ("generator", "generator", generator)):
         config = get_config(preset)
         config.data.options.path = arguments.path
         config.data.options.evaluated = arguments.examples
@@ -164,22 +184,16 @@ def rerank_both(arguments: argparse.Namespace) -> None:
         models[name] = (plan.task, {"params": params})
     examples = edits.eval_examples("test", models["CoditT5"][0].options)
     old, new = [e.old for e in examples], [e.new for e in examples]
-    rows = [row("copying the input", old, new, old)]
+    scores = {"copying the input": edit_metrics.scores(old, new, old)}
     lines = [(text, []) for text in old]
     for name, other in (("CoditT5", "generator"), ("generator", "CoditT5")):
         found = rerank(*models[name], *models[other], lines, arguments.beams)
-        rows.append(row(name, [r.targets[0] for r in found], new, old))
+        scores[name] = edit_metrics.scores([r.targets[0] for r in found], new, old)
         best = [r.targets[r.best] for r in found]
-        rows.append(row(f"{name} re-ranked by {other}", best, new, old))
+        scores[f"{name} re-ranked by {other}"] = edit_metrics.scores(best, new, old)
         within = [new[i] if new[i] in r.targets else "" for i, r in enumerate(found)]
-        rows.append(row(f"{name}, the best of its {arguments.beams}", within, new, old))
-    print(markdown(["system", *METRICS], rows))
-
-
-def row(name: str, predictions: list[str], new: list[str], old: list[str]) -> list[str]:
-    """One line of the table, scores x 100."""
-    scores = edit_metrics.scores(predictions, new, old)
-    return [name, *(f"{scores[m]:.1f}" for m in METRICS)]
+        scores[f"{name}, the best of its {arguments.beams}"] = edit_metrics.scores(within, new, old)
+    return scores
 
 
 if __name__ == "__main__":
