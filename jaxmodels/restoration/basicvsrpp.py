@@ -28,9 +28,13 @@ SLOPE = 0.1
 _ZEROS = nn.initializers.zeros
 
 
-def _residual_init() -> Initializer:
-    """Kaiming normal over fan-in, scaled by 0.1 as in the official residual blocks."""
-    return nn.initializers.variance_scaling(2 * 0.1**2, "fan_in", "normal")
+def _official_init(scale: float) -> dict[str, Initializer]:
+    """Kaiming normal over fan-in times `scale`, no bias: mmagic's `default_init_weights`.
+
+    Residual blocks have scale 0.1, upsampling convolutions 1; the others are PyTorch's own.
+    """
+    kernel = nn.initializers.variance_scaling(2 * scale**2, "fan_in", "normal")
+    return {"kernel_init": kernel, "bias_init": _ZEROS}
 
 
 class ResidualBlocks(nn.Module):
@@ -38,14 +42,16 @@ class ResidualBlocks(nn.Module):
 
     channels: int
     num_blocks: int
+    he_init: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = nn.leaky_relu(Conv(self.channels, 3, name="main.0", **types)(x), SLOPE)
-        init = dict(kernel_init=_residual_init(), bias_init=_ZEROS)
+        start = _official_init(1.0) if self.he_init else {}
+        x = nn.leaky_relu(Conv(self.channels, 3, name="main.0", **start, **types)(x), SLOPE)
+        init = _official_init(0.1)
         for i in range(self.num_blocks):
             y = nn.relu(Conv(self.channels, 3, name=f"main.2.{i}.conv1", **init, **types)(x))
             x = x + Conv(self.channels, 3, name=f"main.2.{i}.conv2", **init, **types)(y)
@@ -108,9 +114,11 @@ class BasicVSRPlusPlus(nn.Module):
     With `is_low_res_input=False` (compressed-video enhancement) the output has the input's size:
     features and flows live on a grid of a quarter of it. `spatial_blocks` are those of the feature
     extractor and of the reconstruction, `hr_channels` the width at full size; the official class
-    fixes them at 5 and 64. `remat` recomputes each propagation step
-    in the backward pass. `detect_mirror`: an even clip whose second half is the first reversed
-    takes the backward flows, reversed, as its forward flows; this is decided for every call.
+    fixes them at 5 and 64. `he_init` begins every convolution outside flow and alignment but the
+    last with He's weights, because a short training is slow to leave PyTorch's. `remat` recomputes
+    each propagation step in the backward pass. `detect_mirror`: an even clip whose second half is
+    the first reversed takes the backward flows, reversed, as its forward flows; this is decided for
+    every call.
 
     Raises ValueError for clips that are not [B,T,C,H,W] with channels moved last, sides under
     64 on the low-resolution grid, and channel counts that deformable groups do not divide.
@@ -125,6 +133,7 @@ class BasicVSRPlusPlus(nn.Module):
     spatial_blocks: int = 5
     hr_channels: int = 64
     detect_mirror: bool = True
+    he_init: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -146,24 +155,27 @@ class BasicVSRPlusPlus(nn.Module):
     def setup(self) -> None:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         conv = dict(use_bias=True, **types)
+        hidden = conv | _official_init(1.0) if self.he_init else conv
+        blocks = dict(he_init=self.he_init, **types)
         c = self.mid_channels
         self.spynet = SPyNet(self.spynet_channels, **types)
         if self.is_low_res_input:
-            self.feat_extract = ResidualBlocks(c, self.spatial_blocks, **types)
+            self.feat_extract = ResidualBlocks(c, self.spatial_blocks, **blocks)
         else:
-            self._child("feat_extract.0", Conv(c, 3, 2, **conv))
-            self._child("feat_extract.2", Conv(c, 3, 2, **conv))
-            self._child("feat_extract.4", ResidualBlocks(c, self.spatial_blocks, **types))
+            self._child("feat_extract.0", Conv(c, 3, 2, **hidden))
+            self._child("feat_extract.2", Conv(c, 3, 2, **hidden))
+            self._child("feat_extract.4", ResidualBlocks(c, self.spatial_blocks, **blocks))
         for direction in DIRECTIONS:
             align = SecondOrderDeformableAlignment(
                 c, self.deform_groups, self.max_residue_magnitude, **types
             )
             self._child(f"deform_align.{direction}", align)
-            self._child(f"backbone.{direction}", ResidualBlocks(c, self.num_blocks, **types))
-        self.reconstruction = ResidualBlocks(c, self.spatial_blocks, **types)
-        self._child("upsample1.upsample_conv", Conv(4 * c, 3, **conv))
-        self._child("upsample2.upsample_conv", Conv(4 * self.hr_channels, 3, **conv))
-        self.conv_hr = Conv(self.hr_channels, 3, **conv)
+            self._child(f"backbone.{direction}", ResidualBlocks(c, self.num_blocks, **blocks))
+        self.reconstruction = ResidualBlocks(c, self.spatial_blocks, **blocks)
+        enlarging = conv | _official_init(1.0)
+        self._child("upsample1.upsample_conv", Conv(4 * c, 3, **enlarging))
+        self._child("upsample2.upsample_conv", Conv(4 * self.hr_channels, 3, **enlarging))
+        self.conv_hr = Conv(self.hr_channels, 3, **hidden)
         self.conv_last = Conv(3, 3, **conv)
 
     def _child(self, name: str, module: nn.Module) -> None:

@@ -155,6 +155,27 @@ def test_he_initialization_lets_gradients_reach_ivls_first_layers():
     assert sizes[1] > 1000 * sizes[0] > 0
 
 
+def test_basicvsrpp_begins_with_the_official_weights_or_hes():
+    def spread(name, **changes):
+        module = BasicVSRPlusPlus(**TINY | changes)
+        shapes = [jnp.zeros(s.shape) for s in module.example_inputs()]
+        kernel = jax.jit(module.init)(jax.random.key(0), *shapes)["params"]
+        for key in (*name.split("/"), "kernel"):
+            kernel = kernel[key]
+        return float(kernel.std()) * np.sqrt(np.prod(kernel.shape[:3]))
+
+    # Standard deviations times the root of fan-in.
+    for name, plain, he in (
+        ("upsample1.upsample_conv", 2**0.5, 2**0.5),
+        ("reconstruction/main.2.0.conv1", 0.1 * 2**0.5, 0.1 * 2**0.5),
+        ("reconstruction/main.0", 3**-0.5, 2**0.5),
+        ("conv_hr", 3**-0.5, 2**0.5),
+        ("conv_last", 3**-0.5, 3**-0.5),
+    ):
+        np.testing.assert_allclose(spread(name), plain, rtol=0.15)
+        np.testing.assert_allclose(spread(name, he_init=True), he, rtol=0.15)
+
+
 def test_ivl_repeats_edge_frames_and_returns_the_restored_picture():
     assert ivl.frame_windows(6).tolist()[0] == [0, 0, 0, 1, 2]
     assert ivl.frame_windows(6).tolist()[5] == [3, 4, 5, 5, 5]
