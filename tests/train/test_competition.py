@@ -288,7 +288,7 @@ def systems(monkeypatch, tmp_path):
         config = SimpleNamespace(task=task, data={"name": data, "options": options})
         return Member(entry["name"], config, SimpleNamespace(model=module), variables, {})
 
-    for module in (ego, street):
+    for module in (driving, ego, street):
         monkeypatch.setattr(
             module, "train_members", lambda entries, workdir: [member(e) for e in entries]
         )
@@ -364,6 +364,9 @@ def test_the_driving_track_attacks_the_projects_own_systems(systems, tmp_path):
     folder = tmp_path / "submission"
     numbers = driving.attempt(systems, tmp_path, folder)
     again = driving.score(systems, tmp_path, folder)
+    # The first hidden detector is the attacked one here.
+    for name in ("clean", "random", "attacked"):
+        assert numbers[f"white_box_rate/{name}"] == numbers[f"detection_rate/{name}"]
     assert {name: numbers[name] for name in again} == again
     assert all(np.isfinite(v) for v in numbers.values())
     texture = np.load(folder / "texture.npz")["texture"]

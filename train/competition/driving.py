@@ -82,8 +82,7 @@ def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, flo
     traffic = Traffic(**(rules.get("traffic") or {}))
     options = {k: v for k, v in rules["search"].items() if k != "methods"}
     numbers: dict[str, float] = {}
-    if world != "street":
-        numbers |= white_box_rates(rules, workdir, texture)
+    numbers |= white_box_rates(rules, workdir, texture)
     for method in rules["search"]["methods"]:
         found = [
             search(jax.random.fold_in(key, i), scene, traffic, forecaster, method=method, **options)
@@ -136,7 +135,7 @@ def score(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, float
     shape = (rules["vehicles"], traffic.knots, 2)
     knots = read_arrays(folder, FILES[1], {f"scene{i:03d}": shape for i in range(len(listed))})
     if world == "street":
-        perception = street.score(rules, workdir, jnp.asarray(texture), base_texture(rules))
+        perception = street.score(rules, workdir, judged_textures(rules, jnp.asarray(texture)))
     else:
         perception = _perception(rules, workdir, jnp.asarray(texture))
     forecaster, _ = ego.forecaster_of(rules, workdir)
@@ -196,10 +195,11 @@ def _perception(rules, workdir, texture) -> dict[str, float]:
 def white_box_rates(rules: dict[str, Any], workdir: Path, texture: jax.Array) -> dict[str, float]:
     """Detection by the detectors that were attacked, mean over them, on the scorer's drive-ups."""
     textures = judged_textures(rules, texture)
-    tables = [
-        detection_tables(rules, member, textures)
-        for member in train_members(rules["detectors"], workdir)
-    ]
+    members = train_members(rules["detectors"], workdir)
+    if _world(rules) == "street":
+        tables = street.detection_tables(rules, members, textures)
+    else:
+        tables = [detection_tables(rules, member, textures) for member in members]
     return {
         f"white_box_rate/{name}": float(np.mean([t[name].mean() for t in tables]))
         for name in tables[0]

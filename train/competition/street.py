@@ -84,24 +84,16 @@ def _look(victim: Victim, confidence: float):
     )
 
 
-def score(
-    rules: dict[str, Any], workdir: Path, texture: jax.Array, base: jax.Array
-) -> dict[str, float]:
-    """Detection by every hidden member on drive-ups that no optimization saw.
-
-    The perception score is the mean over the hidden members of the share of frames that a texture
-    hides among those in which the vehicle is found with its own paint, minus the naturalness
-    penalty. The tables are of the first member, others under their names.
-    """
-    hidden = train_members(rules["hidden_detector"], workdir)
+def detection_tables(
+    rules: dict[str, Any], members: list[Member], textures: dict[str, jax.Array]
+) -> list[dict[str, np.ndarray]]:
+    """Of each member, bool [drives, frames] a texture: found on drive-ups no optimization saw."""
     drives, count = rules["drives"], rules["frames"]
     confidence = _options(rules)["confidence"]
     rng = np.random.default_rng((_HIDDEN, 1))
-    chance = np.random.default_rng((_HIDDEN, 2)).uniform(size=base.shape).astype(np.float32)
-    textures = {"clean": base, "random": jnp.asarray(chance), "attacked": texture}
-    looks = [_look(victim_of(member), confidence) for member in hidden]
+    looks = [_look(victim_of(member), confidence) for member in members]
     take = jax.jit(street.photograph)
-    found = {name: [[] for _ in hidden] for name in textures}
+    found = {name: [[] for _ in members] for name in textures}
     for drive in range(drives):
         lateral, yaw = rng.uniform(-1, 1), float(np.deg2rad(rng.uniform(-10, 10)))
         light, seed = rng.uniform(*street.LIGHT), int(rng.integers(1_000_000))
@@ -113,19 +105,31 @@ def score(
             rendered = take(frames, one, exposure, noise)
             for rows, look in zip(found[name], looks):
                 rows.append(np.asarray(look(rendered)))
+    return [{name: np.stack(rows[i]) for name, rows in found.items()} for i in range(len(members))]
+
+
+def score(rules: dict[str, Any], workdir: Path, textures: dict[str, jax.Array]) -> dict[str, float]:
+    """Detection by every hidden member on drive-ups that no optimization saw.
+
+    The perception score is the mean over the hidden members of the share of frames that the texture
+    `attacked` hides among those in which the vehicle is found with its own paint (`clean`), minus
+    the naturalness penalty. The tables are of the first member, others under their names.
+    """
+    hidden = train_members(rules["hidden_detector"], workdir)
     numbers: dict[str, float] = {}
     scores = []
-    for number, member in enumerate(hidden):
-        tables = {name: np.stack(rows[number]) for name, rows in found.items()}
-        mark = f"{member.name}/" if number else ""
+    for number, tables in enumerate(detection_tables(rules, hidden, textures)):
+        mark = f"{hidden[number].name}/" if number else ""
         for name, rows in tables.items():
             numbers[f"{mark}detection_rate/{name}"] = float(rows.mean())
-        for i, part in enumerate(np.array_split(np.arange(count), 3)):
+        for i, part in enumerate(np.array_split(np.arange(rules["frames"]), 3)):
             own = tables["clean"][:, part]
             hit = own & ~tables["attacked"][:, part]
             where = ("30-22m", "22-14m", "14-6m")[i]
             numbers[f"{mark}attack_success/{where}"] = float(hit.sum() / max(own.sum(), 1))
         clean = tables["clean"]
-        still = tables["attacked"][clean] if clean.any() else np.ones(1, bool)
-        scores.append(float(texture_attack.texture_score(jnp.asarray(still), texture, base)))
+        still = jnp.asarray(tables["attacked"][clean] if clean.any() else np.ones(1, bool))
+        scores.append(
+            float(texture_attack.texture_score(still, textures["attacked"], textures["clean"]))
+        )
     return {"perception_score": float(np.mean(scores)), **numbers}
