@@ -19,7 +19,6 @@ from jax.nn import initializers
 
 from jaxmodels.language.ganlm_checkpoint import TORCH_RULES, check_checkpoint, upgrade_checkpoint
 from jaxmodels.language.post_norm import ACTIVATIONS, PostNormLayer
-from jaxmodels.layers.activations import gelu
 from jaxmodels.layers.attention import causal_mask, padding_mask
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import dropout
@@ -57,6 +56,7 @@ def rotate_right(tokens: jax.Array, pad_id: int) -> jax.Array:
 class DetectionHead(nn.Module):
     """Is this the gold token? x [B, T, D] -> logits [B, T, 2]; class 1 is "yes"."""
 
+    activation: str
     epsilon: float
     dtype: Any
     param_dtype: Any
@@ -65,7 +65,7 @@ class DetectionHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         features = x.shape[-1]
-        x = gelu(Linear(features, name="dense", **types)(x))
+        x = ACTIVATIONS[self.activation](Linear(features, name="dense", **types)(x))
         x = LayerNorm(self.epsilon, name="layer_norm", **types)(x)
         kernel = self.param("kernel", Linear.kernel_init, (features, 2), self.param_dtype)
         bias = self.param("bias", initializers.zeros, (2,), self.param_dtype)
@@ -73,9 +73,10 @@ class DetectionHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, Linear, tanh, dropout, Linear: x [B, D] -> logits [B, classes]."""
+    """Dropout, Linear, activation, dropout, Linear: x [B, D] -> logits [B, classes]."""
 
     classes: int
+    activation: str
     dropout: float
     dtype: Any
     param_dtype: Any
@@ -85,7 +86,7 @@ class ClassificationHead(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         rngs = (None, None) if rng is None else jax.random.split(rng)
         x = dropout(x, self.dropout, rngs[0])
-        x = jnp.tanh(Linear(x.shape[-1], name="dense", **types)(x))
+        x = ACTIVATIONS[self.activation](Linear(x.shape[-1], name="dense", **types)(x))
         return Linear(self.classes, name="out_proj", **types)(dropout(x, self.dropout, rngs[1]))
 
 
@@ -138,14 +139,21 @@ class Stack(nn.Module):
             )
         self.stacked = PostNormLayer(name="layers.*", **layer)
         if self.detection_head:
-            self.head = DetectionHead(layer["epsilon"], name="output_projection", **types)
+            self.head = DetectionHead(
+                layer["activation"], layer["epsilon"], name="output_projection", **types
+            )
 
     def embed(self, tokens, table, positions=None, rng=None) -> jax.Array:
-        """LayerNorm(scale E[tokens] + P[positions]), [B, T] -> [B, T, D]."""
+        """LayerNorm(scale E[tokens] + P[positions]), [B, T] -> [B, T, D].
+
+        Padding's rows get no gradient here, as in the original: the discriminator and the third
+        pass read padding among real tokens where the generator's draw was that.
+        """
         if positions is None:
             positions = position_indices(tokens, self.pad_id)
         x = jnp.take(table, tokens, axis=0).astype(self.layer["dtype"])
         x = x * self.embed_scale + self.embed_positions(positions)
+        x = jnp.where((tokens == self.pad_id)[..., None], jax.lax.stop_gradient(x), x)
         if self.layernorm_embedding:
             x = self.embedding_norm(x)
         return dropout(x, self.layer["dropout"], rng)
@@ -224,7 +232,8 @@ class GanLM(nn.Module):
     - "discriminator": encoder and discriminator, for understanding (`classify`) or, its output
       tied to the token table, as a small generator.
 
-    `num_classes` > 0 adds a classification head named `head_name`.
+    `num_classes` > 0 adds a classification head named `head_name`, with `pooler_activation`
+    between its two layers.
     The discriminator drops nothing out where it stands beside a generator, unless it shares its
     layers (the official behavior). `rescale_init` divides the residual outputs of layer l of every
     stack by sqrt(2 l) at initialization. `remat` recomputes layers in the backward pass;
@@ -255,6 +264,7 @@ class GanLM(nn.Module):
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
+    pooler_activation: str = "tanh"
     pooler_dropout: float = 0.1
     num_classes: int = 0
     head_name: str = "sentence_classification_head"
@@ -285,8 +295,9 @@ class GanLM(nn.Module):
                 f"{self.discriminator_decoder_layers} layers are the generator's first, which has "
                 f"{self.generator_decoder_layers}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        for name in ("activation", "pooler_activation"):
+            if getattr(self, name) not in ACTIVATIONS:
+                raise ValueError(f"{name} {getattr(self, name)!r}; known: {', '.join(ACTIVATIONS)}")
         super().__post_init__()
 
     @property
@@ -361,7 +372,10 @@ class GanLM(nn.Module):
             quiet = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
             if self.shares_layers:
                 self.detection_head = DetectionHead(
-                    self.layernorm_eps, name="decoder.discriminator.output_projection", **types
+                    self.activation,
+                    self.layernorm_eps,
+                    name="decoder.discriminator.output_projection",
+                    **types,
                 )
             else:
                 self.discriminator = Stack(
@@ -375,6 +389,7 @@ class GanLM(nn.Module):
         if self.num_classes:
             self.classifier = ClassificationHead(
                 self.num_classes,
+                self.pooler_activation,
                 self.pooler_dropout,
                 name=f"classification_heads.{self.head_name}",
                 **types,

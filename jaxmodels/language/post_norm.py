@@ -24,7 +24,14 @@ from jaxmodels.layers.dropout import keep_masks, keep_where
 from jaxmodels.layers.initializers import Initializer
 from jaxmodels.layers.normalization import LayerNorm
 
-ACTIVATIONS = {"gelu": gelu, "relu": jax.nn.relu}
+# fairseq's names: "gelu" is the exact one, the other two are its tanh approximation.
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_accurate": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
 
 
 def scaled_xavier_uniform(scale: Any = 1.0) -> Initializer:

@@ -22,7 +22,8 @@ from jaxmodels.language import (
 )
 from jaxmodels.layers.relative_position import relative_buckets
 
-NOT_ARGUMENTS = ("generate", "seed")
+# Of a configuration, what a T5 is built from; the rest says how the case was made.
+T5_ARGUMENTS = set(t5.T5.__dataclass_fields__) - {"name", "parent", "dtype", "param_dtype"}
 
 
 def run(case) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def run(case) -> dict[str, Any]:
 
 
 def _t5(case) -> dict[str, Any]:
-    arguments = {k: v for k, v in case.config.items() if k not in NOT_ARGUMENTS}
+    arguments = {k: v for k, v in case.config.items() if k in T5_ARGUMENTS}
     module, variables = jaxmodels.load("language.t5", case.weights, **arguments)
     ids, labels = (jnp.asarray(case.inputs[k], jnp.int32) for k in ("input_ids", "labels"))
     mask = jnp.asarray(case.inputs.get("attention_mask", np.ones(ids.shape)), jnp.int32)
@@ -96,7 +97,13 @@ def _cached_logits(module, variables, ids, mask, decoder_ids):
 
 
 def _generated(name, module, variables, ids, mask, settings) -> dict[str, Any]:
-    settings = dict(settings)
+    # HF's lengths count the start token, its numbers of new tokens do not.
+    lengths = {"max_new_tokens": "max_length", "min_new_tokens": "min_length"}
+    settings = {
+        lengths.get(name, name): value + 1 if name in lengths else value
+        for name, value in settings.items()
+        if name not in ("do_sample", "use_cache")  # as they are: no sampling, with a cache
+    }
     found = jax.jit(functools.partial(t5_generation.generate, module, **settings))(
         variables, ids, mask
     )

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 
 import jaxmodels
 from jaxmodels.interop.conversion import to_torch
 from jaxmodels.language import ganlm_generation as generation
 from jaxmodels.language import span_corruption
-from jaxmodels.language.ganlm import GanLM
+from jaxmodels.language.ganlm import TORCH_RULES, GanLM
 from jaxmodels.language.ganlm_objective import (
     Draws,
     LossWeight,
@@ -39,7 +40,9 @@ SAME_NAMES = (
     "layernorm_embedding",
     "layernorm_eps",
     "num_classes",
+    "pooler_activation",
 )
+HEADS = "classification_heads."
 BEAM_ARGUMENTS = (
     "beam_size",
     "len_penalty",
@@ -79,6 +82,10 @@ def run(case) -> dict[str, Any]:
     if "span corruption" in case.model:
         return _span_corruption(case)
     config, arguments = case.config, arguments_of(case.config)
+    with safe_open(case.weights, "np") as stored:
+        heads = {key.split(".")[1] for key in stored.keys() if key.startswith(HEADS)}
+    if heads:
+        arguments["head_name"] = heads.pop()
     module, variables = jaxmodels.load("language.ganlm", case.weights, **arguments)
     inputs = {k: jnp.asarray(v, jnp.int32) for k, v in case.inputs.items()}
     if "class_logits" in case.outputs:
@@ -149,7 +156,8 @@ def _passes(case, module, variables, inputs) -> dict[str, Any]:
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     named = {theirs: outputs[ours] for theirs, ours in PASSES.items() if ours in outputs}
-    gradients = to_torch({"params": gradients})
+    # By every name of a tied matrix or shared layer, whichever the case has.
+    gradients = to_torch({"params": gradients}, TORCH_RULES(module))
     return {
         **named,
         "encoder_padding_mask": inputs["src_tokens"] == case.config["pad"],
@@ -254,7 +262,9 @@ def _span_corruption(case) -> dict[str, Any]:
         outputs["stats.span_length_hist"] = lengths
     if "rel" in inputs:
         outputs["bucket_bidirectional"] = relative_buckets(
-            jnp.asarray(inputs["rel"]), bidirectional=True
+            jnp.asarray(inputs["rel"]),
+            bidirectional=True,
+            buckets=case.config.get("rel_pos_buckets", 32),
         )
     if "schedule.updates" in inputs:
         updates = inputs["schedule.updates"]

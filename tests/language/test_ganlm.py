@@ -11,7 +11,14 @@ import jaxmodels
 from jaxmodels.interop import catalog, checkpoint
 from jaxmodels.interop.conversion import CheckpointMismatch
 from jaxmodels.language import ganlm_generation as generation
-from jaxmodels.language.ganlm import GanLM, count_parameters, position_indices, rotate_right
+from jaxmodels.language.ganlm import (
+    ClassificationHead,
+    DetectionHead,
+    GanLM,
+    count_parameters,
+    position_indices,
+    rotate_right,
+)
 from tests import golden_case
 
 SIZES = dict(
@@ -71,6 +78,43 @@ def test_the_generator_is_causal_and_the_discriminator_is_not(tokens):
     _, changed, moved = passes(module)(variables, source, target.at[:, -1].add(1))
     np.testing.assert_allclose(changed[:, :-1], logits[:, :-1], atol=1e-6)
     assert np.abs(moved[:, :-1] - verdicts[:, :-1]).max() > 1e-4
+
+
+def test_padding_drawn_among_real_tokens_gets_no_gradient(tokens):
+    # PyTorch's tables have a padding_idx; a generator may draw that id.
+    module, variables = model()
+    source, target = tokens[0], tokens[1].at[0, 2].set(PAD)
+
+    def loss(params):
+        logits = module.apply(
+            {"params": params},
+            method=lambda m: m.detect(target, m.encode(source), source),
+        )
+        return (logits**2).sum()
+
+    grads = jax.jit(jax.grad(loss))(variables["params"])
+    for stack, table in (
+        ("encoder.discriminator", "embed_tokens"),
+        ("decoder.discriminator", "embed_positions"),
+    ):
+        rows = np.abs(grads[stack][table]["embedding"]).sum(-1)
+        assert rows[PAD] == 0 and rows.max() > 0
+
+
+def test_both_heads_have_the_activation_that_they_are_given():
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    head, classifier = (
+        DetectionHead("relu", 1e-5, **types),
+        ClassificationHead(4, "relu", 0, **types),
+    )
+    for module in (head, classifier):
+        params = module.init(jax.random.key(1), x)["params"]
+        # Before the activation everything is negative, so that relu leaves the last bias alone.
+        params["dense"]["bias"] = jnp.full(8, -100.0)
+        bias = params.get("out_proj", params)["bias"]
+        y = module.apply({"params": params}, x)
+        np.testing.assert_array_equal(y, jnp.broadcast_to(bias, y.shape))
 
 
 def test_left_and_right_padding_of_the_source_give_real_tokens_the_same_output(tokens):
@@ -277,7 +321,8 @@ def test_checkpoints_that_do_not_fit_say_why():
             "discriminator's 3 layers are the generator's first, which has 2",
         ),
         ({"initialization_strategy": "generater"}, "known: pretraining, generator"),
-        ({"activation": "gleu"}, "known: gelu, relu"),
+        ({"activation": "gleu"}, "known: gelu, gelu_accurate"),
+        ({"pooler_activation": "softmax"}, "pooler_activation 'softmax'; known: gelu"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(changes, message):
