@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Cosine with `warmup_inside` is timm's: `init + t (peak - init) / warmup` for t < warmup, then
     `end + (peak - end) (1 + cos(pi t / steps)) / 2` with t counted from the start of the run;
     `hold_for` evaluates it only at multiples of that many steps (timm: once an epoch).
+    `step` multiplies by `factor` (one number, or one for each) at the steps `boundaries`.
     `inverse_sqrt` is fairseq's: `peak sqrt(warmup / t)` after the warm-up. `linear_segments` goes
     in straight lines through `rates` at the steps `boundaries`.
     """
@@ -50,8 +51,13 @@ def make_schedule(config, steps: int) -> optax.Schedule:
             t = jnp.clip(t, 0, span)
             return end + 0.5 * (peak - end) * (1.0 + jnp.cos(jnp.pi * t / span))
     elif config.name == "step":
+        factors = config.factor
+        if not isinstance(factors, Sequence):
+            factors = [factors] * len(config.boundaries)
+        if len(factors) != len(config.boundaries):
+            raise ConfigError("config.schedule.factor: step needs one number, or one a boundary")
         body = optax.piecewise_constant_schedule(
-            peak, {int(b) - offset: config.factor for b in config.boundaries}
+            peak, {int(b) - offset: f for b, f in zip(config.boundaries, factors)}
         )
     elif config.name == "one_cycle":
         # PyTorch's with div_factor 1: flat, then linear; a cycle's step is `hold_for` updates.

@@ -97,6 +97,7 @@ class Space:
       depth_stage: `(base depth, depth of the super-supernet)` of every stage, these included.
       depths, widths, resolutions: multipliers by scaling stage 0..max_scaling_stage.
       linear: `(name, dim_in, dim_out)` of the head's layers.
+      base_resolution: that of the base model, which scaling stage 0 is.
     """
 
     blocks: tuple[ChoiceBlock, ...]
@@ -106,6 +107,7 @@ class Space:
     resolutions: tuple[tuple[int, ...], ...]
     max_scaling_stage: int
     linear: tuple[tuple[str, int, int], ...]
+    base_resolution: int
 
     @property
     def genes(self) -> int:
@@ -116,11 +118,6 @@ class Space:
     def max_width(self) -> float:
         """The largest width multiplier, for which the weights are built."""
         return max(self.widths[self.max_scaling_stage])
-
-    @property
-    def base_resolution(self) -> int:
-        """The base model's resolution."""
-        return self.resolutions[0][0]
 
     @property
     def op_counts(self) -> np.ndarray:
@@ -260,20 +257,23 @@ class Space:
     # FLOPs
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - spaces are few and live as long as a run
-    def cost_table(self, width: float, resolution: int) -> np.ndarray:
+    def cost_table(self, width: float, resolution: int, passed: int = 1) -> np.ndarray:
         """Multiply-adds of every (gene, op), int64 [genes, most ops], by the official counter.
 
-        Its two departures from the forward pass are kept: hidden widths are `round(ceil(c_in w) t)`
-        and a stride 2 halves by floor. Ops that a block does not have cost 0.
+        Its departures from the forward pass are kept: hidden widths are `round(ceil(c_in w) t)`, a
+        stride 2 halves by floor, and an identity passes its map on unstrided. `passed`: product of
+        the strides that identities before a gene left out. Ops that a block does not have cost 0.
         """
         table = np.zeros((self.genes, int(self.op_counts.max())), np.int64)
-        size = resolution
+        strides = 1
         for i, block in enumerate(self.blocks):
             inp, out = block.input_width(width), block.output_width(width)
-            after = size // block.stride
+            # Halving by floor again and again is one division by floor.
+            size = resolution * passed // strides
+            strides *= block.stride
+            after = resolution * passed // strides
             for j, op in enumerate(block.ops):
                 table[i, j] = op_cost(op, inp, out, size, after)
-            size = after
         start = self.genes - len(self.linear)
         for i, (_, dim_in, dim_out) in enumerate(self.linear):
             table[start + i, 0] = dim_in * dim_out
@@ -284,8 +284,7 @@ class Space:
         ops = np.asarray(ops, np.int64)
         resolution = self.base_resolution if resolution is None else resolution
         if ops.ndim == 1:
-            table = self.cost_table(float(width), int(resolution))
-            return int(table[np.arange(self.genes), ops].sum())
+            return int(self._costs(ops[None], float(width), int(resolution))[0])
         widths = np.broadcast_to(np.asarray(width, np.float64), len(ops))
         resolutions = np.broadcast_to(np.asarray(resolution, np.int64), len(ops))
         total = np.zeros(len(ops), np.int64)
@@ -294,8 +293,26 @@ class Space:
         )
         for k, (w, r) in enumerate(pairs):
             rows = np.flatnonzero(which.ravel() == k)
-            table = self.cost_table(float(w), int(r))
-            total[rows] = table[np.arange(self.genes), ops[rows]].sum(1)
+            total[rows] = self._costs(ops[rows], float(w), int(r))
+        return total
+
+    def _costs(self, ops: np.ndarray, width: float, resolution: int) -> np.ndarray:
+        """Multiply-adds of ops [N, genes] at one width and resolution, int64 [N]."""
+        places = np.arange(self.genes)
+        # A stage of base depth 1 may begin with its identity: no repair changes it.
+        strided = {
+            i: [j for j, op in enumerate(block.ops) if op.kind == "identity"]
+            for i, block in enumerate(self.blocks)
+            if block.stride > 1
+        }
+        passed = np.ones_like(ops)
+        for i, identities in strided.items():
+            left_out = np.isin(ops[:, i], identities)
+            passed[left_out, i + 1 :] *= self.blocks[i].stride
+        total = np.zeros(len(ops), np.int64)
+        for factor in np.unique(passed).tolist():
+            costs = self.cost_table(width, resolution, factor)[places, ops]
+            total += np.where(passed == factor, costs, 0).sum(1)
         return total
 
     def is_admissible(
@@ -378,9 +395,12 @@ class Space:
 
     # What HSS can draw
 
-    def scaling_stage_of(self, width: float, resolution: int) -> int:
-        """The stage that has this width (float32 or wider) and resolution; ValueError if none."""
-        for s in range(self.max_scaling_stage + 1):
+    def scaling_stage_of(self, width: float, resolution: int, first: int = 0) -> int:
+        """The stage that has this width (float32 or wider) and resolution; ValueError if none.
+
+        Where several have, `first` if it is one of them, the smallest otherwise.
+        """
+        for s in (int(first), *range(self.max_scaling_stage + 1)):
             widths = np.asarray(self.widths[s])
             near = np.isclose(widths, width, rtol=1e-6, atol=0).any()
             if near and int(resolution) in self.resolutions[s]:
@@ -438,12 +458,15 @@ def make_space(
     channel_multiplier: Sequence[Sequence[float]] = PUBLISHED_MULTIPLIERS,
     resolution_multiplier: Sequence[Sequence[int]] = PUBLISHED_RESOLUTIONS,
     max_scaling_stage: int = 3,
+    base_resolution: int | None = None,
 ) -> Space:
     """The space of a configuration in the official form; the published one by default.
 
     Args:
       backbone: stage name -> `[n, stride, c_in, c_out, expansion per op, unused, op names]`, and
         `final_pooling`. head: name -> `{"dim_in", "dim_out"}`.
+      base_resolution: of the base model; None is the first of stage 0. The official search has 224
+        whatever the list says.
 
     Raises ValueError: unknown ops, unsorted or empty multipliers, `max_scaling_stage` beyond them.
     """
@@ -455,6 +478,7 @@ def make_space(
             "channel_multiplier": channel_multiplier,
             "resolution_multiplier": resolution_multiplier,
             "max_scaling_stage": max_scaling_stage,
+            "base_resolution": base_resolution,
         },
         default=_plain,
     )
@@ -462,8 +486,9 @@ def make_space(
 
 
 def _make_space(
-    backbone, head, depth_multiplier, channel_multiplier, resolution_multiplier, max_scaling_stage
-) -> Space:
+    backbone, head, depth_multiplier, channel_multiplier, resolution_multiplier,
+    max_scaling_stage, base_resolution,
+) -> Space:  # fmt: skip
     lists = {
         "depth_multiplier": depth_multiplier,
         "channel_multiplier": channel_multiplier,
@@ -503,7 +528,7 @@ def _make_space(
     return Space(
         *(tuple(blocks), tuple(depth_stage)),
         *(fixed(depth_multiplier), fixed(channel_multiplier), fixed(resolution_multiplier)),
-        *(max_scaling_stage, linear),
+        *(max_scaling_stage, linear, base_resolution or resolution_multiplier[0][0]),
     )
 
 

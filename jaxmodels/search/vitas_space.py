@@ -278,14 +278,15 @@ class Space:
     def recover(self, ops: Any, widths: Any) -> np.ndarray:
         """Genomes [N, genes] of op genes [N, depth + 3] and width shares [N, 1 + 2 depth].
 
-        Raises ValueError for a share that is none of `percent` and for an illegal genome.
+        Raises ValueError for a share that is none of `percent` and for a gene out of range. Widths
+        that heads do not divide pass: the official sampler draws them too, and counts them.
         """
         shares = np.asarray(self.percent)
         indices = np.abs(np.asarray(widths)[..., None] - shares).argmin(-1)
         if not np.allclose(shares[indices], widths, rtol=0, atol=1e-9):
             raise ValueError(f"a width share is none of {list(self.percent)}")
         genomes = np.concatenate([np.asarray(ops, np.int64), indices], axis=1)
-        return np.stack([self.check(g, empty=True) for g in genomes])
+        return np.stack([self.check(g, empty=True, widths=False) for g in genomes])
 
 
 def check_band(least: float, budget: float, reach: tuple[int, int]) -> None:
@@ -342,7 +343,7 @@ def from_official(config: Mapping[str, Any], percent: Sequence[float] | None = N
     percent = percent or config.get("channel_percent") or (1.0,)
     if config.get("heads_share"):
         # A superformer's blocks have four sets of weights, and op 4 is the identity.
-        heads = [*heads, *heads[-1:] * (SHARED_OPS - len(heads))]
+        heads = [*heads, *heads[-1:] * (SHARED_OPS - len(heads))][:SHARED_OPS]
     return Space(
         *(tuple(patches), tuple(heads), dim, attention, mlp, depth),
         classes=backbone["FC"][4],

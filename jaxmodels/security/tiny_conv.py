@@ -21,13 +21,14 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
-# How face networks scale pixels of 0..255 before their first layer.
+# How face networks scale pixels of 0..255 (the last one: of 0..1) before their first layer.
 INPUT_SCALINGS = {
     "x": lambda x: x,
     "x/255": lambda x: x / 255,
     "(x-127.5)/128": lambda x: (x - 127.5) / 128,
     "(x-127.5)/127.5": lambda x: (x - 127.5) / 127.5,
     "(x/255-0.5)/0.5": lambda x: (x / 255 - 0.5) / 0.5,
+    "(x-0.5)/0.5": lambda x: (x - 0.5) / 0.5,
 }
 
 

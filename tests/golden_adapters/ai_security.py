@@ -78,7 +78,7 @@ def _face_attacks(case) -> dict[str, Any]:
         if rest == ["start"]:
             out[name] = case.outputs[name]  # where the reference began: an input of the attack
             continue
-        start = _nhwc(case.outputs[f"{goal}_start"])
+        start = _nhwc(case.outputs.get(f"{goal}_start", case.inputs["x"]))
         target = out["feat_y"] if goal == "impersonate" else out["feat_x"]
         options = dict(
             goal="impersonation" if goal == "impersonate" else goal,
@@ -100,10 +100,13 @@ def _face_attacks(case) -> dict[str, Any]:
     return jax.device_get(out)
 
 
-def _ti_kernel(case) -> tuple[int, ...]:
+def _ti_kernel(case) -> tuple[int, float]:
     """Length and standard deviations of the kernel that the case records, RobFR's otherwise."""
     found = [name for name in case.wanted if name.startswith("ti_kernel")]
-    return tuple(map(int, found[0].split("_")[2:])) if found else (7, 3)
+    if not found:
+        return 7, 3
+    length, sigmas = found[0].split("_")[2:]
+    return int(length), float(sigmas)
 
 
 def _margins(case) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from train.optimizers import make_schedule
 from train.search.nsga2 import crowding_distance
 
 NAME = "search.scalenet"
+# The official search counts base models at this resolution whatever its list begins with.
+BASE_RESOLUTION = 224
 # These programs run once: most of their time would go to optimizing.
 CHEAP = {"xla_backend_optimization_level": 0}
 
@@ -114,8 +116,12 @@ def _train(case):
     return {name: out[name] for name in case.wanted}
 
 
+def _space(config):
+    return scalenet_space.make_space(**_arguments(config), base_resolution=BASE_RESOLUTION)
+
+
 def run_scaling(case):
-    space = scalenet_space.make_space(**_arguments(case.config))
+    space = _space(case.config)
     assert [list(d) for d in space.depth_stage] == case.config["depth_stage"]
     rows = zip(case.inputs["basenet"], case.inputs["stage_and_indices"])
     out = []
@@ -129,26 +135,39 @@ def run_scaling(case):
 
 
 def run_admissible(case):
-    space = scalenet_space.make_space(**_arguments(case.config))
+    space = _space(case.config)
     bases = case.inputs["basenets"]
     out = {"flops_base": space.flops(bases)}
     for stage in range(1, space.max_scaling_stage + 1):
         for name, chosen in (("all", bases), ("first", bases[:1])):
             found = space.admissible(chosen, stage, case.config["err_scale"])
-            out[f"admissible_{name}_stage{stage}"] = np.array(found)
+            name = f"admissible_{name}_stage{stage}"
+            # None at all has no shape of its own.
+            empty = case.outputs.get(name, np.zeros((0, 3), np.int64))[:0]
+            out[name] = np.array(found, np.int64) if found else empty
     return out
+
+
+def _published(config) -> dict[str, Any]:
+    """The published network with the base depths of a configuration that names no network."""
+    base = scalenet_space.PUBLISHED_BACKBONE
+    names = [name for name in base if name != "final_pooling"]
+    depths = zip(names, config["depth_stage"])
+    return {
+        "backbone": {**base, **{name: [n, *base[name][1:]] for name, (n, _) in depths}},
+        "head": scalenet_space.PUBLISHED_HEAD,
+    }
 
 
 def run_samples(case):
     """Python's own draws: what is checked is that our rule can make each, and its FLOPs."""
-    space = scalenet_space.make_space(
-        **{k: v for k, v in case.config["searcher"].items() if k in
-           ("depth_multiplier", "channel_multiplier", "resolution_multiplier",
-            "max_scaling_stage")}
-    )  # fmt: skip
+    space = _space({"model": case.config.get("model") or _published(case.config), **case.config})
     assert [list(d) for d in space.depth_stage] == case.config["depth_stage"]
     widths, sizes = case.outputs["channel_mult_f32"], case.outputs["resolution"]
-    stages = [space.scaling_stage_of(w, r) for w, r in zip(widths, sizes)]
+    # Lists of two stages may share values: which stage was drawn is then the reference's to say.
+    stages = [
+        space.scaling_stage_of(w, r, s) for w, r, s in zip(widths, sizes, case.outputs["stage"])
+    ]
     ops = [space.resample(row, s) for row, s in zip(case.outputs["ops"], stages)]
     return {
         "ops": np.array(ops),
@@ -174,14 +193,16 @@ def run_schedule(case):
         {
             **default_config().schedule,
             "peak": peak,
-            "end": peak * config["alpha"],
+            "end": peak * config.get("alpha", 0.0),
             "warmup_steps": config["warmup_steps"],
             "warmup_inside": False,
             "name": config["decay_stg"],
+            "boundaries": config["lr_steps"],
+            "factor": config["lr_mults"],
         }
     )
     with jax.enable_x64(True):
-        rate = make_schedule(options, config["decay_step"])
+        rate = make_schedule(options, config.get("decay_step", 500_000))
         return {"lr": np.asarray(rate(jnp.asarray(case.inputs["iteration"])))}
 
 

@@ -34,7 +34,8 @@ def _images(case):
 
 def _superformer(case):
     config = case.config
-    space = vitas_space.from_official(config["model"], config.get("channel_percent"))
+    official = {"image_size": case.inputs["image"].shape[-1], **config["model"]}
+    space = vitas_space.from_official(official, config.get("channel_percent"))
     module, variables = jaxmodels.load(
         "search.vitas",
         case.weights,
@@ -49,7 +50,7 @@ def _superformer(case):
             "depth": space.depth,
             "classes": space.classes,
             "identity": space.identity,
-            "image_size": case.inputs["image"].shape[-1],
+            "image_size": space.image_size,
             "channels": space.channels,
         },
     )
@@ -111,6 +112,8 @@ def _train(case):
 def _standalone(case):
     config = case.config["model"]
     config = {"channel_percent": case.config.get("channel_percent"), **config}
+    # As in `_superformer`: what an image measures is not part of the official configuration.
+    config = {"image_size": case.inputs["image"].shape[-1], **config}
     space = vitas_space.from_official(config)
     genome = vitas_space.official_genome(config)
     module, variables = jaxmodels.load(

@@ -83,6 +83,35 @@ def test_repair_keeps_the_official_hole_and_the_stable_mode_closes_it():
     assert scaled[3:7].tolist() == [3, 2, 2, 1]
 
 
+def test_the_official_counter_lets_an_identity_pass_its_map_on_unstrided():
+    space = scalenet_space.make_space(
+        **{**ARGUMENTS, "backbone": scalenet_space.backbone((6, 4, 6, 8), (1, 1, 1), (1, 2, 2))}
+    )
+    ops = np.array([0, 1, 0, 0, 0, 2, 0, 0, 0, 0])  # stage 2, of base depth 1, left out
+    flops = space.flops(ops, 1.0, 13)
+    table = space.cost_table(1.0, 13)
+    conv_out = table[7, 0]
+    # Stage 3 works on 6 and 3 pixels a side instead of 3 and 1, the last layer on 3.
+    stage3 = 6 * 36 * 36 + 36 * 9 * 25 + 2 * 36 * 9 + 36 * 8 * 9
+    assert flops == table[[0, 1, 9], ops[[0, 1, 9]]].sum() + stage3 + 9 * conv_out
+    assert space.flops(np.array([ops, ops]), 1.0, 13).tolist() == [flops, flops]
+
+
+def test_a_base_resolution_may_be_another_than_the_first_of_the_list():
+    space = scalenet_space.make_space(**ARGUMENTS, base_resolution=16)
+    assert (SPACE.base_resolution, space.base_resolution) == (12, 16)
+    assert space.scaled(LEGAL, 0, (0, 0, 0))[2] == 16
+    assert space.flops(LEGAL) == SPACE.flops(LEGAL, 1.0, 16)
+
+
+def test_stages_that_share_values_are_told_apart_by_the_one_expected():
+    shared = ((1.0,), (1.0, 1.2), (1.4, 1.6))
+    space = scalenet_space.make_space(
+        **{**ARGUMENTS, "channel_multiplier": shared, "resolution_multiplier": ((12,),) * 3}
+    )
+    assert [space.scaling_stage_of(1.0, 12, s) for s in (0, 1, 2)] == [0, 1, 0]
+
+
 def test_width_arithmetic_of_the_official_training_is_a_switch():
     from jaxmodels.search.scalenet import make_subnet
 

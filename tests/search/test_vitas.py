@@ -260,6 +260,14 @@ def test_width_genes_are_checked_where_they_are_used():
         space.check(genome)
 
 
+def test_recorded_draws_may_have_widths_that_heads_do_not_divide():
+    space = Space(**{**ARGUMENTS, "attention": 60})
+    ops, shares = np.array([[1, 2, 3, 3, 0, 0]]), np.array([[0.2, 0.2, 1, 1, 1, 1, 1]])
+    found = space.recover(ops, shares)
+    assert found.tolist() == [[1, 2, 3, 3, 0, 0, 0, 0, 4, 4, 4, 4, 4]]
+    assert not space.legal(found)[0]
+
+
 def test_only_cyclic_sharing_needs_widths_that_differ():
     space = Space(**{**ARGUMENTS, "percent": (0.78, 0.8, 1.0)})  # 15.6 and 16 of 20 tokens
     genome = np.array([1, 0, 3, 3, 0, 0, 0, 2, 2, 2, 2, 2, 2])
@@ -280,6 +288,9 @@ def test_official_configurations_may_name_fewer_heads_than_ops():
         "net_id": "1 9 3 0 0 0 0 0 0 0",
     }
     assert vitas_space.from_official(config).heads == (1, 2, 2, 2)
+    config["backbone"]["Block"][2] = [1, 2, 3, 5, 6]  # a fifth would be the identity's number
+    assert vitas_space.from_official(config).heads == (1, 2, 3, 5)
+    config["backbone"]["Block"][2] = [1, 2]
     assert vitas_space.official_genome(config)[:3].tolist() == [1, 4, 3]
 
 

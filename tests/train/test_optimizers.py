@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from configs.repghost import get_config
 from tests.train.tiny import tiny_config
@@ -46,6 +47,11 @@ def test_step_and_polynomial_schedules_equal_optax():
     config.schedule.peak = 1.0
     values = [float(make_schedule(config.schedule, 12)(t)) for t in (0, 3, 4, 5, 9)]
     np.testing.assert_allclose(values, [1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
+    options = {**config.schedule, "factor": [0.5, 0.2]}
+    schedule = make_schedule(ConfigDict(options), 12)
+    np.testing.assert_allclose(schedule(np.array([3, 4, 8])), [1, 0.5, 0.1], rtol=1e-6)
+    with pytest.raises(ConfigError, match="one number, or one a boundary"):
+        make_schedule(ConfigDict({**options, "factor": [0.5]}), 12)
     config = tiny_config(**{"schedule.name": "polynomial", "schedule.power": 2.0})
     reference = optax.polynomial_schedule(0.2, 0.0, 2.0, 12)
     assert float(make_schedule(config.schedule, 12)(5)) == pytest.approx(float(reference(5)))
