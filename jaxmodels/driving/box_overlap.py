@@ -106,7 +106,9 @@ def footprint_intersection(a: Array, b: Array) -> Array:
         polygon = _clip(polygon, corners[..., i, :], corners[..., (i + 1) % 4, :])
     following = xp.roll(polygon, -1, axis=-2)
     cross = polygon[..., 0] * following[..., 1] - polygon[..., 1] * following[..., 0]
-    return (cross.sum(-1) / 2).clip(0)
+    # A box without a length or a width has no lines to clip to.
+    solid = (b[:, 3:5] > 0).all(-1)[None]
+    return xp.where(solid, (cross.sum(-1) / 2).clip(0), 0)
 
 
 def bev_iou(a: Array, b: Array) -> Array:

@@ -29,6 +29,10 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu,
     "swish": nn.silu,
     "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "relu6": nn.relu6,
+    "leaky_relu": nn.leaky_relu,
+    "elu": nn.elu,
 }
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -63,7 +67,8 @@ class ConvNorm(nn.Module):
 class ResidualLayer(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3, 1x1 at a quarter of the width, beside a shortcut.
 
-    x [B, H, W, I] -> [B, ceil(H / strides), ceil(W / strides), features].
+    x [B, H, W, I] -> [B, ceil(H / strides), ceil(W / strides), features]. `activation` follows the
+    sum; within the layer it is ReLU always, as in huggingface's.
     """
 
     features: int
@@ -79,10 +84,9 @@ class ResidualLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         types = dict(bn_axis_name=self.bn_axis_name, dtype=self.dtype, param_dtype=self.param_dtype)
-        act = dict(activation=self.activation, **types)
         if self.layer_type == "basic":
             layers = [
-                ConvNorm(self.features, 3, self.strides, name="layer.0", **act),
+                ConvNorm(self.features, 3, self.strides, name="layer.0", **types),
                 ConvNorm(self.features, 3, activation=None, name="layer.1", **types),
             ]
         else:
@@ -91,8 +95,8 @@ class ResidualLayer(nn.Module):
                 (self.strides, 1) if self.downsample_in_bottleneck else (1, self.strides)
             )
             layers = [
-                ConvNorm(narrow, 1, first, name="layer.0", **act),
-                ConvNorm(narrow, 3, second, name="layer.1", **act),
+                ConvNorm(narrow, 1, first, name="layer.0", **types),
+                ConvNorm(narrow, 3, second, name="layer.1", **types),
                 ConvNorm(self.features, 1, activation=None, name="layer.2", **types),
             ]
         y = x

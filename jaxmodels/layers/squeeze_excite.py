@@ -22,13 +22,14 @@ def hard_sigmoid(x: jax.Array) -> jax.Array:
 class SqueezeExcite(nn.Module):
     """x * gate(expand(relu(reduce(mean over H, W of x)))), x [B, H, W, C].
 
-    The bottleneck has `make_divisible(features * ratio, divisor)` channels; both maps are 1x1
-    convolutions with bias, named by `names` after the checkpoint at hand.
+    The bottleneck has `make_divisible((base or features) * ratio, divisor)` channels; both maps are
+    1x1 convolutions with bias, named by `names` after the checkpoint at hand.
     """
 
     features: int
     ratio: float = 0.25
     divisor: int = 4
+    base: int | None = None
     names: tuple[str, str] = ("conv_reduce", "conv_expand")
     gate: Callable[[jax.Array], jax.Array] = hard_sigmoid
     kernel_init: Initializer = torch_kernel()
@@ -49,7 +50,7 @@ class SqueezeExcite(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        reduced = make_divisible(self.features * self.ratio, self.divisor)
+        reduced = make_divisible((self.base or self.features) * self.ratio, self.divisor)
         z = x.mean((1, 2), keepdims=True)
         z = nn.relu(Conv(reduced, name=self.names[0], **convolution)(z))
         z = Conv(self.features, name=self.names[1], **convolution)(z)

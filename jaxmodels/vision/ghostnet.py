@@ -45,9 +45,10 @@ HEAD_FEATURES = 1280
 
 
 class GhostModule(nn.Module):
-    """Half the maps by a pointwise convolution, the rest by a depthwise one on those.
+    """Half the maps by a convolution (a pointwise one by default), the rest by a depthwise one.
 
-    x [B, H, W, inp] -> [B, H, W, oup]: concat(relu(bn(primary)), relu(bn(depthwise))) cut to `oup`.
+    x [B, H, W, inp] -> [B, H', W', oup], sizes over `stride` rounded up:
+    concat(relu(bn(primary)), relu(bn(depthwise))) cut to `oup`.
     """
 
     inp: int
@@ -55,6 +56,8 @@ class GhostModule(nn.Module):
     relu: bool = True
     ratio: int = 2
     dw_size: int = 3
+    kernel_size: int = 1
+    stride: int = 1
     bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -71,7 +74,7 @@ class GhostModule(nn.Module):
         act = nn.relu if self.relu else lambda y: y
         primary = math.ceil(self.oup / self.ratio)
         cheap = primary * (self.ratio - 1)
-        x1 = Conv(primary, name="primary_conv.0", **conv)(x)
+        x1 = Conv(primary, self.kernel_size, self.stride, name="primary_conv.0", **conv)(x)
         x1 = act(BatchNorm(name="primary_conv.1", **norm)(x1, train))
         x2 = Conv(cheap, self.dw_size, groups=primary, name="cheap_operation.0", **conv)(x1)
         x2 = act(BatchNorm(name="cheap_operation.1", **norm)(x2, train))

@@ -379,6 +379,14 @@ def test_velocities_come_from_the_last_frame():
     np.testing.assert_allclose(found, [[5, 2], [0, 0], [0, 0]], atol=1e-4)
 
 
+def test_a_box_without_a_width_or_a_length_overlaps_nothing():
+    solid = np.asarray([[0.0, 0, 0, 4, 2, 1, 0.3]])
+    flat = np.asarray([[0.1, 0, 0, 0, 2, 1, 0.3], [0.0, 0, 0, 4, 0, 1, 0], [0.0, 0, 0, 0, 0, 1, 1]])
+    for overlap in (box_overlap.bev_iou, box_overlap.iou_3d):
+        np.testing.assert_allclose(overlap(solid, flat), 0, atol=1e-12)
+        np.testing.assert_allclose(overlap(flat, solid), 0, atol=1e-12)
+
+
 def test_heading_and_recall_by_rank():
     accuracy = detection_metrics.heading_accuracy(
         np.asarray([0.1, np.pi, -3.0]), np.asarray([0.1, 0.0, 3.0])
@@ -450,6 +458,17 @@ def test_a_detector_looks_at_whole_images():
     assert found.boxes.shape == (8, 4) and float(found.boxes.max()) <= CAMERA.width
     with pytest.raises(ValueError, match="multiples of 32"):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 40, 64, 3)))
+
+
+def test_within_a_residual_layer_the_activation_is_relu_whatever_follows_the_sum():
+    layer = patch_classifier.ResidualLayer(4, activation="tanh")
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+    variables = layer.init(jax.random.key(1), x)
+    y = x
+    for name, activation in (("layer.0", "relu"), ("layer.1", None)):
+        own = {collection: tree[name] for collection, tree in variables.items()}
+        y = patch_classifier.ConvNorm(4, activation=activation).apply(own, y)
+    np.testing.assert_allclose(layer.apply(variables, x), jnp.tanh(x + y), atol=1e-6)
 
 
 def test_torchvisions_names_are_read_and_written():

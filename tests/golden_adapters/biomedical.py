@@ -132,7 +132,8 @@ def _losses(case) -> dict[str, Any]:
                 return losses.deep_supervision_loss(loss, [first, *logits[1:]], targets, weights)
 
             value, gradient = jax.value_and_grad(total)(first)
-            results[f"dc_ce_bd{int(flag)}_level0"] = loss(first, targets[0])
+            for level, y, target in zip(levels, [first, *logits[1:]], targets):
+                results[f"dc_ce_bd{int(flag)}_level{level}"] = loss(y, target)
             results[f"ds_total_bd{int(flag)}"] = value
             results[f"ds_grad0_bd{int(flag)}"] = jnp.moveaxis(gradient, -1, 1)
         if ignored is not None:
@@ -188,7 +189,9 @@ def _topology(case) -> dict[str, Any]:
             f"divisible{i}": np.asarray(found.divisor),
             f"vram_estimate{i}": np.asarray(size()),
             f"vram_estimate_ds{i}": np.asarray(size(deep_supervision=True)),
-            f"n_params{i}": np.asarray(
+        }
+        if f"n_params{i}" in case.wanted:  # a patch that never pools has no U-Net
+            results[f"n_params{i}"] = np.asarray(
                 planning.parameter_count(
                     config["in_channels"],
                     config["classes"],
@@ -198,8 +201,7 @@ def _topology(case) -> dict[str, Any]:
                     blocks,
                     decoder,
                 )
-            ),
-        }
+            )
     return results
 
 
@@ -285,6 +287,11 @@ def _surface_tables(case) -> dict[str, Any]:
     return results
 
 
+# Where a mask is empty the references have rules of their own: surface-distance's Hausdorff
+# distance is infinite and its average over no elements 0/0, monai's Hausdorff distance is NaN.
+EMPTY_HAUSDORFF = {"dm": np.inf, "monai": np.nan}
+
+
 def _metrics(case) -> dict[str, Any]:
     results = {}
     for i in _numbered(case.inputs, "ref"):
@@ -295,7 +302,9 @@ def _metrics(case) -> dict[str, Any]:
         results |= {
             f"dice{i}": metrics.dice(*pair),
             f"iou{i}": metrics.iou(*pair),
-            f"dm_asd_{i}": surface_distance.average_surface_distance(elements),
+            f"dm_asd_{i}": np.where(
+                elements.empty, np.nan, surface_distance.average_surface_distance(elements)
+            ),
             f"monai_assd_{i}": surface_distance.symmetric_surface_distance(voxels),
         }
         for name in case.wanted:
@@ -305,6 +314,8 @@ def _metrics(case) -> dict[str, Any]:
             found = elements if match[1] == "dm" else voxels
             if match[3]:
                 results[name] = surface_distance.hausdorff(found, float(match[3]))
+                if any(found.empty):
+                    results[name] = EMPTY_HAUSDORFF[match[1]]
             else:
                 results[name] = surface_distance.surface_dice(found, float(match[4]))
     return results

@@ -15,8 +15,8 @@ from jaxmodels.cost import count_cost
 from jaxmodels.interop.conversion import to_torch
 from jaxmodels.vision import repghost
 
-# Official class -> (ours, {official argument: ours}); an argument mapped to None is fixed here.
-CLASSES: dict[str, tuple[str, dict[str, str | None]]] = {
+# Official class -> (ours, {official argument: ours}).
+CLASSES: dict[str, tuple[str, dict[str, str]]] = {
     "RepGhostModule": ("vision.repghost:RepGhostModule", {}),
     "RepGhostBottleneck": (
         "vision.repghost:RepGhostBottleneck",
@@ -31,9 +31,9 @@ CLASSES: dict[str, tuple[str, dict[str, str | None]]] = {
     "repghostnet": ("vision.repghost", {}),
     "SqueezeExcite": (
         "vision.repghost:SqueezeExcite",
-        {"in_chs": "features", "se_ratio": "ratio"},
+        {"in_chs": "features", "se_ratio": "ratio", "reduced_base_chs": "base"},
     ),
-    "GhostModule": ("vision.ghostnet:GhostModule", {"kernel_size": None, "stride": None}),
+    "GhostModule": ("vision.ghostnet:GhostModule", {}),
     "GhostBottleneck": (
         "vision.ghostnet:GhostBottleneck",
         {"hidden_dim": "mid", "use_se": "se"},
@@ -60,20 +60,19 @@ def run(case) -> dict[str, Any]:
     # Named constructors are variants of the network.
     name, renamed = CLASSES.get(official, (f"vision.repghost:{official}", {}))
     arguments = {
-        renamed.get(key, key): value
-        for key, value in case.config.items()
-        if renamed.get(key, key) is not None and value is not None
+        renamed.get(key, key): value for key, value in case.config.items() if value is not None
     }
     if "se_ratio" in arguments:  # a bottleneck's 0 means none
         arguments["se"] = bool(arguments["se_ratio"])
     if case.meta.get("dtype") == "float64":
         arguments |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    smoothing = arguments.pop("smoothing", 0.1)
     module, variables = jaxmodels.load(name, case.weights, **arguments)
     (x,) = (case.inputs[key] for key in ("image", "x") if key in case.inputs)
     x = jnp.asarray(np.transpose(x, (0, 2, 3, 1)))
 
     if case.meta.get("mode") == "train" and "label" in case.inputs:
-        return _train_step(module, variables, x, case.inputs["label"])
+        return _train_step(module, variables, x, case.inputs["label"], smoothing)
     outputs = {}
     for key, y in _forward(module)(variables, x).items():
         outputs[key] = _nchw(y)
@@ -84,8 +83,13 @@ def run(case) -> dict[str, Any]:
             outputs[f"{key}_deploy"] = _nchw(y)
         for key, value in to_torch(folded_variables).items():
             outputs[f"deploy.{key}"] = value
-        outputs["kernel"] = outputs.get("deploy.cheap_operation.weight")
-        outputs["bias"] = outputs.get("deploy.cheap_operation.bias")
+        if "kernel" in case.wanted:
+            # The equivalent convolution exists without fusion branches too, where the official
+            # conversion changes nothing.
+            _, plain = repghost.fold_all(module, variables)
+            fused = to_torch(plain)
+            outputs["kernel"] = fused["cheap_operation.weight"]
+            outputs["bias"] = fused["cheap_operation.bias"]
     return outputs
 
 
@@ -100,7 +104,7 @@ def _nchw(y) -> np.ndarray:
     return np.transpose(y, (0, 3, 1, 2)) if y.ndim == 4 else y
 
 
-def _train_step(module, variables, x, label) -> dict[str, Any]:
+def _train_step(module, variables, x, label, smoothing) -> dict[str, Any]:
     """Loss, gradients and running statistics of one step, by PyTorch name."""
     label = jnp.asarray(label)
     extra = {key: tree for key, tree in variables.items() if key != "params"}
@@ -115,7 +119,7 @@ def _train_step(module, variables, x, label) -> dict[str, Any]:
             rngs={"dropout": jax.random.key(0)},
         )
         logits = outputs["logits"]
-        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), 0.1)
+        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (outputs, updates)
 

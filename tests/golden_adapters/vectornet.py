@@ -31,6 +31,8 @@ def run(case) -> dict[str, Any]:
 
 
 def network(case, arguments):
+    # The objective's options, which are no arguments of the network.
+    options = {key: arguments.pop(key) for key in ("alpha", "space", "delta") if key in arguments}
     module, variables = jaxmodels.load("driving.vectornet", case.weights, **arguments)
     given = case.inputs
     scene = [given[name] for name in ("vectors", "vector_mask", "target_index")]
@@ -43,7 +45,9 @@ def network(case, arguments):
         )
         future = given.get("future_offsets", jnp.zeros_like(outputs["offsets"]))
         valid = given.get("future_valid", np.ones(future.shape[:2], np.float32))
-        losses = forecast_objective.objective(outputs, future, valid, given.get("node_mask"))
+        losses = forecast_objective.objective(
+            outputs, future, valid, given.get("node_mask"), **options
+        )
         return losses.total, (outputs, losses)
 
     (loss, (outputs, losses)), grads = step(variables["params"])

@@ -13,7 +13,7 @@ from jaxmodels.interop.conversion import to_torch
 from jaxmodels.layers.convolution import Conv
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.layers.rounding import make_divisible
-from jaxmodels.vision.ghostnet import GhostBottleneck, GhostNet
+from jaxmodels.vision.ghostnet import GhostBottleneck, GhostModule, GhostNet
 from jaxmodels.vision.mobilenetv3 import InvertedResidual, MobileNetV3
 from jaxmodels.vision.repghost import RepGhostNet
 
@@ -32,6 +32,14 @@ def shapes_of(module):
 )
 def test_ghostnet_has_the_official_costs(width, macs, parameters):
     assert count_cost(GhostNet(width=width))[:2] == (macs, parameters)
+
+
+def test_a_ghost_modules_first_convolution_may_be_wide_and_strided():
+    module = GhostModule(inp=6, oup=9, kernel_size=3, stride=2)
+    x = jnp.ones((1, 7, 8, 6))
+    variables = module.init(jax.random.key(0), x)
+    assert module.apply(variables, x).shape == (1, 4, 4, 9)
+    assert to_torch(variables)["primary_conv.0.weight"].shape == (5, 6, 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jaxmodels.cost import count_cost, count_parameters
 from jaxmodels.interop.conversion import to_torch
 from jaxmodels.layers import convolution
 from jaxmodels.layers.depthwise import depthwise_conv
+from jaxmodels.layers.squeeze_excite import SqueezeExcite
 from jaxmodels.vision.repghost import (
     VARIANTS,
     RepGhostBottleneck,
@@ -291,6 +292,11 @@ def test_the_squeeze_may_have_another_width():
     assert shapes["conv_reduce"]["kernel"].shape == (1, 1, 16, 8)
     shapes = shapes_of(RepGhostBottleneck(8, 16, 8, se=True))["params"]["se"]
     assert shapes["conv_reduce"]["kernel"].shape == (1, 1, 16, 4)
+
+
+def test_the_squeeze_may_be_a_share_of_another_number_of_channels():
+    shapes = shapes_of(SqueezeExcite(12, base=40))["params"]
+    assert shapes["conv_reduce"]["kernel"].shape == (1, 1, 12, 12)
 
 
 def test_gradients_reach_the_fusion_branch():
