@@ -7,6 +7,7 @@ over edges in float32 or wider.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -95,7 +96,7 @@ class _Affine(nn.Module):
 class SAGEConv(nn.Module):
     """W_l aggregate_{u -> v} x_u + b + W_r x_v (Hamilton et al., arXiv 1706.02216).
 
-    `aggr` is "mean" or "max"; edge weights are ignored; `normalize` divides every row by
+    `aggr` is "mean", "max" or "sum"; edge weights are ignored; `normalize` divides every row by
     max(2-norm, 1e-12). `root_weight=False` drops W_r.
     """
 
@@ -109,8 +110,8 @@ class SAGEConv(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.aggr not in ("mean", "max"):
-            raise ValueError(f"aggr {self.aggr!r}; known: mean, max")
+        if self.aggr not in ("mean", "max", "sum"):
+            raise ValueError(f"aggr {self.aggr!r}; known: mean, max, sum")
         super().__post_init__()
 
     def example_inputs(self) -> tuple[Any, ...]:
@@ -122,13 +123,16 @@ class SAGEConv(nn.Module):
         left = _Affine(self.in_features, self.features, self.bias, self.param_dtype, name="lin_l")
         kernel, bias = left()
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        # A mean commutes with W, so the narrower of the two travels; a maximum does not.
+        # Sums commute with W, so the narrower of the two travels; a maximum does not.
+        aggregate = functools.partial(aggregate_sum, weighted=False)
+        if self.aggr == "mean":
+            aggregate = aggregate_mean
         if self.aggr == "max":
             y = aggregate_max(graph, x) @ kernel
         elif self.features < self.in_features:
-            y = aggregate_mean(graph, x @ kernel).astype(self.dtype)
+            y = aggregate(graph, x @ kernel).astype(self.dtype)
         else:
-            y = aggregate_mean(graph, x).astype(self.dtype) @ kernel
+            y = aggregate(graph, x).astype(self.dtype) @ kernel
         if bias is not None:
             y = y + bias.astype(self.dtype)
         if self.root_weight:

@@ -138,6 +138,8 @@ def _metrics(case) -> dict[str, Any]:
         query: {d: int(g) for d, g in zip(docs, inputs["qrels"][q]) if g >= 0}
         for q, query in enumerate(queries)
     }
+    # As in a file of judgments, where a query without any has no line.
+    judgments = {query: grades for query, grades in judgments.items() if grades}
     outputs: dict[str, Any] = {}
     for name in case.wanted:
         prefix, _, measure = name.partition(".")
@@ -156,7 +158,7 @@ def _metrics(case) -> dict[str, Any]:
         if found:
             ours, level = f"mrr@{found[1]}", int(found[2])
             every = metrics.evaluate(run_, judgments, [ours], relevance_level=level)
-            outputs[name] = np.array([every.per_query[q][ours] for q in queries])
+            outputs[name] = np.array([every.per_query.get(q, {ours: 0.0})[ours] for q in queries])
     if "trec_rank" in case.outputs:
         rank = np.full_like(case.outputs["trec_rank"], -1)
         for q, query in enumerate(queries):

@@ -11,6 +11,7 @@ import numpy as np
 import jaxmodels
 from jaxmodels.interop import checkpoint
 from jaxmodels.retrieval import lead
+from jaxmodels.retrieval.late_interaction import unit
 from tests.golden_adapters.dense_retrieval_common import encoder_arguments
 from train.data.candidates import CandidateRows, choose_candidates
 from train.data.wordpiece import WordPiece, cross_row
@@ -60,13 +61,15 @@ def _batch(case) -> dict[str, Any]:
     }
 
 
-def _teacher(config: dict[str, Any]) -> str:
-    """The official short name of the teacher's kind; end-to-end cases have a dual encoder."""
-    return config["teacher"] if isinstance(config.get("teacher"), str) else "de"
+def _teacher(case) -> str:
+    """The official short name of the teacher's kind, by the names of the terms where it is none."""
+    if isinstance(case.config.get("teacher"), str):
+        return case.config["teacher"]
+    return next((t for t in TEACHERS if f"term.loss_{t}_db_dis" in case.wanted), "de")
 
 
-def _objective(config: dict[str, Any]) -> lead.LayerDistillation:
-    short = _teacher(config)
+def _objective(case) -> lead.LayerDistillation:
+    config, short = case.config, _teacher(case)
     official = {
         "student_weight": "distill_para_db",
         "teacher_weight": f"distill_para_{short}",
@@ -104,7 +107,7 @@ def _terms(terms: lead.Terms, short: str, train_teacher: bool) -> dict[str, Any]
 
 def _loss(case) -> dict[str, Any]:
     config, short = case.config, case.config["teacher"]
-    objective = _objective(config)
+    objective = _objective(case)
     chosen = [jnp.asarray(config[f"selected_{who}_layers"]) for who in ("student", "teacher")]
     features = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "tea_doc_mask"}
     mask = case.inputs.get("tea_doc_mask")
@@ -141,25 +144,36 @@ def _states(module, variables, ids, mask, side: str) -> jax.Array:
 def _end_to_end(case) -> dict[str, Any]:
     config, x = case.config, {k: jnp.asarray(v) for k, v in case.inputs.items()}
     tensors = checkpoint.read(case.weights).tensors
+    short, scale = _teacher(case), config.get("embedding_scale", 1.0)
     outputs: dict[str, Any] = {}
     scores = {}
     for who, name in (("student", "stu"), ("teacher", "tea")):
         prefix = f"{who}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        arguments = encoder_arguments(config[who], own)
+        chosen = jnp.asarray(config[f"selected_{who}_layers"])
+        if who == "teacher" and short == "ce":
+            arguments["binary_head"] = any(k.startswith("binary.") for k in own)
+            module, variables = jaxmodels.load("retrieval.cross_encoder", own, **arguments)
+            every = module.apply(variables, x["ce_ids"], x.get("ce_mask"), method="layer_relevance")
+            outputs |= {"teacher_logits": every[-1], "tea_layer_scores": every}
+            scores[who] = lead.cross_scores(every, chosen)
+            continue
         module, variables = jaxmodels.load(
-            "retrieval.dual_encoder",
-            own,
-            share_weight=config["share_weight"],
-            **encoder_arguments(config[who], own),
+            "retrieval.dual_encoder", own, share_weight=config["share_weight"], **arguments
         )
         query = _states(module, variables, x["query_ids"], x.get("query_mask"), "query")
         document = _states(module, variables, x["doc_ids"], x.get("doc_mask"), "document")
         outputs[f"{name}_q_hidden"], outputs[f"{name}_d_hidden"] = query, document
+        if who == "teacher" and short == "col":
+            mask = x.get("doc_mask", x["doc_ids"] != 0)
+            scores[who] = lead.late_scores(query, document, mask, chosen, scale)
+            outputs["tea_q_emb"], outputs["tea_d_emb"] = unit(query[:, -1]), unit(document[:, -1])
+            continue
         outputs[f"{name}_q_emb"], outputs[f"{name}_d_emb"] = module.apply(
             variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
         )
-        chosen = jnp.asarray(config[f"selected_{who}_layers"])
-        scores[who] = lead.dual_scores(query, document, chosen, config.get("embedding_scale", 1.0))
-    objective = _objective(config)
+        scores[who] = lead.dual_scores(query, document, chosen, scale)
+    objective = _objective(case)
     terms = objective(scores["student"], scores["teacher"])
-    return outputs | _terms(terms, _teacher(config), objective.train_teacher)
+    return outputs | _terms(terms, short, objective.train_teacher)

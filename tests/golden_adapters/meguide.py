@@ -29,7 +29,18 @@ def network_arguments(case):
         for name, value in case.config.items()
         if name not in ABOUT_DATA
     }
-    return {**arguments, "num_layers": layers_of(case.weights)}
+    aggregation = arguments.get("aggr")
+    if aggregation == "add":  # PyTorch Geometric's other name
+        arguments["aggr"] = aggregation = "sum"
+    if case.config["kind"] == "rgcn" and aggregation:  # that layer calls it so, ours by its weights
+        if aggregation not in ("mean", "sum"):
+            raise ValueError(f"no R-GCN with aggr {aggregation!r}")
+        arguments["normalization"] = arguments.pop("aggr")
+    layers = layers_of(case.weights)
+    if case.config["kind"] == "gat":  # a config says how many heads the inner layers have
+        last = checkpoint.read(case.weights).tensors[f"convs.{layers - 1}.att_src"]
+        arguments["out_heads"] = last.shape[1]
+    return {**arguments, "num_layers": layers}
 
 
 def layers_of(weights):
@@ -86,11 +97,13 @@ def run_metrics(case):
 
 def _sampled(graph, scores, gumbel, sample):
     """The jitted sampler's answer, once the host's is the same."""
+    # More nodes than there are means all that can be reached; ours refuses such a size.
+    size = min(sample["size"], graph.num_nodes)
     options = {name: sample[name] for name in ("ratio", "beta", "eps")}
     options |= {"hops": sample["hop"], "gumbel": gumbel}
     found = jax.jit(
         lambda graph, scores: guided_sampler.sample_subgraph(
-            graph, scores, sample["seed_node"], sample["size"], **options
+            graph, scores, sample["seed_node"], size, **options
         )
     )(graph, scores)
     count = int(found.count)
@@ -98,7 +111,7 @@ def _sampled(graph, scores, gumbel, sample):
         guided_sampler.adjacency(graph),
         np.asarray(scores),
         sample["seed_node"],
-        sample["size"],
+        size,
         **options,
     )
     np.testing.assert_array_equal(nodes, found.nodes[:count])

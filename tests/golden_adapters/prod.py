@@ -124,15 +124,30 @@ def _end_to_end(case) -> dict[str, Any]:
         vectors[who] = module.apply(
             variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
         )
-    teacher, variables = jaxmodels.load(
-        "retrieval.cross_encoder", _weights(case, "teacher"), **arguments["teacher"]
-    )
-    relevance = teacher.apply(variables, x["ce_ids"], x.get("ce_mask"))
-    parts = _objective(config).own_group(*vectors["student"], relevance, vectors["frozen_student"])
-    outputs = {
+    objective, outputs = _objective(config), {}
+    teacher = _weights(case, "teacher")
+    if any(k.startswith("question_model.") for k in teacher):  # the first stage
+        module, variables = jaxmodels.load(
+            "retrieval.dual_encoder", teacher, share_weight=shared, **arguments["teacher"]
+        )
+        found = module.apply(
+            variables, x["query_ids"], x.get("query_mask"), x["doc_ids"], x.get("doc_mask")
+        )
+        parts = objective.in_batch(*vectors["student"], *found)
+        outputs["teacher_q_emb"], outputs["teacher_d_emb"] = found
+    else:
+        module, variables = jaxmodels.load(
+            "retrieval.cross_encoder",
+            teacher,
+            binary_head=any(k.startswith("binary.") for k in teacher),
+            **arguments["teacher"],
+        )
+        relevance = module.apply(variables, x["ce_ids"], x.get("ce_mask"))
+        parts = objective.own_group(*vectors["student"], relevance, vectors["frozen_student"])
+        outputs["teacher_logits"] = relevance
+    outputs |= {
         "q_emb": vectors["student"][0],
         "d_emb": vectors["student"][1],
-        "teacher_logits": relevance,
         "loss": parts.loss,
         "n_correct": parts.correct,
     }

@@ -225,6 +225,22 @@ def test_batch_statistics_do_not_see_padding_nodes():
     chex.assert_trees_all_close(stats, whole_stats, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", [2, 6])
+def test_sage_can_sum_its_neighbors_whatever_side_of_the_product_is_narrower(features):
+    from jaxmodels.graphs.layers import SAGEConv
+
+    edges = np.array([[0, 0, 1, 2], [1, 1, 2, 2]])
+    x = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    layer = SAGEConv(4, features, aggr="sum", root_weight=False)
+    graph = make_graph(edges, 4, edge_weight=np.full(4, 9.0))  # weights play no part
+    variables = layer.init(jax.random.key(0), x, graph)
+    left = variables["params"]["lin_l"]
+    total = np.stack([0 * x[0], 2 * x[0], x[1] + x[2], 0 * x[0]])  # duplicates count
+    np.testing.assert_allclose(
+        layer.apply(variables, x, graph), total @ left["kernel"] + left["bias"], atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(("kind", "aggr"), [("gcn", "mean"), ("sage", "max"), ("gat", "mean")])
 def test_a_graph_over_four_devices_gives_one_devices_outputs_and_gradients(kind, aggr):
     given, x = messy_graph(n=N, weighted=kind == "gcn"), features()
@@ -331,7 +347,7 @@ def test_edges_that_cannot_be_meant_are_named(arguments, message):
     ("arguments", "message"),
     [
         (dict(kind="gcnn"), r"kind 'gcnn', did you mean 'gcn'\?; known: gcn, sage"),
-        (dict(kind="sage", aggr="sum"), r"aggr 'sum'; known: mean, max"),
+        (dict(kind="sage", aggr="lstm"), r"aggr 'lstm'; known: mean, max, sum"),
         (dict(num_layers=0), r"num_layers must be at least 1"),
         (dict(kind="rgcn"), r"needs num_relations"),
     ],

@@ -173,3 +173,23 @@ def test_wrong_constructions_are_refused():
         Bert(**TINY, hidden_act="gelo")
     with pytest.raises(ValueError, match="architecture 'bart', did you mean 'bert'"):
         Bert(**TINY, architecture="bart")
+
+
+@pytest.mark.parametrize(
+    ("name", "at_minus_one", "at_twelve"),
+    [
+        ("gelu_10", -0.158655, 10),
+        ("gelu_fast", -0.158808, 12),
+        ("quick_gelu", -0.154204, 12),
+        ("relu2", 0, 144),
+        ("relu6", 0, 6),
+        ("leaky_relu", -0.01, 12),
+        ("hardswish", -1 / 3, 12),
+        ("mish", -0.303401, 12),
+        ("linear", -1, 12),
+    ],
+)
+def test_activations_are_those_that_transformers_has_under_the_name(name, at_minus_one, at_twelve):
+    values = bert.ACTIVATIONS[name](jnp.array([-1.0, 12.0]))
+    np.testing.assert_allclose(values, [at_minus_one, at_twelve], atol=2e-6)
+    assert tiny(hidden_act=name)[0].hidden_act == name
