@@ -48,6 +48,8 @@ class GradientAttack:
         `draws` > 1 the gradient is the mean over that many draws (EOT).
       variance_samples, variance_bound: VMI, N neighbors uniform in the ball of
         radius beta eps.
+      norm_floor: smallest length that divides an L2 step's gradient; None adds 1e-10 to it, as
+        torchattacks does.
     """
 
     eps: Any = 8 / 255
@@ -68,6 +70,7 @@ class GradientAttack:
     draws: int = struct.field(pytree_node=False, default=1)
     variance_samples: int = struct.field(pytree_node=False, default=0)
     variance_bound: float = struct.field(pytree_node=False, default=1.5)
+    norm_floor: float | None = struct.field(pytree_node=False, default=None)
 
 
 def gradient_attack(
@@ -125,9 +128,7 @@ def gradient_attack(
         if cfg.momentum is not None:
             mean = jnp.abs(g).mean((1, 2, 3), keepdims=True)
             g = history = mu * history + g / jnp.where(mean > 0, mean, 1)
-        # A single L2 step is FGSM's, whose guard against zero gradients is a maximum.
-        tiny = 1e-12 if cfg.steps == 1 else 1e-10
-        point = bounded(point + ascent_step(g, step, cfg.norm, tiny))
+        point = bounded(point + ascent_step(g, step, cfg.norm, floor=cfg.norm_floor))
         return (point, history, variance), None
 
     history = jnp.zeros_like(x) if cfg.momentum is not None else None

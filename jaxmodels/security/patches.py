@@ -109,7 +109,9 @@ def colored(patch: jax.Array, placement: Placement) -> jax.Array:
     """Patch [h, w, 3] in each placement's light: clip((p - 0.5) contrast + 0.5 + brightness)."""
     contrast = placement.contrast[:, None, None, None]
     brightness = placement.brightness[:, None, None, None]
-    return jnp.clip((patch - 0.5) * contrast + 0.5 + brightness, 0, 1)
+    lit = (patch - 0.5) * contrast + 0.5 + brightness
+    # Not `clip`, which halves the gradient of colors that are 0 or 1 exactly.
+    return jnp.where(lit < 0, 0, jnp.where(lit > 1, 1, lit))
 
 
 class Composition(NamedTuple):

@@ -35,11 +35,21 @@ def project(x: jax.Array, start: jax.Array, eps: jax.Array, norm: str) -> jax.Ar
     return start + delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norms(delta), 1e-12))
 
 
-def ascent_step(gradient: jax.Array, step: jax.Array, norm: str, tiny: float = 1e-10) -> jax.Array:
-    """The move of length `step`: its sign (0 where the gradient is 0), or its direction."""
+def ascent_step(
+    gradient: jax.Array,
+    step: jax.Array,
+    norm: str,
+    tiny: float = 1e-10,
+    floor: float | None = None,
+) -> jax.Array:
+    """The move of length `step`: its sign (0 where the gradient is 0), or its direction.
+
+    The length that divides it is never zero: `tiny` is added, or it is at least `floor` if given.
+    """
     if norm == "linf":
         return step * jnp.sign(gradient)
-    return step * gradient / (l2_norms(gradient) + tiny)
+    length = l2_norms(gradient)
+    return step * gradient / (length + tiny if floor is None else jnp.maximum(length, floor))
 
 
 def random_start(

@@ -44,6 +44,8 @@ TRUNKS: dict[str, tuple[tuple, ...]] = {
 }
 # (window, stride) of the trunk's pools; no padding, incomplete windows dropped.
 POOLS = {"vgg": (2, 2), "alex": (3, 2)}
+# Of the original release ("0.0"), which left the scaling of its inputs out, and the corrected one.
+VERSIONS = ("0.0", "0.1")
 # Smallest images of which every tap keeps a pixel.
 SMALLEST = {"vgg": 16, "alex": 31}
 
@@ -91,18 +93,22 @@ class Trunk(nn.Module):
 class LPIPS(nn.Module):
     """Perceptual distance of images x, y [B, H, W, 3] in [-1, 1] -> [B].
 
-    `net` is "alex" or "vgg", `width_divisor` narrows the trunk. `normalize` in the call takes
-    images in [0, 1]. Differentiable at equal and at black features.
+    `net` is "alex" or "vgg", `width_divisor` narrows the trunk, `version` "0.0" does not scale the
+    images. `normalize` in the call takes images in [0, 1]. Differentiable at equal and at black
+    features.
     """
 
     net: str = "alex"
     width_divisor: int = 1
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    version: str = "0.1"
 
     def __post_init__(self) -> None:
         if self.net not in TRUNKS:
             raise ValueError(f"net is one of {', '.join(TRUNKS)}, got {self.net!r}")
+        if self.version not in VERSIONS:
+            raise ValueError(f"version is one of {', '.join(VERSIONS)}, got {self.version!r}")
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -132,7 +138,8 @@ class LPIPS(nn.Module):
                 f"{x.shape[1]}x{x.shape[2]}"
             )
         x = 2 * x - 1 if normalize else x
-        x = (x - jnp.asarray(SHIFT, x.dtype)) / jnp.asarray(SCALE, x.dtype)
+        if self.version != "0.0":
+            x = (x - jnp.asarray(SHIFT, x.dtype)) / jnp.asarray(SCALE, x.dtype)
         return [_unit(f.astype(jnp.promote_types(f.dtype, jnp.float32))) for f in self.trunk(x)]
 
     def distances(self, a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:

@@ -1,9 +1,10 @@
 """StyleGAN2: mapping and synthesis networks, and the residual discriminator.
 
 T. Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, in the
-form of NVlabs/stylegan2-ada-pytorch@d72cc7d (`training/networks.py`): architectures "skip" (G) and
-"resnet" (D), names of its state dicts. rosinality/stylegan2-pytorch@bef283a's names are read as
-well (`jaxmodels.video.stylegan2_names`), and written by `to_rosinality` there.
+form of NVlabs/stylegan2-ada-pytorch@d72cc7d (`training/networks.py`), with its labels, its names of
+state dicts and its architectures ("skip" for G and "resnet" for D unless told otherwise).
+rosinality/stylegan2-pytorch@bef283a's names are read as well (`jaxmodels.video.stylegan2_names`),
+and written by `to_rosinality` there.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from jaxmodels.video.stylegan2_layers import (
     leaky_relu,
     modulated_conv2d,
 )
-from jaxmodels.video.upfirdn import BINOMIAL, setup_filter, upsample2d
+from jaxmodels.video.upfirdn import BINOMIAL, downsample2d, setup_filter, upsample2d
 
 NOISE_MODES = ("const", "random", "none")
+ARCHITECTURES = ("orig", "skip", "resnet")
 SMALLEST = 8
 
 
@@ -63,6 +65,11 @@ def check_wplus(ws, layers: int) -> None:
         )
 
 
+def _check_architecture(name: str) -> None:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, got {name!r}")
+
+
 def normalize_second_moment(x: jax.Array) -> jax.Array:
     """x / sqrt(mean over the last axis of x^2 + 1e-8)."""
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
@@ -82,7 +89,11 @@ def truncate(
 
 
 class MappingNetwork(nn.Module):
-    """z [B, z_dim] -> w [B, w_dim]: normalization, then layers of linear and leaky ReLU."""
+    """z [B, z_dim] -> w [B, w_dim]: normalization, then layers of linear and leaky ReLU.
+
+    With `c_dim` > 0 labels c [B, c_dim] are embedded, normalized and put behind z; z may then be
+    None. `track_average` keeps the mean latent.
+    """
 
     w_dim: int = 512
     num_layers: int = 8
@@ -91,12 +102,32 @@ class MappingNetwork(nn.Module):
     w_avg_beta: float = 0.995
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    c_dim: int = 0
+    embed_features: int | None = None
+    track_average: bool = True
 
     @nn.compact
-    def __call__(self, z: jax.Array, update_average: bool = False) -> jax.Array:
+    def __call__(
+        self, z: jax.Array | None, update_average: bool = False, c: jax.Array | None = None
+    ) -> jax.Array:
         """w; with `update_average` the batch's mean moves the buffer `w_avg` (mutable)."""
-        average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
-        x = normalize_second_moment(jnp.asarray(z, self.param_dtype))
+        parts = []
+        if z is not None:
+            parts.append(normalize_second_moment(jnp.asarray(z, self.param_dtype)))
+        if self.c_dim:
+            if c is None and self.is_initializing():
+                c = jnp.zeros((1 if z is None else len(z), self.c_dim))
+            if c is None or c.shape[-1] != self.c_dim:
+                found = "none" if c is None else f"{c.shape}"
+                raise ValueError(f"labels c must be [batch, {self.c_dim}], got {found}")
+            embed = EqualizedLinear(
+                self.w_dim if self.embed_features is None else self.embed_features,
+                dtype=self.param_dtype,
+                param_dtype=self.param_dtype,
+                name="embed",
+            )
+            parts.append(normalize_second_moment(embed(jnp.asarray(c, self.param_dtype))))
+        x = jnp.concatenate(parts, -1)
         hidden = self.layer_features or self.w_dim
         for i in range(self.num_layers):
             x = EqualizedLinear(
@@ -107,6 +138,9 @@ class MappingNetwork(nn.Module):
                 param_dtype=self.param_dtype,
                 name=f"fc{i}",
             )(x)
+        if not self.track_average:
+            return x
+        average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
         if update_average and not self.is_initializing():
             mean = jax.lax.stop_gradient(x.mean(0))
             average.value = mean + self.w_avg_beta * (average.value - mean)
@@ -128,7 +162,12 @@ class SynthesisLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, w: jax.Array, noise_mode: str, noise: jax.Array | None = None
+        self,
+        x: jax.Array,
+        w: jax.Array,
+        noise_mode: str,
+        noise: jax.Array | None = None,
+        gain: float = 1.0,
     ) -> jax.Array:
         inputs, r, kind = x.shape[-1], self.resolution, self.param_dtype
         shape = (3, 3, inputs, self.features)
@@ -156,7 +195,7 @@ class SynthesisLayer(nn.Module):
             up=self.up,
             fused=self.fused,
         )
-        return leaky_relu(y, bias, clamp=self.conv_clamp)
+        return leaky_relu(y, bias, gain, self.conv_clamp)
 
 
 class ToRGB(nn.Module):
@@ -181,12 +220,18 @@ class ToRGB(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: (up-)convolutions and the running image, `x, image -> x, image`."""
+    """One resolution: (up-)convolutions and the running image, `x, image -> x, image`.
+
+    Only "skip" adds to the image at every resolution; the others have one at the `last` alone.
+    "resnet" adds an up-sampled 1x1 shortcut, both sides divided by sqrt 2.
+    """
 
     features: int
     resolution: int
     img_channels: int = 3
     first: bool = False
+    last: bool = False
+    architecture: str = "skip"
     use_noise: bool = True
     conv_clamp: float | None = None
     resample_filter: tuple[float, ...] = BINOMIAL
@@ -202,7 +247,7 @@ class SynthesisBlock(nn.Module):
         ws: jax.Array,
         noise_mode: str,
         noises: tuple[jax.Array | None, ...],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """ws [B, 2 (first) or 3, w_dim]: the codes of the convolutions and of to-RGB."""
         kind = self.param_dtype
         layer = dict(
@@ -215,14 +260,24 @@ class SynthesisBlock(nn.Module):
             dtype=self.dtype,
             param_dtype=kind,
         )
+        shortcut, gain = None, 1.0
         if self.first:
             shape = (self.features, self.resolution, self.resolution)
             const = self.param("const", nn.initializers.normal(1.0), shape, kind)
             x = jnp.broadcast_to(const.transpose(1, 2, 0), (ws.shape[0], *shape[1:], shape[0]))
             x = x.astype(self.dtype)
         else:
+            if self.architecture == "resnet":
+                gain = math.sqrt(0.5)
+                shortcut = DiscriminatorConv(
+                    self.features, 1, up=2, use_bias=False, activation=False, name="skip",
+                    resample_filter=self.resample_filter, dtype=self.dtype, param_dtype=kind,
+                )(x, gain)  # fmt: skip
             x = SynthesisLayer(up=2, name="conv0", **layer)(x, ws[:, 0], noise_mode, noises[0])
-        x = SynthesisLayer(name="conv1", **layer)(x, ws[:, -2], noise_mode, noises[-1])
+        x = SynthesisLayer(name="conv1", **layer)(x, ws[:, -2], noise_mode, noises[-1], gain)
+        x = x if shortcut is None else shortcut + x
+        if not self.last and self.architecture != "skip":
+            return x, image
         rgb = ToRGB(self.img_channels, self.conv_clamp, self.fused, self.dtype, kind, name="torgb")(
             x, ws[:, -1]
         )
@@ -245,6 +300,7 @@ class SynthesisNetwork(nn.Module):
     fused: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    architecture: str = "skip"
 
     @nn.compact
     def __call__(
@@ -267,6 +323,8 @@ class SynthesisNetwork(nn.Module):
                 resolution,
                 self.img_channels,
                 first=b == 0,
+                last=resolution == self.img_resolution,
+                architecture=self.architecture,
                 use_noise=self.use_noise,
                 conv_clamp=self.conv_clamp,
                 resample_filter=self.resample_filter,
@@ -275,7 +333,9 @@ class SynthesisNetwork(nn.Module):
                 param_dtype=self.param_dtype,
                 name=f"b{resolution}",
             )(x, image, ws[:, first : 2 * b + 2], noise_mode, noises[first : 2 * b + 1])
-            maps[f"x_b{resolution}"], maps[f"rgb_b{resolution}"] = x, image
+            maps[f"x_b{resolution}"] = x
+            if image is not None:
+                maps[f"rgb_b{resolution}"] = image
         maps["image"] = image
         return maps
 
@@ -286,7 +346,7 @@ class Generator(nn.Module):
     `channels` {resolution: maps} replaces min(channel_base / resolution, channel_max);
     `conv_clamp` is 256 for NVlabs networks trained in mixed precision; `fused` convolves with a
     weight for every sample; `dtype` is that of the feature maps, styles and images stay in
-    `param_dtype`.
+    `param_dtype`. With `c_dim` > 0 every mapping takes labels c [B, c_dim] as well.
 
     Raises ValueError for sizes that are not powers of two of at least 8.
     """
@@ -308,9 +368,13 @@ class Generator(nn.Module):
     fused: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    architecture: str = "skip"
+    c_dim: int = 0
+    embed_features: int | None = None
 
     def __post_init__(self) -> None:
         num_latents(self.img_resolution)
+        _check_architecture(self.architecture)
         super().__post_init__()
 
     @property
@@ -327,6 +391,8 @@ class Generator(nn.Module):
             self.w_avg_beta,
             self.dtype,
             self.param_dtype,
+            self.c_dim,
+            self.embed_features,
         )
         self.synthesis = SynthesisNetwork(
             self.img_resolution,
@@ -340,6 +406,7 @@ class Generator(nn.Module):
             self.fused,
             self.dtype,
             self.param_dtype,
+            self.architecture,
         )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -352,14 +419,17 @@ class Generator(nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: str = "const",
+        c: jax.Array | None = None,
     ) -> jax.Array:
         """Images of latents; `noise_mode` "random" draws from the rng "noise"."""
-        ws = self.map_latents(z, truncation_psi, truncation_cutoff)
+        ws = self.map_latents(z, truncation_psi, truncation_cutoff, c=c)
         return self.synthesize(ws, noise_mode)
 
-    def to_w(self, z: jax.Array, update_average: bool = False) -> jax.Array:
+    def to_w(
+        self, z: jax.Array, update_average: bool = False, c: jax.Array | None = None
+    ) -> jax.Array:
         """w [B, w_dim] of z, not truncated."""
-        return self.mapping(z, update_average)
+        return self.mapping(z, update_average, c)
 
     def map_latents(
         self,
@@ -368,13 +438,14 @@ class Generator(nn.Module):
         truncation_cutoff: int | None = None,
         z2: jax.Array | None = None,
         mixing_index: int | None = None,
+        c: jax.Array | None = None,
     ) -> jax.Array:
         """W+ [B, n, w_dim] of z; from layer `mixing_index` on the styles of z2."""
-        w = self.mapping(z)
+        w = self.mapping(z, c=c)
         ws = jnp.repeat(w[:, None], self.num_latents, 1)
         if z2 is not None:
             late = (jnp.arange(self.num_latents) >= mixing_index)[:, None]
-            ws = jnp.where(late, self.mapping(z2)[:, None], ws)
+            ws = jnp.where(late, self.mapping(z2, c=c)[:, None], ws)
         if truncation_psi == 1.0:
             return ws
         return truncate(ws, self.average(), truncation_psi, truncation_cutoff)
@@ -395,11 +466,12 @@ class Generator(nn.Module):
 
 
 class DiscriminatorConv(nn.Module):
-    """Equalized convolution, optional down-sampling, bias and leaky ReLU."""
+    """Equalized convolution, optional down- or up-sampling, bias and leaky ReLU."""
 
     features: int
     kernel_size: int = 3
     down: int = 1
+    up: int = 1
     use_bias: bool = True
     activation: bool = True
     conv_clamp: float | None = None
@@ -414,7 +486,11 @@ class DiscriminatorConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
         kernel = jnp.asarray(kernel / math.sqrt(math.prod(shape[:3])), self.dtype)
         y = conv2d_resample(
-            jnp.asarray(x, self.dtype), kernel, setup_filter(self.resample_filter), down=self.down
+            jnp.asarray(x, self.dtype),
+            kernel,
+            setup_filter(self.resample_filter),
+            up=self.up,
+            down=self.down,
         )
         bias = None
         if self.use_bias:
@@ -449,17 +525,24 @@ def minibatch_deviation(x: jax.Array, group_size: int | None = 4, channels: int 
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block of half the resolution, divided by sqrt 2; the shortcut is not clamped."""
+    """Block of half the resolution, `x, image -> x, image`.
+
+    "resnet" adds a shortcut, which is not clamped, and divides by sqrt 2; "skip" adds the image
+    and halves it, the others see it (not None) at the first resolution only.
+    """
 
     features: int
     out: int
+    architecture: str = "resnet"
     conv_clamp: float | None = None
     resample_filter: tuple[float, ...] = BINOMIAL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, image: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array | None, image: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         conv = dict(
             conv_clamp=self.conv_clamp,
             resample_filter=self.resample_filter,
@@ -467,16 +550,26 @@ class DiscriminatorBlock(nn.Module):
             param_dtype=self.param_dtype,
         )
         if image is not None:
-            x = DiscriminatorConv(self.features, 1, name="fromrgb", **conv)(image)
+            y = DiscriminatorConv(self.features, 1, name="fromrgb", **conv)(image)
+            x = y if x is None else x + y
+            half = downsample2d(image, setup_filter(self.resample_filter))
+            image = half if self.architecture == "skip" else None
+        if self.architecture != "resnet":
+            x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
+            return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x), image
         half = math.sqrt(0.5)
         plain = {**conv, "conv_clamp": None, "use_bias": False, "activation": False}
         skip = DiscriminatorConv(self.out, 1, 2, name="skip", **plain)(x, half)
         x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
-        return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x, half) + skip
+        return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x, half) + skip, image
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Minibatch deviation, 3x3 convolution and two linear maps: [B, 4, 4, C] -> [B, 1]."""
+    """Minibatch deviation, 3x3 convolution and two linear maps: [B, 4, 4, C] -> [B, 1].
+
+    An image (architecture "skip") is added first; with mapped labels [B, D] the logit is
+    the product with them, divided by sqrt D.
+    """
 
     mbstd_group_size: int | None = 4
     mbstd_num_channels: int = 1
@@ -485,9 +578,15 @@ class DiscriminatorEpilogue(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, image: jax.Array | None = None, mapped: jax.Array | None = None
+    ) -> jax.Array:
         features, kind = x.shape[-1], self.param_dtype
         x = jnp.asarray(x, kind)
+        if image is not None:
+            # Not clamped, unlike the other resolutions' in the official code.
+            rgb = DiscriminatorConv(features, 1, name="fromrgb", dtype=kind, param_dtype=kind)
+            x = x + rgb(image)
         if self.mbstd_num_channels > 0:
             x = minibatch_deviation(x, self.mbstd_group_size, self.mbstd_num_channels)
         types = dict(dtype=kind, param_dtype=kind)
@@ -495,14 +594,20 @@ class DiscriminatorEpilogue(nn.Module):
         # Checkpoints flatten channels first.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         x = EqualizedLinear(features, activation="lrelu", name="fc", **types)(x)
-        return EqualizedLinear(1, name="out", **types)(x)
+        if mapped is None:
+            return EqualizedLinear(1, name="out", **types)(x)
+        width = mapped.shape[-1]
+        x = EqualizedLinear(width, name="out", **types)(x)
+        return (x * mapped).sum(-1, keepdims=True) / math.sqrt(width)
 
 
 class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator, images [B, S, S, 3] in [-1, 1] -> logits [B, 1].
 
     Arguments as for `Generator`; `mbstd_group_size` samples share a minibatch deviation (None: all
-    of the batch), `mbstd_num_channels` 0 leaves it out.
+    of the batch), `mbstd_num_channels` 0 leaves it out. With `c_dim` > 0 labels c [B, c_dim] are
+    mapped to `cmap_dim` numbers (None: as many as there are maps at 4x4) by a mapping network
+    without a mean latent.
     """
 
     img_resolution: int = 1024
@@ -516,9 +621,17 @@ class Discriminator(nn.Module):
     resample_filter: tuple[float, ...] = BINOMIAL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    architecture: str = "resnet"
+    c_dim: int = 0
+    cmap_dim: int | None = None
+    mapping_layers: int = 8
+    mapping_features: int | None = None
+    embed_features: int | None = None
+    lr_multiplier: float = 0.01
 
     def __post_init__(self) -> None:
         num_latents(self.img_resolution)
+        _check_architecture(self.architecture)
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -527,7 +640,7 @@ class Discriminator(nn.Module):
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
+    def __call__(self, image: jax.Array, c: jax.Array | None = None) -> jax.Array:
         size = self.img_resolution
         if image.ndim != 4 or image.shape[1:] != (size, size, self.img_channels):
             raise ValueError(
@@ -539,16 +652,31 @@ class Discriminator(nn.Module):
 
         x, resolution = None, size
         while resolution > 4:
-            x = DiscriminatorBlock(
+            x, image = DiscriminatorBlock(
                 maps(resolution),
                 maps(resolution // 2),
+                self.architecture,
                 self.conv_clamp,
                 tuple(self.resample_filter),
                 self.dtype,
                 self.param_dtype,
                 name=f"b{resolution}",
-            )(x, image if resolution == size else None)
+            )(x, image)
             resolution //= 2
+        mapped = None
+        if self.c_dim:
+            mapped = MappingNetwork(
+                maps(4) if self.cmap_dim is None else self.cmap_dim,
+                self.mapping_layers,
+                self.mapping_features,
+                self.lr_multiplier,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                c_dim=self.c_dim,
+                embed_features=self.embed_features,
+                track_average=False,
+                name="mapping",
+            )(None, c=c)
         return DiscriminatorEpilogue(
             self.mbstd_group_size,
             self.mbstd_num_channels,
@@ -556,7 +684,7 @@ class Discriminator(nn.Module):
             self.dtype,
             self.param_dtype,
             name="b4",
-        )(x)
+        )(x, image, mapped)
 
 
 MODEL = Generator

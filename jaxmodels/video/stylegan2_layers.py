@@ -7,6 +7,7 @@ stored as drawn from a unit normal and scaled where they are used.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -82,26 +83,27 @@ def conv2d(x: jax.Array, kernel: jax.Array, padding: int = 0, stride: int = 1) -
     return plain_conv2d(x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
 
 
-def transposed_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Transposed convolution with stride 2 and no padding, out[2 i + k] += x[i] kernel[k].
+def transposed_conv(x: jax.Array, kernel: jax.Array, stride: int = 2) -> jax.Array:
+    """Transposed convolution without padding, out[s i + k] += x[i] kernel[k].
 
-    x [B, H, W, I], kernel [3, 3, I, O] in a convolution's own layout -> [B, 2 H + 1, 2 W + 1, O].
-    On a CPU it is four small convolutions, one for each parity of row and column: XLA's dilated
-    convolution multiplies the zeros.
+    x [B, H, W, I], kernel [k, k, I, O] in a convolution's own layout -> [B, s (H - 1) + k, .., O].
+    On a CPU that of 3x3 kernels and stride 2 is four small convolutions, one for each parity of row
+    and column: XLA's dilated convolution multiplies the zeros.
     """
-    if kernel.shape[:2] != (3, 3):
-        return _dilated(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_by_parity, default=_dilated)
+    dilated = functools.partial(_dilated, stride=stride)
+    if kernel.shape[:2] != (3, 3) or stride != 2:
+        return dilated(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_by_parity, default=dilated)
 
 
-def _dilated(x, kernel):
+def _dilated(x, kernel, stride=2):
     k = kernel.shape[0]
     return lax.conv_general_dilated(
         x,
         kernel[::-1, ::-1],
         (1, 1),
         ((k - 1, k - 1), (k - 1, k - 1)),
-        lhs_dilation=(2, 2),
+        lhs_dilation=(stride, stride),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
@@ -129,38 +131,36 @@ def conv2d_resample(
 ) -> jax.Array:
     """Convolution with padding k // 2 at another resolution: [B, H, W, I] -> [B, H', W', O].
 
-    `up` 2: transposed convolution, then the filter with gain 4. `down` 2: the filter, then a
-    convolution with stride 2. The filter `f` [fh, fw] is aligned as in the official
-    `conv2d_resample`.
+    `up`: transposed convolution, then the filter with gain up^2 and, with `down` too, once more
+    on the way down. `down` alone: the filter, then a convolution with stride. The filter `f`
+    ([fh, fw], or [n] along both axes) is aligned as in the official `conv2d_resample`.
     """
     k = kernel.shape[0]
     pad = k // 2
     if up == down == 1:
         return conv2d(x, kernel, pad)
-    fh, fw = f.shape
-    if down > 1 and up == 1:
-        sides = [(n - down + 1) // 2 for n in (fw, fh)], [(n - down) // 2 for n in (fw, fh)]
-        around = (sides[0][0], sides[1][0], sides[0][1], sides[1][1])
+    taps = (f.shape[-1], f.shape[0])
+    before, after = [pad, pad], [pad, pad]
+    for axis, n in enumerate(taps):
+        if up > 1:
+            before[axis] += (n + up - 1) // 2
+            after[axis] += (n - up) // 2
+        if down > 1:
+            before[axis] += (n - down + 1) // 2
+            after[axis] += (n - down) // 2
+
+    def filtered(y, moved_before=0, moved_after=0, **arguments):
+        around = [(b - moved_before, a - moved_after) for b, a in zip(before, after)]
+        return upfirdn2d(y, f, padding=sum(around, ()), **arguments)
+
+    if up == 1:
         if k == 1:
-            return conv2d(upfirdn2d(x, f, down=down, padding=around), kernel)
-        return conv2d(upfirdn2d(x, f, padding=tuple(p + pad for p in around)), kernel, 0, down)
-    before = [pad + (n + up - 1) // 2 for n in (fw, fh)]
-    after = [pad + (n - up) // 2 for n in (fw, fh)]
-    if k == 1:
-        around = (before[0], after[0], before[1], after[1])
-        return upfirdn2d(conv2d(x, kernel), f, up=up, down=down, padding=around, gain=up * up)
-    if up == 2:
-        around = (
-            before[0] - (k - 1),
-            after[0] - (k - up),
-            before[1] - (k - 1),
-            after[1] - (k - up),
-        )
-        y = transposed_conv(x, kernel)
-        return upfirdn2d(y, f, padding=around, down=down, gain=up * up)
-    around = (before[0], after[0], before[1], after[1])
-    y = conv2d(upfirdn2d(x, f, up=up, padding=around, gain=up * up), kernel)
-    return upfirdn2d(y, None, down=down) if down > 1 else y
+            return conv2d(filtered(x, down=down), kernel)
+        return conv2d(filtered(x), kernel, 0, down)
+    if k == 1 and down == 1:
+        return filtered(conv2d(x, kernel), up=up, gain=up * up)
+    y = filtered(transposed_conv(x, kernel, up), k - 1, k - up, gain=up * up)
+    return upfirdn2d(y, f, down=down) if down > 1 else y
 
 
 def modulated_conv2d(
@@ -180,7 +180,7 @@ def modulated_conv2d(
     Args:
       x: [B, H, W, I]. kernel: [k, k, I, O], unscaled. styles: [B, I], scales of input channels.
       noise: broadcastable to the output [B, H', W', 1], added after demodulation.
-      f: resampling filter [fh, fw]; None is [1, 3, 3, 1].
+      f: resampling filter [fh, fw] or [n]; None is [1, 3, 3, 1].
       up, down: resampling, see `conv2d_resample`.
       demodulate: False leaves out the division (to-RGB).
       fused: weights of every sample and one convolution each; False scales the input by s, runs

@@ -61,7 +61,11 @@ def check(keys: Iterable[str], module: Any) -> None:
 
 def pairs(module: Any) -> list[tuple[str, str]]:
     """[(rosinality's name, NVlabs's name)] of every weight of a generator or discriminator."""
-    return _generator(module) if hasattr(module, "mapping_layers") else _discriminator(module)
+    return _generator(module) if _is_generator(module) else _discriminator(module)
+
+
+def _is_generator(module: Any) -> bool:
+    return hasattr(module, "z_dim")
 
 
 def _generator(module) -> list[tuple[str, str]]:
@@ -132,16 +136,19 @@ def _discriminator(module) -> list[tuple[str, str]]:
 def filter_keys(module: Any) -> list[str]:
     """NVlabs's names of the resampling filters, which every up- or down-sampling child carries."""
     blocks = [4 * 2**b for b in range(int(math.log2(module.img_resolution)) - 1)]
-    if hasattr(module, "mapping_layers"):
+    if _is_generator(module):
         keys = []
         for r in blocks:
             convs = ("conv1",) if r == 4 else ("conv0", "conv1")
+            convs += ("skip",) if r > 4 and module.architecture == "resnet" else ()
             keys += [f"synthesis.b{r}.resample_filter"]
             keys += [f"synthesis.b{r}.{conv}.resample_filter" for conv in convs]
         return keys
-    keys = ["b4.conv.resample_filter"]
+    reads_image = module.architecture == "skip"
+    keys = ["b4.conv.resample_filter"] + ["b4.fromrgb.resample_filter"] * reads_image
     for r in blocks[1:]:
-        children = ("conv0", "conv1", "skip") + (("fromrgb",) if r == blocks[-1] else ())
+        children = ("conv0", "conv1") + (("skip",) if module.architecture == "resnet" else ())
+        children += ("fromrgb",) if reads_image or r == blocks[-1] else ()
         keys += [f"b{r}.resample_filter", *(f"b{r}.{c}.resample_filter" for c in children)]
     return keys
 
@@ -165,7 +172,8 @@ def to_nvlabs(state: Mapping[str, np.ndarray], module: Any) -> dict[str, np.ndar
         state = new
     else:
         state.pop("latent_avg", None)
-    if hasattr(module, "mapping_layers") and "mapping.w_avg" not in state:
+    # Without labels there is no mean of conditional latents.
+    if _is_generator(module) and not module.c_dim and "mapping.w_avg" not in state:
         if f"mapping.fc{module.mapping_layers - 1}.weight" in state:
             state["mapping.w_avg"] = _mean_latent(state, module)
     return state
@@ -203,9 +211,16 @@ def to_rosinality(state: Mapping[str, np.ndarray], module: Any) -> dict[str, np.
     """rosinality's state dict from NVlabs's (`jaxmodels.export`), with its blur kernels.
 
     A generator's mean latent stands under `latent_avg`, which rosinality's files keep beside
-    `g_ema`: take it out before `load_state_dict`.
+    `g_ema`: take it out before `load_state_dict`. Raises ValueError for networks that the code does
+    not have.
     """
     from jaxmodels.video.upfirdn import setup_filter
+
+    if module.c_dim or module.architecture != ("skip" if _is_generator(module) else "resnet"):
+        raise ValueError(
+            "rosinality's code has neither labels nor other architectures than skip (generator) "
+            f"and resnet (discriminator); got c_dim {module.c_dim}, {module.architecture}"
+        )
 
     new: dict[str, np.ndarray] = {}
     for theirs, ours in pairs(module):
@@ -221,7 +236,7 @@ def to_rosinality(state: Mapping[str, np.ndarray], module: Any) -> dict[str, np.
         new[theirs] = value
     f = setup_filter(module.resample_filter)
     levels = int(math.log2(module.img_resolution)) - 2
-    if hasattr(module, "mapping_layers"):
+    if _is_generator(module):
         for b in range(levels):
             new[f"convs.{2 * b}.conv.blur.kernel"] = f * 4
             new[f"to_rgbs.{b}.upsample.kernel"] = f * 4

@@ -154,7 +154,10 @@ def _attack_options(name: str, method: str, config, own) -> dict[str, Any]:
     if method != "fgsm":
         options |= {"step_size": given["alpha"], "steps": given["steps"]}
     if method in ("mi", "ni", "si_ni", "ti"):
-        options["momentum"] = config["mifgsm"]["decay"]
+        # An attack's own decay, or the one that is recorded for all of them.
+        of = {"mi": "mifgsm", "ni": "nifgsm", "si_ni": "sinifgsm", "ti": "ti"}[method]
+        shared = config.get("mifgsm", {}).get("decay", 1.0)
+        options["momentum"] = config.get(of, {}).get("decay", shared)
     if method == "si_ni":
         options["scales"] = config["sinifgsm"]["m"]
     if method == "ti":

@@ -90,16 +90,15 @@ def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
         mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         synthesis = dict(config.get("synthesis_kwargs", {}))
         arguments = {
-            **{k: config[k] for k in ("z_dim", "w_dim", "img_resolution") if k in config},
+            **{k: config[k] for k in ("z_dim", "c_dim", "w_dim", "img_resolution") if k in config},
             "img_channels": config.get("img_channels", 3),
             **{mapping.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()},
             **synthesis,
         }
         # Values that are ours without saying so, or that float32 never sees.
-        for key, fixed in (("architecture", "skip"), ("activation", "lrelu")):
-            if arguments.get(key) == fixed:
-                del arguments[key]
-        for key in ("num_fp16_res", "embed_features", "fused_modconv"):
+        if arguments.get("activation") == "lrelu":
+            del arguments["activation"]
+        for key in ("num_fp16_res", "fp16_channels_last", "fused_modconv"):
             arguments.pop(key, None)
     if "resample_filter" in arguments:
         arguments["resample_filter"] = tuple(arguments["resample_filter"])
@@ -125,6 +124,7 @@ def _generator(case: GoldenCase) -> dict[str, Any]:
     z = jnp.asarray(given.get("z", np.zeros((1, module.z_dim), np.float32)))
     z2 = jnp.asarray(given.get("z2", z))
     ws = jnp.asarray(given.get("ws", np.zeros((1, module.num_latents, module.w_dim), z.dtype)))
+    labels = {"c": jnp.asarray(given["c"])} if module.c_dim and "c" in given else {}
     names = [n for n in case.wanted if "psi" in n or "mix" in n]
 
     def apply(variables, *args, method=None, **kwargs):
@@ -137,14 +137,14 @@ def _generator(case: GoldenCase) -> dict[str, Any]:
         cutoff = next((int(p[6:]) for p in parts if p.startswith("cutoff")), None)
         mix = next((int(p[3:]) for p in parts if p.startswith("mix")), None)
         other = {} if mix is None else {"z2": z2, "mixing_index": mix}
-        return apply(variables, z, psi, cutoff, **other, method="map_latents")
+        return apply(variables, z, psi, cutoff, **other, **labels, method="map_latents")
 
     @jax.jit
     def compute(variables, z, z2, ws):
-        found = {"w_from_z": apply(variables, z, method="to_w")}
-        found["img_const"] = apply(variables, z)
+        found = {"w_from_z": apply(variables, z, method="to_w", **labels)}
+        found["img_const"] = apply(variables, z, **labels)
         if "img_none" in case.wanted:
-            found["img_none"] = apply(variables, z, noise_mode="none")
+            found["img_none"] = apply(variables, z, noise_mode="none", **labels)
         maps = apply(variables, ws, method="intermediates")
         found["img_wplus"] = maps["image"]
         found |= {f"wplus.{k}": v for k, v in maps.items() if k != "image"}
@@ -167,11 +167,14 @@ def _discriminator(case: GoldenCase) -> dict[str, Any]:
         arguments = {names.get(k, k): v for k, v in config.items() if k != "channel_multiplier"}
         arguments |= _channel_base(config)
     else:
-        arguments = {
-            k: config[k]
-            for k in ("img_resolution", "img_channels", "channel_base", "channel_max", "conv_clamp")
-            if k in config
-        } | dict(config.get("epilogue_kwargs", {}))
+        names = ("img_resolution", "img_channels", "channel_base", "channel_max", "conv_clamp")
+        names += ("architecture", "c_dim", "cmap_dim")
+        mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
+        arguments = {k: config[k] for k in names if k in config}
+        arguments |= config.get("epilogue_kwargs", {})
+        arguments |= {mapping.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()}
+        if arguments.get("activation") == "lrelu":
+            del arguments["activation"]
         filter_ = config.get("block_kwargs", {}).get("resample_filter")
         arguments |= {} if filter_ is None else {"resample_filter": filter_}
     if "resample_filter" in arguments:
@@ -179,11 +182,12 @@ def _discriminator(case: GoldenCase) -> dict[str, Any]:
     module, variables = jaxmodels.load("video.stylegan2:Discriminator", case.weights, **arguments)
     extra = {k: v for k, v in variables.items() if k != "params"}
     image = _nhwc(case.inputs["img"])
+    labels = {"c": jnp.asarray(case.inputs["c"])} if module.c_dim else {}
 
     @jax.jit
     def compute(params, image):
         def logits(params, x):
-            return module.apply({"params": params, **extra}, x)
+            return module.apply({"params": params, **extra}, x, **labels)
 
         def penalty(params):
             squares, _ = stylegan2_losses.r1_penalty(functools.partial(logits, params), image)
@@ -280,6 +284,8 @@ def _modulated(case: GoldenCase) -> dict[str, Any]:
             # [O, I, k, k] went to [O, k, k, I] with the images.
             kernel = jnp.transpose(inputs[f"{name}.weight"], (1, 2, 3, 0))
             arguments = {k: config[k] for k in ("up", "down", "demodulate") if k in config}
+            if "resample_filter" in config:
+                arguments["f"] = ufd.setup_filter(config["resample_filter"])
             found[f"{name}.y"] = modulated_conv2d(
                 inputs[f"{name}.x"],
                 kernel,
@@ -314,9 +320,17 @@ def _style_encoder(case: GoldenCase) -> dict[str, Any]:
 def _identity(case: GoldenCase) -> dict[str, Any]:
     module, variables = jaxmodels.load("vision.ir_se", case.weights, **case.config)
 
+    def embed(variables, images):
+        if images.shape[1:3] == (256, 256):
+            return ir_se.embed_faces(module, variables, images)
+        # The official loss cuts these rows and columns out of images of any size.
+        rows, columns = slice(*ir_se.CROP_ROWS), slice(*ir_se.CROP_COLUMNS)
+        faces = ir_se.adaptive_average_pool(images[:, rows, columns], ir_se.ID_SIZE)
+        return module.apply(variables, faces)
+
     @jax.jit
     def compute(variables, y_hat, y):
-        a, b = (ir_se.embed_faces(module, variables, x) for x in (y_hat, y))
+        a, b = (embed(variables, x) for x in (y_hat, y))
         return {"emb_y_hat": a, "emb_y": b, "id_loss": ir_se.identity_loss(a, b)}
 
     return compute(variables, _image(case, "y_hat"), _image(case, "y"))
@@ -324,6 +338,8 @@ def _identity(case: GoldenCase) -> dict[str, Any]:
 
 def _lpips(case: GoldenCase) -> dict[str, Any]:
     config = {k: v for k, v in case.config.items() if k in LPIPS.__dataclass_fields__}
+    if config.get("net") == "vgg16":  # the official code has two names for it
+        config["net"] = "vgg"
     module, variables = jaxmodels.load("video.lpips", case.weights, **config)
     x, y = _image(case, "x"), _image(case, "y")
 

@@ -232,6 +232,16 @@ def test_face_attacks_move_features_within_their_budget(method, goal, norm):
     assert after < 0.8 * before if goal == "impersonation" else after > 2 * before
 
 
+def test_face_attacks_take_whole_l2_steps_along_tiny_gradients():
+    faces = (255 * data()[0]).astype(np.float32)
+    embed = lambda v: 1e-7 * v.mean((1, 2))  # noqa: E731 - a gradient of 1e-10
+    target = np.asarray(embed(faces)) + 1e-3
+    run = functools.partial(attacks.face_attack, KEY, embed, target=target, goal="impersonation")
+    for method, steps, length in (("fgsm", 1, 2.0), ("bim", 3, 1.0 * 2)):
+        moved = np.asarray(run(128 + 0 * faces, method=method, norm="l2", eps=2.0, steps=steps))
+        np.testing.assert_allclose(np.sqrt(np.square(moved - 128).mean((1, 2, 3))), length, 1e-3)
+
+
 # Patches under EOT
 
 WIDE = patch_attack.PatchAttack(steps=40, draws=6, step_size=0.05, shift=0.5, degrees=40.0)

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.interop import catalog
-from jaxmodels.video import landmarks, style_encoders, video_metrics
+from jaxmodels.video import landmarks, lpips, style_encoders, video_metrics
 from jaxmodels.vision import ir_se
 
 
@@ -31,6 +31,18 @@ def test_lpips_is_zero_at_equality_symmetric_and_differentiable():
     assert float(same) == 0 and float(one) == pytest.approx(float(other), rel=1e-5)
     # A flat image has features that are zero everywhere.
     assert all(jnp.isfinite(g).all() for g in grads) and jnp.abs(grads[0]).max() > 0
+
+
+def test_lpips_of_the_first_release_does_not_scale_its_images():
+    module, variables = jaxmodels.load("video.lpips", net="alex", width_divisor=32)
+    first = lpips.LPIPS(net="alex", width_divisor=32, version="0.0")
+    x, y = jax.random.uniform(jax.random.key(0), (2, 1, 32, 32, 3), minval=-1)
+    scaled = [(v - jnp.asarray(lpips.SHIFT)) / jnp.asarray(lpips.SCALE) for v in (x, y)]
+    np.testing.assert_allclose(
+        first.apply(variables, *scaled), module.apply(variables, x, y), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"version is one of 0\.0, 0\.1"):
+        lpips.LPIPS(version="1.0")
 
 
 def test_lpips_takes_the_published_file_with_torchvisions_trunk():

@@ -102,6 +102,59 @@ def test_fused_and_scaled_forms_of_modulation_agree():
         assert jnp.abs(a - b).max() <= 1e-5 * max(1, float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("up, down", [(3, 1), (4, 2), (1, 3), (2, 2)])
+def test_modulated_convolution_at_any_rate_equals_its_definition(up, down):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((1, 6, 6, 1)), rng.standard_normal((3, 3, 1, 1))
+    f = ufd.setup_filter([1, 2, 4, 3])
+    x, kernel, f = (a.astype(np.float32) for a in (x, kernel, f))
+    got = modulated_conv2d(x, kernel, np.ones((1, 1)), f=f, up=up, down=down, demodulate=False)
+    # Zero insertion, then kernel (a true convolution on the way up) and filter.
+    around = (np.asarray([(4 + up - 1) // 2, (4 - up) // 2]) if up > 1 else np.zeros(2, int)) + 1
+    around += np.asarray([(4 - down + 1) // 2, (4 - down) // 2]) if down > 1 else 0
+    around = tuple(int(n) for n in around) * 2
+    taps = kernel[..., 0, 0] if up > 1 else kernel[::-1, ::-1, 0, 0]
+    if up > 1:
+        y = ufd.upfirdn2d(x, taps, up=up, padding=around, gain=up * up)
+        y = ufd.upfirdn2d(y, f)
+        y = y if down == 1 else ufd.upfirdn2d(y, f, down=down)
+    else:
+        y = ufd.upfirdn2d(ufd.upfirdn2d(x, f, padding=around), taps, down=down)
+    np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
+
+
+LABELED = dict(img_resolution=8, channel_base=64, channel_max=8, mapping_layers=2, c_dim=3)
+
+
+@pytest.mark.parametrize("architecture", stylegan2.ARCHITECTURES)
+def test_labels_and_architectures_go_to_files_and_back(architecture):
+    options = {**LABELED, "architecture": architecture, "embed_features": 5}
+    z, c = jnp.ones((2, 8)), jnp.eye(3)[:2]
+    for name, arguments in (
+        ("video.stylegan2", {**options, "z_dim": 8, "w_dim": 6}),
+        ("video.stylegan2:Discriminator", {**options, "cmap_dim": 4}),
+    ):
+        module, variables = jaxmodels.load(name, **arguments)
+        state = catalog.export(name, module, variables)
+        _, again = jaxmodels.load(name, state, **arguments)
+        given = z if hasattr(module, "z_dim") else jnp.ones((2, 8, 8, 3))
+        run = jax.jit(module.apply)
+        out = run(variables, given, c=c)
+        np.testing.assert_array_equal(out, run(again, given, c=c))
+        assert jnp.abs(out[0] - out[1]).max() > 1e-3
+        assert state["mapping.embed.weight"].shape == (5, 3)
+        skips = [k for k in state if k.endswith("skip.weight")]
+        assert len(skips) == (architecture == "resnet")
+        images = [k for k in state if k.endswith(("torgb.bias", "fromrgb.bias"))]
+        assert len(images) == 1 + (architecture == "skip")
+        with pytest.raises(ValueError, match=r"labels c must be \[batch, 3\], got none"):
+            run(variables, given)
+        with pytest.raises(ValueError, match="neither labels nor other architectures"):
+            stylegan2_names.to_rosinality(state, module)
+    with pytest.raises(ValueError, match="architecture is one of orig, skip, resnet"):
+        stylegan2.Generator(architecture="residual")
+
+
 def test_demodulation_keeps_unit_variance_whatever_the_style_scale():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (8, 16, 16, 32))
@@ -218,7 +271,7 @@ def test_conv_clamp_bounds_every_layer():
 
 def test_conv_clamp_leaves_a_critics_shortcut_alone():
     block, x = stylegan2.DiscriminatorBlock(4, 5, conv_clamp=1e-6), jnp.ones((1, 8, 8, 4))
-    y, variables = block.init_with_output(jax.random.key(0), x, None)
+    (y, _), variables = block.init_with_output(jax.random.key(0), x, None)
     skip = ufd.upfirdn2d(x, ufd.setup_filter(ufd.BINOMIAL), down=2, padding=1)
     skip = skip @ variables["params"]["skip"]["kernel"][0, 0] / 2 * np.sqrt(0.5)
     np.testing.assert_allclose(y, skip, atol=1e-5)
