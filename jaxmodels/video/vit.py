@@ -21,6 +21,16 @@ from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.layers.normalization import LayerNorm
 
+# By transformers' names for `hidden_act`.
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
 # Published files -> our names; applied to whole keys on the way in.
 _LAYER = r"^(?:vit\.)?encoder\.layer\.(\d+)\."
 SPELLINGS = (
@@ -58,17 +68,18 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, activation (exact GELU by default), linear."""
 
     intermediate: int
     kernel_init: Any = torch_kernel()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(kernel_init=self.kernel_init, dtype=self.dtype, param_dtype=self.param_dtype)
-        y = gelu(Linear(self.intermediate, name="fc1", **types)(x))
+        y = ACTIVATIONS[self.activation](Linear(self.intermediate, name="fc1", **types)(x))
         return Linear(x.shape[-1], name="fc2", **types)(y)
 
 
@@ -82,6 +93,7 @@ class TransformerBlock(nn.Module):
     kernel_init: Any = torch_kernel()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,6 +102,7 @@ class TransformerBlock(nn.Module):
         y = LayerNorm(self.epsilon, name="layernorm_before", **types)(x)
         x = x + SelfAttention(self.heads, self.qkv_bias, name="attention", **init)(y)
         y = LayerNorm(self.epsilon, name="layernorm_after", **types)(x)
+        init["activation"] = self.activation
         return x + Mlp(self.intermediate, name="mlp", **init)(y)
 
 
@@ -162,9 +175,10 @@ class Embeddings(nn.Module):
 class ViT(nn.Module):
     """Images [B, S, S, C] in [-1, 1] -> tokens [B, 1 + (S / p)^2, D], the class token first.
 
-    `image_size` is S or (height, width).
+    `image_size` is S or (height, width), `hidden_act` one of `ACTIVATIONS`.
 
-    Raises ValueError when patches do not tile the image or heads do not divide the width.
+    Raises ValueError when patches do not tile the image or heads do not divide the width, and for
+    an unknown activation.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -178,8 +192,11 @@ class ViT(nn.Module):
     qkv_bias: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r}: known are {', '.join(ACTIVATIONS)}")
         if not isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if any(side % self.patch_size for side in self._shape()[:2]):
@@ -220,6 +237,7 @@ class ViT(nn.Module):
                 self.intermediate_size,
                 self.layer_norm_eps,
                 self.qkv_bias,
+                activation=self.hidden_act,
                 name=f"layers.{i}",
                 **types,
             )(x)

@@ -118,6 +118,21 @@ def test_images_need_be_neither_square_nor_colored():
         module.apply(variables, jnp.zeros((1, 12, 8, 1)))
 
 
+def test_the_vit_activation_is_an_option():
+    arguments = dict(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    exact, variables = vit.ViT(**arguments).init_with_output(jax.random.key(0), x)
+    approximate, rectified = (
+        vit.ViT(hidden_act=name, **arguments).apply(variables, x) for name in ("gelu_new", "relu")
+    )
+    assert 0 < jnp.abs(approximate - exact).max() < 1e-2 < jnp.abs(rectified - exact).max()
+    with pytest.raises(ValueError, match="hidden_act 'gleu': known are gelu, gelu_new"):
+        vit.ViT(hidden_act="gleu", **arguments)
+
+
 def test_published_vit_weights_of_either_spelling_load_into_the_blocks():
     arguments = dict(
         image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
