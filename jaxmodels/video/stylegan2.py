@@ -10,6 +10,7 @@ and written by `to_rosinality` there.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -232,6 +233,7 @@ class SynthesisBlock(nn.Module):
     first: bool = False
     last: bool = False
     architecture: str = "skip"
+    image_filter: tuple[float, ...] | None = None
     use_noise: bool = True
     conv_clamp: float | None = None
     resample_filter: tuple[float, ...] = BINOMIAL
@@ -282,7 +284,8 @@ class SynthesisBlock(nn.Module):
             x, ws[:, -1]
         )
         if image is not None:
-            rgb = upsample2d(image, setup_filter(self.resample_filter)) + rgb
+            f = self.image_filter or self.resample_filter
+            rgb = upsample2d(image, setup_filter(f)) + rgb
         return x, rgb
 
 
@@ -301,6 +304,7 @@ class SynthesisNetwork(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     architecture: str = "skip"
+    image_filter: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -325,6 +329,7 @@ class SynthesisNetwork(nn.Module):
                 first=b == 0,
                 last=resolution == self.img_resolution,
                 architecture=self.architecture,
+                image_filter=self.image_filter,
                 use_noise=self.use_noise,
                 conv_clamp=self.conv_clamp,
                 resample_filter=self.resample_filter,
@@ -346,7 +351,8 @@ class Generator(nn.Module):
     `channels` {resolution: maps} replaces min(channel_base / resolution, channel_max);
     `conv_clamp` is 256 for NVlabs networks trained in mixed precision; `fused` convolves with a
     weight for every sample; `dtype` is that of the feature maps, styles and images stay in
-    `param_dtype`. With `c_dim` > 0 every mapping takes labels c [B, c_dim] as well.
+    `param_dtype`. With `c_dim` > 0 every mapping takes labels c [B, c_dim] as well. The running
+    image is enlarged by `image_filter` (None: by `resample_filter`).
 
     Raises ValueError for sizes that are not powers of two of at least 8.
     """
@@ -371,6 +377,7 @@ class Generator(nn.Module):
     architecture: str = "skip"
     c_dim: int = 0
     embed_features: int | None = None
+    image_filter: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         num_latents(self.img_resolution)
@@ -407,6 +414,7 @@ class Generator(nn.Module):
             self.dtype,
             self.param_dtype,
             self.architecture,
+            None if self.image_filter is None else tuple(self.image_filter),
         )
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -703,6 +711,10 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
         return {}
     f = setup_filter(module.resample_filter)
     fresh = {key: f for key in stylegan2_names.filter_keys(module)}
+    if getattr(module, "image_filter", None) is not None:
+        # The blocks' own filters are the running image's.
+        image = setup_filter(module.image_filter)
+        fresh |= {k: image for k in fresh if re.fullmatch(r"synthesis\.b\d+\.resample_filter", k)}
     return {"travels": [r"(.*\.)?resample_filter"], "fresh": fresh}
 
 

@@ -237,9 +237,10 @@ def to_rosinality(state: Mapping[str, np.ndarray], module: Any) -> dict[str, np.
     f = setup_filter(module.resample_filter)
     levels = int(math.log2(module.img_resolution)) - 2
     if _is_generator(module):
+        image = f if module.image_filter is None else setup_filter(module.image_filter)
         for b in range(levels):
             new[f"convs.{2 * b}.conv.blur.kernel"] = f * 4
-            new[f"to_rgbs.{b}.upsample.kernel"] = f * 4
+            new[f"to_rgbs.{b}.upsample.kernel"] = image * 4
     else:
         for k in range(1, levels + 1):
             new[f"convs.{k}.conv2.0.kernel"] = f

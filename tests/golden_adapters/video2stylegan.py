@@ -86,6 +86,8 @@ def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
         arguments = {names.get(k, k): v for k, v in config.items() if k != "channel_multiplier"}
         arguments.setdefault("z_dim", arguments.get("w_dim", 512))
         arguments |= _channel_base(config)
+        if "blur_kernel" in config:  # the running image's stays the default one there
+            arguments["image_filter"] = ufd.BINOMIAL
     else:
         mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         synthesis = dict(config.get("synthesis_kwargs", {}))
@@ -163,8 +165,10 @@ def _generator(case: GoldenCase) -> dict[str, Any]:
 def _discriminator(case: GoldenCase) -> dict[str, Any]:
     config = dict(case.config)
     if "img_resolution" not in config:
-        names = {"size": "img_resolution", "blur_kernel": "resample_filter"}
-        arguments = {names.get(k, k): v for k, v in config.items() if k != "channel_multiplier"}
+        # The official residual blocks do not pass the blur kernel on: the default is used.
+        ignored = ("channel_multiplier", "blur_kernel")
+        names = {"size": "img_resolution"}
+        arguments = {names.get(k, k): v for k, v in config.items() if k not in ignored}
         arguments |= _channel_base(config)
     else:
         names = ("img_resolution", "img_channels", "channel_base", "channel_max", "conv_clamp")

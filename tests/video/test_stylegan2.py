@@ -123,6 +123,19 @@ def test_modulated_convolution_at_any_rate_equals_its_definition(up, down):
     np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
 
 
+def test_the_running_image_may_have_a_filter_of_its_own():
+    module, variables = tiny()
+    other = module.clone(resample_filter=(1, 2, 1), image_filter=(1, 3, 3, 1))
+    state = stylegan2_names.to_rosinality(
+        catalog.export("video.stylegan2", other, variables), other
+    )
+    assert state["to_rgbs.0.upsample.kernel"].shape == (4, 4)
+    assert state["convs.0.conv.blur.kernel"].shape == (3, 3)
+    z = jnp.ones((1, 8))
+    a, b = (jax.jit(m.apply)(variables, z) for m in (other, other.clone(image_filter=(1, 2, 1))))
+    assert jnp.abs(a - b).max() > 1e-3
+
+
 LABELED = dict(img_resolution=8, channel_base=64, channel_max=8, mapping_layers=2, c_dim=3)
 
 
