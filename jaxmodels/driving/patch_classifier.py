@@ -7,7 +7,7 @@ names are read too. The paper of the pipeline, arXiv 2111.09799, does not say wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.layers.activations import gelu
+from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.vision.images import IMAGENET_MEAN, IMAGENET_STD, check_images
@@ -23,17 +23,6 @@ from jaxmodels.vision.images import IMAGENET_MEAN, IMAGENET_STD, check_images
 CLASSES = ("vehicle", "pedestrian", "cyclist", "sign", "background")
 BACKGROUND = CLASSES.index("background")
 LAYER_TYPES = ("basic", "bottleneck")
-ACTIVATIONS: dict[str, Callable] = {
-    "relu": nn.relu,
-    "gelu": gelu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": jnp.tanh,
-    "sigmoid": nn.sigmoid,
-    "relu6": nn.relu6,
-    "leaky_relu": nn.leaky_relu,
-    "elu": nn.elu,
-}
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 

@@ -9,7 +9,7 @@ Post-layer-norm blocks; the exact GELU; layer norm's epsilon from the checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.layers.activations import gelu
+from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.attention import (
     attend,
     attention_weights,
@@ -29,30 +29,6 @@ from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import dropout
 from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.spelling import did_you_mean
-
-# By the names of `transformers`, which has several for one function.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
-    "gelu_python": gelu,
-    "gelu_new": nn.gelu,
-    "gelu_fast": nn.gelu,
-    "gelu_accurate": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "gelu_python_tanh": nn.gelu,
-    "gelu_10": lambda x: jnp.clip(gelu(x), -10, 10),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "relu2": lambda x: jnp.square(nn.relu(x)),
-    "relu6": nn.relu6,
-    "leaky_relu": nn.leaky_relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "hardswish": nn.hard_swish,
-    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
-    "sigmoid": nn.sigmoid,
-    "tanh": jnp.tanh,
-    "linear": lambda x: x,
-}
 
 # What a checkpoint calls the parts of one block, and where its blocks lie.
 _NAMES = {

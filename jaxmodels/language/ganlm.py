@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxmodels.language.ganlm_checkpoint import TORCH_RULES, check_checkpoint, upgrade_checkpoint
-from jaxmodels.language.post_norm import ACTIVATIONS, PostNormLayer
+from jaxmodels.language.post_norm import PostNormLayer
+from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.attention import causal_mask, padding_mask
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import dropout

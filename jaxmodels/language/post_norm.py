@@ -17,21 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 
-from jaxmodels.layers.activations import gelu
+from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.attention import attend, causal_mask, merge_heads, split_heads
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import keep_masks, keep_where
 from jaxmodels.layers.initializers import Initializer
 from jaxmodels.layers.normalization import LayerNorm
-
-# fairseq's names: "gelu" is the exact one, the other two are its tanh approximation.
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_accurate": jax.nn.gelu,
-    "gelu_fast": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-}
 
 
 def scaled_xavier_uniform(scale: Any = 1.0) -> Initializer:

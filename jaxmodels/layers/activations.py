@@ -1,9 +1,11 @@
-"""Activation functions that need a gradient of their own."""
+"""Activation functions by name, and those that need a gradient of their own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -43,3 +45,29 @@ def _unfused(x: jax.Array) -> jax.Array:
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
     return (0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2))))).astype(x.dtype)
+
+
+# By the names of transformers, which has several for one function and agrees with fairseq's.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "gelu_python_tanh": nn.gelu,
+    "gelu_fast": nn.gelu,
+    "gelu_accurate": nn.gelu,
+    "gelu_python": gelu,
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10, 10),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "relu6": nn.relu6,
+    "leaky_relu": nn.leaky_relu,
+    "elu": nn.elu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "hardswish": nn.hard_swish,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "sigmoid": nn.sigmoid,
+    "tanh": jnp.tanh,
+    "linear": lambda x: x,
+}

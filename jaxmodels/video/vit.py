@@ -15,22 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.layers.activations import gelu
+from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.attention import attend, merge_heads, split_heads
 from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.layers.normalization import LayerNorm
 
-# By transformers' names for `hidden_act`.
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-}
 # Published files -> our names; applied to whole keys on the way in.
 _LAYER = r"^(?:vit\.)?encoder\.layer\.(\d+)\."
 SPELLINGS = (
@@ -102,8 +92,7 @@ class TransformerBlock(nn.Module):
         y = LayerNorm(self.epsilon, name="layernorm_before", **types)(x)
         x = x + SelfAttention(self.heads, self.qkv_bias, name="attention", **init)(y)
         y = LayerNorm(self.epsilon, name="layernorm_after", **types)(x)
-        init["activation"] = self.activation
-        return x + Mlp(self.intermediate, name="mlp", **init)(y)
+        return x + Mlp(self.intermediate, activation=self.activation, name="mlp", **init)(y)
 
 
 class ScannedBlock(TransformerBlock):
@@ -175,7 +164,7 @@ class Embeddings(nn.Module):
 class ViT(nn.Module):
     """Images [B, S, S, C] in [-1, 1] -> tokens [B, 1 + (S / p)^2, D], the class token first.
 
-    `image_size` is S or (height, width), `hidden_act` one of `ACTIVATIONS`.
+    `image_size` is S or (height, width), `hidden_act` one of `layers.activations.ACTIVATIONS`.
 
     Raises ValueError when patches do not tile the image or heads do not divide the width, and for
     an unknown activation.

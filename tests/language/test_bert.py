@@ -12,6 +12,7 @@ from jaxmodels.interop import catalog, conversion
 from jaxmodels.interop.conversion import CheckpointMismatch
 from jaxmodels.language import bert
 from jaxmodels.language.bert import Bert
+from jaxmodels.layers.activations import ACTIVATIONS
 
 TINY = dict(
     vocab_size=50,
@@ -190,6 +191,6 @@ def test_wrong_constructions_are_refused():
     ],
 )
 def test_activations_are_those_that_transformers_has_under_the_name(name, at_minus_one, at_twelve):
-    values = bert.ACTIVATIONS[name](jnp.array([-1.0, 12.0]))
+    values = ACTIVATIONS[name](jnp.array([-1.0, 12.0]))
     np.testing.assert_allclose(values, [at_minus_one, at_twelve], atol=2e-6)
     assert tiny(hidden_act=name)[0].hidden_act == name

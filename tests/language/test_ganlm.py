@@ -321,7 +321,7 @@ def test_checkpoints_that_do_not_fit_say_why():
             "discriminator's 3 layers are the generator's first, which has 2",
         ),
         ({"initialization_strategy": "generater"}, "known: pretraining, generator"),
-        ({"activation": "gleu"}, "known: gelu, gelu_accurate"),
+        ({"activation": "gleu"}, "known: gelu, gelu_new"),
         ({"pooler_activation": "softmax"}, "pooler_activation 'softmax'; known: gelu"),
     ],
 )

@@ -81,8 +81,7 @@ def attempt(rules: dict[str, Any], workdir: Path, folder: Path) -> dict[str, flo
 
     traffic = Traffic(**(rules.get("traffic") or {}))
     options = {k: v for k, v in rules["search"].items() if k != "methods"}
-    numbers: dict[str, float] = {}
-    numbers |= white_box_rates(rules, workdir, texture)
+    numbers = white_box_rates(rules, workdir, texture)
     for method in rules["search"]["methods"]:
         found = [
             search(jax.random.fold_in(key, i), scene, traffic, forecaster, method=method, **options)
