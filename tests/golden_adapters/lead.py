@@ -106,7 +106,7 @@ def _terms(terms: lead.Terms, short: str, train_teacher: bool) -> dict[str, Any]
 
 
 def _loss(case) -> dict[str, Any]:
-    config, short = case.config, case.config["teacher"]
+    config, short = case.config, _teacher(case)
     objective = _objective(case)
     chosen = [jnp.asarray(config[f"selected_{who}_layers"]) for who in ("student", "teacher")]
     features = {k: jnp.asarray(v) for k, v in case.inputs.items() if k != "tea_doc_mask"}

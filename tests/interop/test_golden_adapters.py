@@ -137,7 +137,12 @@ def test_capstones_rows_end_with_the_longest_of_the_batch(variant):
 
 def test_leads_coefficients_may_be_none_and_a_mask_may_be_missing(variant):
     adapter = golden_case.adapter_of("lead")
-    assert adapter._objective({"teacher": "de", "distill_para_db": None}) == LayerDistillation()
+
+    def nothing(meta, arrays):
+        meta["config"] = {"teacher": "de", "distill_para_db": None}
+
+    case = variant("lead/loss_col_teacher_masked", nothing)
+    assert adapter._objective(case) == LayerDistillation()
 
     def real(meta, arrays):
         arrays["in.tea_doc_mask"] = np.ones_like(arrays["in.tea_doc_mask"])
