@@ -31,7 +31,7 @@ DETECTED = CLASSES[:-1]  # background is no class of a detector
 SIZES = (320, 416, 608)
 _IGNORE_IOU = 0.5
 _PRIOR = -4.6  # logit of 1 %: fresh detectors see nothing, as few cells hold an object
-_LARGEST_LOG = 8.0
+_LARGEST_LOG = 30.0  # the area of such a box is still a float32
 
 
 def decode(

@@ -29,6 +29,7 @@ class GNN(nn.Module):
     `heads * hidden` features; the last layer averages `out_heads`. `dropout` acts on the input of
     every layer but the first, `input_dropout` on that of the first. `residual` adds a layer's input
     to its activated output where the widths agree; it is off by default, to show over-smoothing.
+    `normalize` is that of GCN's edge weights (on without it) or SAGE's rows (off without it).
     `node_mask` [..., N] marks real nodes for GIN's batch statistics.
 
     Raises ValueError for an unknown kind or fewer than one layer.
@@ -45,7 +46,7 @@ class GNN(nn.Module):
     bias: bool = True
     add_self_loops: bool = True
     aggr: str = "mean"
-    normalize: bool = False
+    normalize: bool | None = None
     root_weight: bool = True
     heads: int = 1
     out_heads: int = 1
@@ -84,6 +85,10 @@ class GNN(nn.Module):
         outputs = [self.hidden] * (self.num_layers - 1) + [self.out]
         return list(zip(inputs, outputs))
 
+    def _weighed(self) -> bool:
+        """Whether GCN's edge weights are normalized."""
+        return self.normalize is None or self.normalize
+
     def setup(self) -> None:
         for i, (inputs, outputs) in enumerate(self._widths()):
             setattr(self, f"convs.{i}", self._layer(inputs, outputs, i == self.num_layers - 1))
@@ -91,11 +96,11 @@ class GNN(nn.Module):
     def _layer(self, inputs: int, outputs: int, last: bool) -> nn.Module:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         if self.kind == "gcn":
-            return GCNConv(inputs, outputs, self.add_self_loops, self.bias, **types)
+            weighed = self._weighed()
+            return GCNConv(inputs, outputs, self.add_self_loops, self.bias, weighed, **types)
         if self.kind == "sage":
-            return SAGEConv(
-                inputs, outputs, self.aggr, self.normalize, self.root_weight, self.bias, **types
-            )
+            rows = bool(self.normalize)
+            return SAGEConv(inputs, outputs, self.aggr, rows, self.root_weight, self.bias, **types)
         if self.kind == "gat":
             return GATConv(
                 inputs,
@@ -124,7 +129,7 @@ class GNN(nn.Module):
 
     def prepare(self, graph: Graph) -> Graph:
         """The graph as every layer wants it, computed once: normalized, relations unfolded."""
-        if self.kind == "gcn":
+        if self.kind == "gcn" and self._weighed():
             return gcn_normalize(graph, self.add_self_loops)
         if self.kind == "rgcn" and not graph.normalized:
             return relational_graph(graph, self.num_relations, self.normalization)

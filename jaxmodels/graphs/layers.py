@@ -44,14 +44,16 @@ def _example(x_features: int, typed: bool = False) -> tuple[Any, ...]:
 class GCNConv(nn.Module):
     """D^-1/2 (A + I) D^-1/2 x W + b (Kipf and Welling, arXiv 1609.02907).
 
-    `add_self_loops=False` takes the edges as given. A graph that went through `gcn_normalize` is
-    used as it is. The smaller of input and output is what travels along the edges.
+    `add_self_loops=False` takes the edges as given, and `normalize=False` their weights too: no
+    loops then. A graph that went through `gcn_normalize` is used as it is. The smaller of input and
+    output is what travels along the edges.
     """
 
     in_features: int
     features: int
     add_self_loops: bool = True
     bias: bool = True
+    normalize: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -61,7 +63,8 @@ class GCNConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, graph: Graph) -> jax.Array:
-        graph = gcn_normalize(graph, self.add_self_loops)
+        if self.normalize:
+            graph = gcn_normalize(graph, self.add_self_loops)
         linear = Linear(
             self.features, False, glorot, dtype=self.dtype, param_dtype=self.param_dtype, name="lin"
         )

@@ -225,6 +225,16 @@ def test_batch_statistics_do_not_see_padding_nodes():
     chex.assert_trees_all_close(stats, whole_stats, atol=1e-5)
 
 
+def test_gcn_can_take_its_edges_as_they_are():
+    given = messy_graph(5)
+    model = GNN(kind="gcn", in_features=F, hidden=3, out=2, num_layers=1, normalize=False)
+    x = features()
+    params = model.init(jax.random.key(0), x, make_graph(**given))
+    kernel = params["params"]["convs.0"]["lin"]["kernel"]
+    found = model.apply(params, x, make_graph(**given, pad_edges=None))
+    np.testing.assert_allclose(found, dense(**given) @ x @ kernel, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("features", [2, 6])
 def test_sage_can_sum_its_neighbors_whatever_side_of_the_product_is_narrower(features):
     from jaxmodels.graphs.layers import SAGEConv
