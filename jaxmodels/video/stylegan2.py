@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.video import stylegan2_names
+from jaxmodels.video.stylegan2_discriminator import DiscriminatorBlock, DiscriminatorEpilogue
 from jaxmodels.video.stylegan2_layers import (
     EPSILON,
+    EqualizedConv,
     EqualizedLinear,
     clamped,
-    conv2d_resample,
     leaky_relu,
     modulated_conv2d,
 )
-from jaxmodels.video.upfirdn import BINOMIAL, downsample2d, setup_filter, upsample2d
+from jaxmodels.video.upfirdn import BINOMIAL, setup_filter, upsample2d
 
 NOISE_MODES = ("const", "random", "none")
 ARCHITECTURES = ("orig", "skip", "resnet")
@@ -271,7 +272,7 @@ class SynthesisBlock(nn.Module):
         else:
             if self.architecture == "resnet":
                 gain = math.sqrt(0.5)
-                shortcut = DiscriminatorConv(
+                shortcut = EqualizedConv(
                     self.features, 1, up=2, use_bias=False, activation=False, name="skip",
                     resample_filter=self.resample_filter, dtype=self.dtype, param_dtype=kind,
                 )(x, gain)  # fmt: skip
@@ -471,142 +472,6 @@ class Generator(nn.Module):
     def intermediates(self, ws: jax.Array, noise_mode: str = "const") -> dict[str, jax.Array]:
         """`x_b{r}`, `rgb_b{r}`: features and running image after each resolution; `image`."""
         return self.synthesis(ws, noise_mode)
-
-
-class DiscriminatorConv(nn.Module):
-    """Equalized convolution, optional down- or up-sampling, bias and leaky ReLU."""
-
-    features: int
-    kernel_size: int = 3
-    down: int = 1
-    up: int = 1
-    use_bias: bool = True
-    activation: bool = True
-    conv_clamp: float | None = None
-    resample_filter: tuple[float, ...] = BINOMIAL
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, gain: float = 1.0) -> jax.Array:
-        k, inputs = self.kernel_size, x.shape[-1]
-        shape = (k, k, inputs, self.features)
-        kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
-        kernel = jnp.asarray(kernel / math.sqrt(math.prod(shape[:3])), self.dtype)
-        y = conv2d_resample(
-            jnp.asarray(x, self.dtype),
-            kernel,
-            setup_filter(self.resample_filter),
-            up=self.up,
-            down=self.down,
-        )
-        bias = None
-        if self.use_bias:
-            init = nn.initializers.zeros
-            bias = self.param("bias", init, (self.features,), self.param_dtype)
-        if self.activation:
-            return leaky_relu(y, bias, gain, self.conv_clamp)
-        y = y if bias is None else y + bias.astype(y.dtype)
-        return clamped(y * gain, self.conv_clamp, gain)
-
-
-def minibatch_deviation(x: jax.Array, group_size: int | None = 4, channels: int = 1) -> jax.Array:
-    """x [B, H, W, C] with `channels` more maps: the mean standard deviation within groups.
-
-    Group g holds samples g, g + B/G, g + 2 B/G, ... (strided), G = min(B, group_size). Variances
-    are biased, plus 1e-8. Raises ValueError when G does not divide B.
-    """
-    batch, height, width, features = x.shape
-    group = batch if group_size is None else min(group_size, batch)
-    if batch % group:
-        raise ValueError(
-            f"batch {batch} does not divide into groups of {group} (minibatch standard deviation); "
-            f"use a multiple of {group} or another mbstd_group_size"
-        )
-    wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    y = wide.reshape(group, batch // group, height, width, channels, features // channels)
-    y = y - y.mean(0)
-    y = jnp.sqrt(jnp.square(y).mean(0) + EPSILON).mean((1, 2, 4))
-    y = jnp.tile(y, (group, 1))[:, None, None]
-    y = jnp.broadcast_to(y, (batch, height, width, channels)).astype(x.dtype)
-    return jnp.concatenate([x, y], -1)
-
-
-class DiscriminatorBlock(nn.Module):
-    """Block of half the resolution, `x, image -> x, image`.
-
-    "resnet" adds a shortcut, which is not clamped, and divides by sqrt 2; "skip" adds the image
-    and halves it, the others see it (not None) at the first resolution only.
-    """
-
-    features: int
-    out: int
-    architecture: str = "resnet"
-    conv_clamp: float | None = None
-    resample_filter: tuple[float, ...] = BINOMIAL
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array | None, image: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        conv = dict(
-            conv_clamp=self.conv_clamp,
-            resample_filter=self.resample_filter,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
-        if image is not None:
-            y = DiscriminatorConv(self.features, 1, name="fromrgb", **conv)(image)
-            x = y if x is None else x + y
-            half = downsample2d(image, setup_filter(self.resample_filter))
-            image = half if self.architecture == "skip" else None
-        if self.architecture != "resnet":
-            x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
-            return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x), image
-        half = math.sqrt(0.5)
-        plain = {**conv, "conv_clamp": None, "use_bias": False, "activation": False}
-        skip = DiscriminatorConv(self.out, 1, 2, name="skip", **plain)(x, half)
-        x = DiscriminatorConv(self.features, 3, name="conv0", **conv)(x)
-        return DiscriminatorConv(self.out, 3, 2, name="conv1", **conv)(x, half) + skip, image
-
-
-class DiscriminatorEpilogue(nn.Module):
-    """Minibatch deviation, 3x3 convolution and two linear maps: [B, 4, 4, C] -> [B, 1].
-
-    An image (architecture "skip") is added first; with mapped labels [B, D] the logit is
-    the product with them, divided by sqrt D.
-    """
-
-    mbstd_group_size: int | None = 4
-    mbstd_num_channels: int = 1
-    conv_clamp: float | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, image: jax.Array | None = None, mapped: jax.Array | None = None
-    ) -> jax.Array:
-        features, kind = x.shape[-1], self.param_dtype
-        x = jnp.asarray(x, kind)
-        if image is not None:
-            # Not clamped, unlike the other resolutions' in the official code.
-            rgb = DiscriminatorConv(features, 1, name="fromrgb", dtype=kind, param_dtype=kind)
-            x = x + rgb(image)
-        if self.mbstd_num_channels > 0:
-            x = minibatch_deviation(x, self.mbstd_group_size, self.mbstd_num_channels)
-        types = dict(dtype=kind, param_dtype=kind)
-        x = DiscriminatorConv(features, conv_clamp=self.conv_clamp, name="conv", **types)(x)
-        # Checkpoints flatten channels first.
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        x = EqualizedLinear(features, activation="lrelu", name="fc", **types)(x)
-        if mapped is None:
-            return EqualizedLinear(1, name="out", **types)(x)
-        width = mapped.shape[-1]
-        x = EqualizedLinear(width, name="out", **types)(x)
-        return (x * mapped).sum(-1, keepdims=True) / math.sqrt(width)
 
 
 class Discriminator(nn.Module):

@@ -217,3 +217,40 @@ def modulated_conv2d(
         if demodulate:
             y = y * factor[:, None, None].astype(x.dtype)
     return y if noise is None else y + noise.astype(y.dtype)
+
+
+class EqualizedConv(nn.Module):
+    """Equalized convolution, optional down- or up-sampling, bias and leaky ReLU."""
+
+    features: int
+    kernel_size: int = 3
+    down: int = 1
+    up: int = 1
+    use_bias: bool = True
+    activation: bool = True
+    conv_clamp: float | None = None
+    resample_filter: tuple[float, ...] = BINOMIAL
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gain: float = 1.0) -> jax.Array:
+        k, inputs = self.kernel_size, x.shape[-1]
+        shape = (k, k, inputs, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
+        kernel = jnp.asarray(kernel / math.sqrt(math.prod(shape[:3])), self.dtype)
+        y = conv2d_resample(
+            jnp.asarray(x, self.dtype),
+            kernel,
+            setup_filter(self.resample_filter),
+            up=self.up,
+            down=self.down,
+        )
+        bias = None
+        if self.use_bias:
+            init = nn.initializers.zeros
+            bias = self.param("bias", init, (self.features,), self.param_dtype)
+        if self.activation:
+            return leaky_relu(y, bias, gain, self.conv_clamp)
+        y = y if bias is None else y + bias.astype(y.dtype)
+        return clamped(y * gain, self.conv_clamp, gain)

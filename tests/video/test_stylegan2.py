@@ -9,7 +9,12 @@ import pytest
 
 import jaxmodels
 from jaxmodels.interop import catalog, checkpoint
-from jaxmodels.video import stylegan2, stylegan2_losses, stylegan2_names
+from jaxmodels.video import (
+    stylegan2,
+    stylegan2_discriminator,
+    stylegan2_losses,
+    stylegan2_names,
+)
 from jaxmodels.video import upfirdn as ufd
 from jaxmodels.video.stylegan2_layers import _by_parity, _dilated, modulated_conv2d
 from tests.golden_case import COMMITTED
@@ -339,7 +344,7 @@ def test_wrong_codes_groups_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="noise_mode is one of const, random, none"):
         module.apply(variables, jnp.zeros((1, 6, 8)), "fresh", method="synthesize")
     with pytest.raises(ValueError, match="batch 6 does not divide into groups of 4"):
-        stylegan2.minibatch_deviation(jnp.zeros((6, 4, 4, 2)), 4)
+        stylegan2_discriminator.minibatch_deviation(jnp.zeros((6, 4, 4, 2)), 4)
     small = dict(z_dim=8, w_dim=8, img_resolution=16, mapping_layers=2, channel_max=8)
     with pytest.raises(ValueError, match=r"names of neither StyleGAN2 code.*IR-SE.*mapping\.fc0"):
         jaxmodels.load("video.stylegan2", {"body.0.x": np.zeros(1)}, **small)
