@@ -21,10 +21,20 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, *rows: Mapping) -> None:
-    """Add rows; the first of a `.csv` file names its columns, which all of them have."""
+    """Add rows; the first of a `.csv` file names its columns, which all of them have.
+
+    Raises ValueError for a row with other columns than the file's.
+    """
+    columns = list(rows[0])
+    if path.suffix == ".csv" and path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file))
     with path.open("a", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            for row in rows:
+                if set(row) != set(columns):
+                    raise ValueError(f"{path} has columns {columns}, not {list(row)}")
             if not file.tell():
                 writer.writeheader()
             writer.writerows(rows)

@@ -216,6 +216,8 @@ def main() -> None:
                 )
             runs.append(path, row)
             print(row, flush=True)
+    if not runs.read(path):
+        parser.error("no seeds, and no finished runs to write about")
     write(arguments.system, command)
 
 
