@@ -1,7 +1,8 @@
 """What small restoration networks gain over bicubic enlargement, by preset and seed.
 
-`python -m benchmarks.compressed_sr_claims PRESET [--seeds 0 1 2] [--set key=value ...]` trains each
-and appends a row to `results/compressed_sr_runs.csv`; `... table` writes
+`python -m benchmarks.compressed_sr_claims PRESET [--seeds 0 1 2] [--set key=value ...] [--after
+PRESET]` trains each, beginning with the weights of another preset where one is named, and appends a
+row to `results/compressed_sr_runs.csv`; `... table` writes
 `results/compressed_sr_claims.md`. `swapped_gain` is what remains of the gain when every test
 picture's input is replaced by that of the next: with leakage of targets it would survive.
 """
@@ -23,25 +24,34 @@ CSV = RESULTS / "compressed_sr_runs.csv"
 CONFIG = Path(__file__).parents[1] / "configs" / "compressed_sr.py"
 
 
-def one(preset: str, seed: int, changes: list[str]) -> dict:
-    """Train a preset with a seed and measure it."""
+def one(preset: str, seed: int, changes: list[str], after: str = "") -> dict:
+    """Train a preset with a seed, after another one where `after` names it, and measure it."""
     from train.checkpoints import load_params
     from train.command_line import read_flags
     from train.loop import Plan, fit
     from train.process import prepare_process
 
     prepare_process()
-    flags = [f"--config={CONFIG}:{preset}", f"--config.seed={seed}"]
-    flags += [f"--config.{change}" for change in changes]
+
+    def trained(preset, folder, changes):
+        flags = [f"--config={CONFIG}:{preset}", f"--config.seed={seed}", f"--workdir={folder}"]
+        flags += [f"--config.{change}" for change in changes]
+        config, _ = read_flags(["claims", *flags], need_workdir=True)
+        return config, fit(config, folder)
+
     with tempfile.TemporaryDirectory() as folder:
-        config, _ = read_flags(["claims", *flags, f"--workdir={folder}"], need_workdir=True)
+        first, second = (str(Path(folder) / name) for name in ("first", "second"))
         begin, busy = time.perf_counter(), time.process_time()
-        numbers = fit(config, folder)
+        begun = []
+        if after:
+            trained(after, first, [])
+            begun = [f"init_from={first}"]
+        config, numbers = trained(preset, second, [*changes, *begun])
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy
-        params = load_params(folder, ema=config.ema.decay > 0)
+        params = load_params(second, ema=config.ema.decay > 0)
     swapped = swapped_gain(Plan(config).task, params, config)
     return {
-        "preset": preset,
+        "preset": f"{preset} after {after}" if after else preset,
         "changes": " ".join(changes),
         "seed": seed,
         "steps": config.steps,
@@ -105,10 +115,11 @@ def main() -> None:
     parser.add_argument("preset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--after", default="", metavar="PRESET")
     arguments = parser.parse_args()
     if arguments.preset != "table":
         for seed in arguments.seeds:
-            row = one(arguments.preset, seed, arguments.set)
+            row = one(arguments.preset, seed, arguments.set, arguments.after)
             runs.append(CSV, row)
             print(row, flush=True)
     print(table().read_text())

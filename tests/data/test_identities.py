@@ -42,3 +42,8 @@ def test_without_held_out_letters_all_are_both():
 def test_too_few_letters_on_one_side_are_refused(held_out):
     with pytest.raises(ValueError, match=rf"held_out: {held_out}; 0, or 2 to 50 letters"):
         identities.source("train", {**OPTIONS, "held_out": held_out})
+
+
+def test_folders_hold_out_what_their_test_part_holds():
+    with pytest.raises(ValueError, match="held_out is for letters"):
+        identities.element_spec({**OPTIONS, "set": "folders", "held_out": 4})

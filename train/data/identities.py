@@ -54,6 +54,8 @@ def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """`image` float32 [S, S, 3] in [-1, 1], `label` int32 []."""
     if options["set"] not in ("glyphs", "folders"):
         raise ValueError(f"data.options.set {options['set']!r}; known: glyphs, folders")
+    if options["set"] == "folders" and options["held_out"]:
+        raise ValueError("data.options.held_out is for letters; folders have a test part")
     size = options["image_size"]
     return {
         "image": jax.ShapeDtypeStruct((size, size, 3), np.float32),
