@@ -34,6 +34,8 @@ def test_layouts_of_the_three_systems(words):
     assert words.query("title text title", 4) == [2, 5, 6, 3]
     assert words.query("title text title", 4, cut=True) == [2, 5, 6, 5]
     assert words.pair("title", "text text text", 6) == [2, 5, 3, 6, 6, 3]
+    assert words.pair("title", "text text", 4) == [2, 3, 6, 3]
+    assert words.pair("title", "", 6) == [2, 5, 3]  # a missing text has no separator of its own
     assert pair_lengths(9, 2, 7) == (5, 2) and pair_lengths(2, 9, 7) == (2, 5)
     query, document = [2, 9, 3], [2, 5, 3, 6, 3]
     assert cross_row(query, document) == [2, 9, 3, 5, 3, 6]

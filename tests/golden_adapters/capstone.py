@@ -85,17 +85,20 @@ def _batch(case):
     length, query_length = config["max_seq_length"], config["max_query_length"]
     text = functools.partial(
         capstone.expand_document,
-        mode="append" if config["append"] else "prepend",
+        mode="append" if config.get("append", True) else "prepend",
         delimiter=capstone.DELIMITERS[config["delimiter"]],
     )
     queries = [words.query(str(q), query_length) for q in inputs["questions"]]
+    fields = [inputs[k] for k in ("titles", "texts")]
+    pseudo = inputs.get("pseudo_query")  # none where documents are not expanded
     rows, cross, positive = [], [], []
     for query, candidates in zip(queries, inputs["candidate_docs"].tolist()):
         first, *negatives = [c for c in candidates if c >= 0]
         chosen = [first, *hard_negatives(negatives, config["number_neg"])]
         documents = [
             words.single(
-                text(*(str(inputs[k][c]) for k in ("titles", "texts", "pseudo_query"))), length
+                text(*(str(f[c]) for f in fields), None if pseudo is None else str(pseudo[c])),
+                length,
             )
             for c in chosen
         ]

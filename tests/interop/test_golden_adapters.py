@@ -135,6 +135,19 @@ def test_capstones_rows_end_with_the_longest_of_the_batch(variant):
         assert lengths.max() == found[name].shape[-1] < 60
 
 
+def test_capstones_documents_may_lack_pseudo_queries(variant):
+    def empty(meta, arrays):
+        arrays["in.pseudo_query"] = np.full_like(arrays["in.pseudo_query"], "")
+
+    def none(meta, arrays):
+        del meta["config"]["append"], arrays["in.pseudo_query"]
+
+    run = golden_case.adapter_of("capstone").run
+    found, wanted = (run(variant("capstone/batch_prepend_blank", c)) for c in (none, empty))
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], name)
+
+
 def test_leads_coefficients_may_be_none_and_a_mask_may_be_missing(variant):
     adapter = golden_case.adapter_of("lead")
 

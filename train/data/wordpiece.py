@@ -125,13 +125,17 @@ class WordPiece:
         return [self.classifier, *pieces[: length - 2], self.separator]
 
     def pair(self, first: str, second: str, length: int) -> list[int]:
-        """CLS first SEP second SEP, the longer text losing tokens first."""
-        return self.framed_pair(self.pieces(first), self.pieces(second), length)
+        """CLS first SEP second SEP, the longer text losing tokens first.
 
-    def framed_pair(self, first: Sequence[int], second: Sequence[int], length: int) -> list[int]:
-        """`pair` of ids. Raises ValueError where no token of the texts would remain."""
-        if length < 5:
+        An empty second text leaves `single` of the first, as in Hugging Face's tokenizers.
+
+        Raises ValueError where no token of the texts would remain.
+        """
+        if not second:
+            return self.single(first, length)
+        if length < 4:
             raise ValueError(f"a length of {length} leaves no token of title and text")
+        first, second = self.pieces(first), self.pieces(second)
         m, n = pair_lengths(len(first), len(second), length - 3)
         return [self.classifier, *first[:m], self.separator, *second[:n], self.separator]
 
