@@ -22,6 +22,7 @@ NEAR_PLANE = 0.1  # meters before the camera at which partial boxes are cut
 # trusted.
 _TRUSTED_SQUARE = 1.0
 _UNDISTORT_ROUNDS = 40
+_LEAST_SHARE = 2.0**-53  # of a box in the image; 1 minus less is 1 in double precision
 
 
 class Camera(NamedTuple):
@@ -245,12 +246,15 @@ def _boxes_of(found: _Extremes, camera: Camera, max_truncation: float, partial: 
 
     full, shown = extent(whole), extent(clipped)
     truncation = 1 - shown / jnp.where(full > 0, full, 1)
+    # `truncation < max_truncation` as doubles have it, in any precision: a corner just before the
+    # camera makes boxes of which less than a float's rounding is in the image.
+    enough = shown > ((1 - max_truncation) or _LEAST_SHARE) * full
     ok = (full > 0) & (shown > 0)
     if partial:
         # The unclipped area of a cut box means nothing.
-        ok &= ~found.all_behind & (found.behind | (truncation < max_truncation))
+        ok &= ~found.all_behind & (found.behind | enough)
     else:
-        ok &= ~found.behind & (truncation < max_truncation)
+        ok &= ~found.behind & enough
     return FlatBoxes(
         jnp.where(ok[:, None], clipped, 0),
         jnp.where(ok, found.nearest, 0),

@@ -329,6 +329,19 @@ def test_dropping_the_translation_moves_the_boxes():
     assert float(dropped.depth[0]) == float(kept.depth[0])
 
 
+def test_a_huge_box_is_in_the_image_where_doubles_say_so():
+    """1e-8 of the first box is shown, less than a float's rounding, and 3e-17 of the second."""
+    camera = Camera(np.float32([100, 100, 50, 50, 0, 0, 0, 0, 0]), np.eye(4), 101, 101)
+    corners = np.stack([[[x, -1, -1], [1, 0.5, 0.5]] for x in np.float32([1e-4, 5e-9])])
+    flat = functools.partial(camera_projection.flat_boxes, corners, np.ones((2, 2), bool), camera)
+    with jax.enable_x64(True):
+        wanted = flat(max_truncation=1.0)
+    found = flat(max_truncation=1.0)
+    assert np.asarray(found.ok).tolist() == np.asarray(wanted.ok).tolist() == [True, False]
+    assert not np.asarray(flat(max_truncation=0.99).ok).any()
+    assert np.asarray(flat(max_truncation=1.01).ok).all()
+
+
 def test_the_tunnel_keeps_what_lies_ahead():
     low = np.float32([[5, -1, 0], [5, 9, 0], [5, -9, 0], [5, 0, 0], [80, 0, 0]])
     high = low + np.float32([2, 1, 1])
