@@ -51,12 +51,12 @@ def settings_of(modality: str) -> Settings:
 def noise_counts(length: int, settings: Settings) -> tuple[int, int]:
     """(noise words, spans) of a sequence: not random, and capped below `length`.
 
-    Raises NotCorruptible when there is no noise, or fewer kept words than spans.
+    Raises NotCorruptible when there is no noise, or fewer kept or noise words than spans.
     """
     noise = int(np.round(settings.span_count * settings.span_length))
     noise = min(max(noise, 1), length - 1)
     spans = max(int(np.round(noise / settings.span_length)), 1)
-    if noise < 1 or length - noise < spans:
+    if min(noise, length - noise) < spans:
         raise NotCorruptible(
             f"{length} words: {max(noise, 0)} of them noise in {spans} spans leave too few"
         )

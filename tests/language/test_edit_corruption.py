@@ -93,6 +93,8 @@ def test_what_is_too_short_or_unknown_is_refused():
         with pytest.raises(ec.NotCorruptible, match=f"{length} words"):
             ec.corrupt(WORDS[:length], modality, rng)
     ec.corrupt(WORDS[:14], "code", rng)
+    with pytest.raises(ec.NotCorruptible, match="20 words: 2 of them noise in 4 spans"):
+        ec.noise_counts(20, ec.Settings(3.0, 0.5, 0.1, 0.2))
     with pytest.raises(ValueError, match="known: code, nl"):
         ec.corrupt(WORDS, "java", rng)
     with pytest.raises(ValueError, match="1 actions for 2 noise spans"):
