@@ -183,6 +183,8 @@ def _corruption(case) -> dict[str, Any]:
             f"{n:03d}.edit_labels": np.asarray(labels),
         }
     for modality, chosen in settings.items():
+        if not any(name.startswith(f"stats.{modality}.") for name in case.wanted):
+            continue
         rng = np.random.default_rng(case.config["seed"])
         found = edit_corruption.statistics(chosen, rng)
         results |= {f"stats.{modality}.{name}": value for name, value in found.items()}

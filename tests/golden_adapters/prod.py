@@ -43,7 +43,7 @@ def run(case) -> dict[str, Any]:
 
 def _batch(case) -> dict[str, Any]:
     config, inputs = case.config, case.inputs
-    words = WordPiece([str(w) for w in inputs["vocab"]])
+    words = WordPiece([str(w) for w in inputs["vocab"]], config.get("do_lower_case", True))
     rows = CandidateRows(words, "prod", config["max_q_length"], config["max_seq_length"])
     queries, documents, cross = [], [], []
     for question, candidates in zip(inputs["questions"], inputs["candidate_docs"].tolist()):

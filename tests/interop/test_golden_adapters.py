@@ -70,6 +70,12 @@ def one_boundary(meta, arrays):
     drop(arrays, r"in\.(n[23]|latent)|out\.(proj[23]|w_norm|delta)")
 
 
+def no_statistics(meta, arrays):
+    """Of settings whose spans do not fit into the hundred words of the statistics."""
+    meta["config"]["log"] = meta["config"]["nl"] | {"mean_span_count": 10, "mean_span_length": 10}
+    drop(arrays, r"out\.stats\.")
+
+
 def another_peak(meta, arrays):
     meta["notes"] = "base lr 0.24; linear warm-up"
     arrays["out.lr"] = arrays["out.lr"] * 2
@@ -108,6 +114,7 @@ def gray_luma(meta, arrays):
 
 
 LESS = {
+    "coditt5/corruption": no_statistics,
     "compressed_sr/metrics": gray_luma,
     "dmf_theory/gd_L2_d8": fewer_rows,
     "lidar_camera/dbscan": another_border,
