@@ -33,7 +33,8 @@ _ENCODER_PARTS = {
 }
 PARTS_SIDE = 3
 MARGIN, SCALE = -0.2, 1.0
-_LOG_FLOOR = -100.0  # of torch's binary cross-entropy
+# Of torch's binary cross-entropy: the least logarithm, and the least p (1 - p) in its gradient.
+_LOG_FLOOR, _SLOPE_FLOOR = -100.0, 1e-12
 _SINGLE = "nearest neighbors need at least two rows"
 
 
@@ -194,6 +195,23 @@ def same_class_pairs(key: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(other.any(-1), partner, jnp.arange(labels.shape[0]))
 
 
+@jax.custom_jvp
+def _cross_entropy_of_one(p: jax.Array) -> jax.Array:
+    """-log p as torch's binary cross-entropy with the target 1 has it, its gradient included.
+
+    Below p = 1e-12, where confident rows disagree, that gradient tends to 0 with p.
+    """
+    return -jnp.maximum(jnp.log(p), _LOG_FLOOR)
+
+
+@_cross_entropy_of_one.defjvp
+def _cross_entropy_of_one_jvp(primals, tangents):
+    (p,), (dp,) = primals, tangents
+    q = jnp.minimum(p, 1.0)  # rounding may give a little more
+    slope = (q - 1) / jnp.maximum((1 - q) * q, _SLOPE_FLOOR)
+    return _cross_entropy_of_one(p), slope * dp
+
+
 class CPLLosses(NamedTuple):
     """The four terms and total = ce + eta1 glv + eta2 csp - eta3 entropy, scalars."""
 
@@ -218,7 +236,7 @@ def cpl_losses(
 
     - ce: cross-entropy of the labeled rows, margin * scale subtracted from the true logit (the
       negative margin adds 0.2 to it);
-    - glv: -mean log <softmax_i, softmax_partner> over all rows;
+    - glv: -mean log <softmax_i, softmax_partner> over all rows, torch's binary cross-entropy;
     - csp: mean over unlabeled rows of CE(z, q) p_{argmax q} mask, q the softmax of the detached
       logits plus Gumbel noise; p carries gradient;
     - entropy of the mean prediction, which is maximized.
@@ -236,7 +254,7 @@ def cpl_losses(
     rows = jax.nn.log_softmax(shifted)
     ce = -jnp.take_along_axis(rows, labels[:, None], axis=-1).mean()
     agreement = (probs * probs[voting.pairs]).sum(-1)
-    glv = -jnp.maximum(jnp.log(agreement), _LOG_FLOOR).mean()
+    glv = _cross_entropy_of_one(agreement).mean()
     soft = jax.nn.softmax(lax.stop_gradient(logits[labeled:]) + gumbel_noise)
     confidence = jnp.take_along_axis(probs[labeled:], soft.argmax(-1)[:, None], axis=-1)[:, 0]
     csp = (-(soft * log_p[labeled:]).sum(-1) * confidence * voting.mask).mean()
