@@ -1,4 +1,4 @@
-"""EfficientNet B0 to B7 with timm's names.
+"""EfficientNet B0 to B8 and L2 with timm's names.
 
 M. Tan, Q. Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
 arXiv 1905.11946. Structure and names after timm 1.0.31 (`models/efficientnet.py`,
@@ -203,6 +203,8 @@ _SCALING = {
     "b5": (1.6, 2.2, 0.4),
     "b6": (1.8, 2.6, 0.5),
     "b7": (2.0, 3.1, 0.5),
+    "b8": (2.2, 3.6, 0.5),
+    "l2": (4.3, 5.3, 0.5),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{prefix}efficientnet_{size}": {

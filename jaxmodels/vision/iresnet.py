@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.vision.images import check_images
-from jaxmodels.vision.resnet import STAGES
 
 FINAL_STRIDE = 16
 
@@ -78,13 +77,14 @@ class IBasicBlock(nn.Module):
 class IResNet(nn.Module):
     """Aligned faces [B, 112, 112, 3], scaled to [-1, 1] -> embeddings [B, num_features].
 
-    Every stage halves the side in its first block. The final map is flattened in the checkpoint's
-    order (C, H, W). The last BatchNorm's weight stays 1 (`features.weight`): freeze it with
-    `config.optimizer.freeze`. Embeddings are not normalized; see `margin_losses.cosine_logits`.
+    Every stage halves the side, rounded up, in its first block. The final map is flattened in the
+    checkpoint's order (C, H, W). The last BatchNorm's weight stays 1 (`features.weight`): freeze it
+    with `config.optimizer.freeze`. Embeddings are not normalized; see
+    `margin_losses.cosine_logits`.
 
     Attributes:
       layers: blocks of the four stages. width: channels of the stem and the first stage.
-      input: (height, width) that the linear layer is built for, multiples of 16.
+      input: (height, width) that the linear layer is built for.
     """
 
     layers: tuple[int, ...] = (2, 2, 2, 2)
@@ -99,9 +99,9 @@ class IResNet(nn.Module):
 
     def __post_init__(self) -> None:
         height, width = self.input
-        if min(height, width) < FINAL_STRIDE or height % FINAL_STRIDE or width % FINAL_STRIDE:
+        if min(height, width) < FINAL_STRIDE:
             raise ValueError(
-                f"IResNet input sides must be multiples of {FINAL_STRIDE}, got {height}x{width}"
+                f"IResNet input sides must be at least {FINAL_STRIDE}, got {height}x{width}"
             )
         super().__post_init__()
 
@@ -129,6 +129,7 @@ class IResNet(nn.Module):
         x = BatchNorm(self.bn_eps, name="bn1", **norm)(x, train)
         x = maps["stem"] = PReLU(name="prelu", **types)(x)
         for stage, blocks in enumerate(self.layers):
+            name = f"layer{stage + 1}"
             for i in range(blocks):
                 x = IBasicBlock(
                     self.width * 2**stage,
@@ -136,10 +137,10 @@ class IResNet(nn.Module):
                     i == 0,
                     self.bn_eps,
                     self.bn_axis_name,
-                    name=f"{STAGES[stage]}.{i}",
+                    name=f"{name}.{i}",
                     **types,
                 )(x, train)
-            maps[STAGES[stage]] = x
+            maps[name] = x
         x = BatchNorm(self.bn_eps, name="bn2", **norm)(x, train)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

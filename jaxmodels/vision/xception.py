@@ -20,8 +20,7 @@ from jaxmodels.vision.resnet import max_pool
 
 # Outputs of conv1, conv2, block1, block2, block3 (and all middle blocks), block12, conv3, conv4.
 CHANNELS = (32, 64, 128, 256, 728, 1024, 1536, 2048)
-MODES = ("original", "adjust_channel", "shallow_xception")
-ADJUSTED_CHANNELS = 512
+MODES = ("original", "adjust_channel", "adjust_channel_iid", "shallow_xception")
 _LAST_BLOCK = 12
 _FIRST_MIDDLE = 4
 
@@ -80,8 +79,8 @@ class Xception(nn.Module):
       channels: outputs of conv1, conv2, block1, block2, block3 (all middle blocks), block12, conv3
         and conv4.
       n_middle: middle blocks (8 officially), named block4, block5, ... before block12.
-      mode: `original`; `adjust_channel` classifies a 1x1 reduction of the features to 512
-        channels; `shallow_xception` leaves out the middle blocks.
+      mode: `original`; `adjust_channel` and `adjust_channel_iid` classify a 1x1 reduction of the
+        features to `adjusted_channels`; `shallow_xception` leaves out the middle blocks.
       inc: input channels, more than 3 with a bank of fixed frequency filters before the network.
     """
 
@@ -89,6 +88,7 @@ class Xception(nn.Module):
     n_middle: int = 8
     num_classes: int = 2
     mode: str = "original"
+    adjusted_channels: int = 512
     inc: int = 3
     dropout: float = 0.0
     bn_axis_name: str | None = None
@@ -150,8 +150,8 @@ class Xception(nn.Module):
         x = nn.relu(BatchNorm(name="bn3", **norm)(x, train))
         x = SeparableConv(c4, name="conv4", **types)(x)
         x = BatchNorm(name="bn4", **norm)(x, train)
-        if self.mode == "adjust_channel":
-            x = Conv(ADJUSTED_CHANNELS, use_bias=True, name="adjust_channel.0", **types)(x)
+        if _adjusts(self):
+            x = Conv(self.adjusted_channels, use_bias=True, name="adjust_channel.0", **types)(x)
             x = nn.relu(BatchNorm(name="adjust_channel.1", **norm)(x, train))
         maps["features"] = x
         x = nn.relu(x).mean((1, 2))
@@ -161,6 +161,10 @@ class Xception(nn.Module):
             name = "last_linear.1"
         maps["logits"] = Linear(self.num_classes, name=name, **types)(x)
         return maps
+
+
+def _adjusts(module: nn.Module) -> bool:
+    return getattr(module, "mode", "original").startswith("adjust_channel")
 
 
 MODEL = Xception
@@ -174,7 +178,7 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     rules: dict[str, Any] = {
         "spellings": [(r"(^|\.)(?:fc|last_linear(?:\.1)?)\.(weight|bias)$", rf"\g<1>{last}.\g<2>")]
     }
-    if getattr(module, "mode", "original") != "adjust_channel":
+    if not _adjusts(module):
         rules["travels"] = [r"adjust_channel\..*"]
     if getattr(module, "mode", "original") == "shallow_xception":
         rules["travels"].append(rf"block([{_FIRST_MIDDLE}-9]|1[01])\..*")

@@ -187,6 +187,21 @@ def test_xceptions_unused_channels_travel_and_imagenets_pointwise_weights_fit():
     assert back.keys() >= state.keys() and back["conv3.pointwise.weight"].shape == (8, 8, 1, 1)
 
 
+def test_faces_of_sides_that_are_no_multiples_of_sixteen_round_up():
+    module = IResNet(layers=(1, 1, 1, 1), width=2, num_features=3, input=(100, 109))
+    assert shapes(module)["params"]["fc"]["kernel"].shape == (16 * 7 * 7, 3)
+    with pytest.raises(ValueError, match="at least 16, got 15x112"):
+        IResNet(input=(15, 112))
+
+
+def test_xceptions_channel_reduction_may_be_narrow():
+    small = dict(channels=(4, 4, 6, 6, 6, 8, 8, 8), n_middle=0)
+    for mode in ("adjust_channel", "adjust_channel_iid"):
+        tree = shapes(Xception(**small, mode=mode, adjusted_channels=5))["params"]
+        assert tree["adjust_channel.0"]["kernel"].shape == (1, 1, 8, 5)
+        assert tree["last_linear"]["kernel"].shape == (5, 2)
+
+
 def test_faces_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"aligned faces of 32x32 pixels, got 48x48"):
         jax.eval_shape(
