@@ -76,6 +76,17 @@ class Head(nn.Module):
         return Linear(self.num_classes, name="classifier.4", **types)(x)
 
 
+def taps_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the maps that the heads read: `taps`, where empty all of the backbone's."""
+    return tuple(module.taps) or _backbone_maps(module)
+
+
+def _backbone_maps(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, MHUIVGG):
+        return vgg.pools_of(module.cfg)
+    return resnet.stages_of(module.layers)
+
+
 def _check_taps(taps: tuple[str, ...], known: tuple[str, ...], kind: str) -> None:
     if len(taps) < 2:
         raise ValueError(f"moment matching needs at least 2 heads, got {len(taps)}")
@@ -114,7 +125,7 @@ class MHUIResNet(nn.Module):
     """Images [B, H, W, 3] in [-1, 1] -> logits [B, M, num_classes], head 0 the shallowest.
 
     Attributes:
-      taps: the stages that heads read, of layer1 .. layer4; at least two.
+      taps: the stages that heads read, of layer1, layer2, ...; at least two, all when empty.
       head_kind: `mlp`, `linear` or `conv`, see `Head`; head_features: F.
       detach_shallow: heads but the last do not train the trunk.
       layers, width, block, leaky: of the backbone, see `vision.resnet.ResNet`.
@@ -124,7 +135,7 @@ class MHUIResNet(nn.Module):
     layers: tuple[int, ...] = (2, 2, 2, 2)
     block: str = "basic"
     leaky: float = 0.2
-    taps: tuple[str, ...] = resnet.STAGES
+    taps: tuple[str, ...] = ()
     head_features: int = 512
     head_kind: str = "mlp"
     num_classes: int = 10
@@ -137,7 +148,7 @@ class MHUIResNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_taps(tuple(self.taps), resnet.STAGES, self.head_kind)
+        _check_taps(taps_of(self), _backbone_maps(self), self.head_kind)
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -166,7 +177,8 @@ class MHUIResNet(nn.Module):
             name="backbone",
         )
         maps = backbone(x, train)
-        maps = [maps[resnet.STAGES.index(tap)] for tap in self.taps]
+        known = _backbone_maps(self)
+        maps = [maps[known.index(tap)] for tap in taps_of(self)]
         taps = {f"tap{i}": y for i, y in enumerate(maps)}
         return {**taps, "logits": _heads(self, maps, train)}
 
@@ -191,8 +203,7 @@ class MHUIVGG(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        known = vgg.pools_of(self.cfg)
-        _check_taps(tuple(self.taps) or known, known, self.head_kind)
+        _check_taps(taps_of(self), _backbone_maps(self), self.head_kind)
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -211,8 +222,8 @@ class MHUIVGG(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = dict(epsilon=self.bn_eps, momentum=self.bn_momentum, axis_name=self.bn_axis_name)
         maps = vgg.vgg_maps(x, self.cfg, train, norm, types)
-        known = vgg.pools_of(self.cfg)
-        maps = [maps[known.index(tap)] for tap in (self.taps or known)]
+        known = _backbone_maps(self)
+        maps = [maps[known.index(tap)] for tap in taps_of(self)]
         taps = {f"tap{i}": y for i, y in enumerate(maps)}
         return {**taps, "logits": _heads(self, maps, train)}
 
@@ -240,13 +251,12 @@ def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str,
     `skip=r"heads\\.[0-2]"` and `head_kind="linear"`.
     """
     if isinstance(module, MHUIResNet) and "conv1.weight" in state:
-        classifier, prefix, heads = "linear.", "backbone.", len(module.taps)
+        classifier, prefix = "linear.", "backbone."
     elif isinstance(module, MHUIVGG) and "classifier.weight" in state:
         classifier, prefix = "classifier.", ""
-        heads = len(module.taps) or len(vgg.pools_of(module.cfg))
     else:
         return dict(state)
-    last = f"heads.{heads - 1}.classifier."
+    last = f"heads.{len(taps_of(module)) - 1}.classifier."
     return {
         (last + key.removeprefix(classifier) if key.startswith(classifier) else prefix + key): value
         for key, value in state.items()
@@ -258,10 +268,9 @@ def check_checkpoint(keys: Mapping[str, tuple[int, ...]], module: nn.Module) -> 
 
     `keys` maps torch names to shapes.
     """
-    taps = getattr(module, "taps", None)
-    if taps is None or not hasattr(module, "head_kind"):
+    if not isinstance(module, MHUIResNet | MHUIVGG):
         return
-    heads = len(taps) or len(vgg.pools_of(module.cfg))
+    heads = len(taps_of(module))
     found: dict[int, tuple[str, int]] = {}
     for key, shape in dict(keys).items():
         match = re.search(r"heads\.(\d+)\.classifier\.(?:4\.)?weight$", key)

@@ -8,6 +8,7 @@ projections named `downsample`); the ImageNet form has torchvision's and timm's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,14 @@ from jaxmodels.layers.initializers import kaiming_normal_fan_out
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.vision.images import check_images
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 STEMS = ("cifar", "imagenet")
 BLOCKS = ("basic", "bottleneck")
 PROJECTIONS = ("downsample", "shortcut")
+
+
+def stages_of(layers: Sequence[int]) -> tuple[str, ...]:
+    """Names of the maps after each stage: `layer1`, `layer2`, ..."""
+    return tuple(f"layer{i + 1}" for i in range(len(layers)))
 
 
 def rectifier(x: jax.Array, leaky: float) -> jax.Array:
@@ -79,10 +84,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [B, H, W, 3] -> logits [B, num_classes], or the four stage maps.
+    """Images [B, H, W, 3] -> logits [B, num_classes], or the maps of all stages.
 
     Attributes:
-      layers: blocks of each of the four stages.
+      layers: blocks of each stage, officially four.
       width: channels of the stem and of the first stage's blocks; doubled at each later stage.
       stem: `cifar` (3x3 convolution, stride 1, no pooling) or `imagenet` (7x7, stride 2, max-pool).
       leaky: slope of the activation below zero; 0 is ReLU.
@@ -91,7 +96,7 @@ class ResNet(nn.Module):
       classifier: the checkpoint's name of the classifier, `linear` or `fc`.
       dropout: before the classifier; with `rngs={"dropout": ...}` and `train=False`,
         `sample_dropout` still draws it (Monte Carlo dropout).
-      features_only: return the maps of layer1 .. layer4 and have no classifier.
+      features_only: return the maps of layer1, layer2, ... and have no classifier.
     """
 
     layers: tuple[int, ...] = (2, 2, 2, 2)
@@ -118,8 +123,8 @@ class ResNet(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"ResNet {what} {value!r}; known: {', '.join(known)}")
-        if len(self.layers) != len(STAGES) or min(self.layers) < 1:
-            raise ValueError(f"ResNet layers must be four positive counts, got {self.layers}")
+        if not self.layers or min(self.layers) < 1:
+            raise ValueError(f"ResNet layers must be positive counts, got {self.layers}")
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -129,9 +134,11 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, sample_dropout: bool = False):
         check_images(x)
-        if min(x.shape[1:3]) < 16:
+        least = 2 ** len(self.layers)
+        if min(x.shape[1:3]) < least:
             raise ValueError(
-                f"a four-stage ResNet needs images of at least 16x16, got {x.shape[1]}x{x.shape[2]}"
+                f"a ResNet of {len(self.layers)} stages needs images of at least {least}x{least}, "
+                f"got {x.shape[1]}x{x.shape[2]}"
             )
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         bn = dict(bn_eps=self.bn_eps, bn_momentum=self.bn_momentum, bn_axis_name=self.bn_axis_name)
@@ -145,7 +152,8 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, 1)
         maps = []
-        for stage, blocks in enumerate(self.layers):
+        names = stages_of(self.layers)
+        for stage, (name, blocks) in enumerate(zip(names, self.layers)):
             for i in range(blocks):
                 x = ResidualBlock(
                     self.width * 2**stage,
@@ -153,7 +161,7 @@ class ResNet(nn.Module):
                     self.block,
                     self.leaky,
                     self.projection,
-                    name=f"{STAGES[stage]}.{i}",
+                    name=f"{name}.{i}",
                     **bn,
                     **types,
                 )(x, train)

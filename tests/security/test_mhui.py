@@ -118,6 +118,15 @@ def test_every_kind_of_head_and_any_two_taps(kind):
     assert out.shape == (2, 2, 3)
 
 
+def test_backbones_of_two_to_five_stages_have_a_head_after_each():
+    for stages in (2, 3, 5):
+        module = MHUIResNet(**TINY | {"layers": (1,) * stages})
+        variables = shape_of(module, 1, 32, 32, 3)
+        logits = jax.eval_shape(module.apply, variables, jnp.zeros((1, 32, 32, 3)))
+        assert logits.shape == (1, stages, TINY["num_classes"])
+        assert f"heads.{stages - 1}" in variables["params"]
+
+
 def test_sixteen_bit_trunks_have_float32_logits():
     module = MHUIResNet(**TINY, dtype=jnp.bfloat16)
     out, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
