@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels
+from jaxmodels.interop import checkpoint
+from jaxmodels.interop.conversion import to_torch
 from jaxmodels.security import attacks, attribution, margin_losses, patches
 from jaxmodels.security.input_transforms import gaussian_kernel
 from tests.golden_case import adapter_of
@@ -43,10 +45,19 @@ def _network(case) -> dict[str, Any]:
     if case.model == "EfficientNet":
         name = f"{name}:{arguments.pop('variant')}"
         arguments |= arguments.pop("channels", {})
+    if arguments.get("mode", "").startswith("adjust_channel"):
+        width = checkpoint.read(case.weights).tensors["adjust_channel.0.weight"].shape[0]
+        arguments.setdefault("adjusted_channels", width)
+    train = case.mode == "train"
+    if train:
+        arguments.setdefault("dropout", 0.0)  # as every official constructor has it
     module, variables = jaxmodels.load(name, case.weights, **arguments)
     x = _nhwc(case.inputs["images"])
-    maps = jax.jit(functools.partial(module.apply, method="intermediates"))(variables, x)
-    out = {}
+    forward = functools.partial(
+        module.apply, train=train, method="intermediates", mutable=["batch_stats"]
+    )
+    maps, updated = jax.jit(forward)(variables, x)
+    out = {f"after.{k}": v for k, v in to_torch(dict(updated)).items()}
     for name, y in maps.items():
         flat = name.replace(".", "")
         out |= {flat: y, f"{flat}_map": y}
@@ -137,11 +148,15 @@ def _margins(case) -> dict[str, Any]:
 
 def _attribution(case) -> dict[str, Any]:
     inputs, config = case.inputs, case.config
-    labeled = config["labelled"]
+    labeled = len(inputs["targets_labelled"])
     parts = jnp.asarray(np.transpose(inputs["feat_parts"], (0, 2, 1)))
     voting = attribution.vote(
         jnp.asarray(inputs["feat_global"]), parts, jnp.asarray(case.outputs["pairs"][:labeled])
     )
+
+    options = {ours: config[k] for ours, k in (("margin", "m"), ("scale", "s")) if k in config}
+    if "eta1" in config:
+        options["etas"] = tuple(config[f"eta{i}"] for i in (1, 2, 3))
 
     def total(logits):
         losses = attribution.cpl_losses(
@@ -149,17 +164,17 @@ def _attribution(case) -> dict[str, Any]:
             jnp.asarray(inputs["targets_labelled"]),
             voting,
             jnp.asarray(inputs["gumbel_noise"]),
-            margin=config["m"],
-            scale=config["s"],
-            etas=(config["eta1"], config["eta2"], config["eta3"]),
+            **options,
         )
         return losses.total, losses
 
     (_, losses), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
         jnp.asarray(inputs["logits"])
     )
-    known = attribution.known_classes(inputs["stat_label"], inputs["stat_tags"])
-    numbers = attribution.open_world_metrics(inputs["stat_pred"], inputs["stat_label"], known)
+    numbers = {}
+    if "stat_pred" in inputs:
+        known = attribution.known_classes(inputs["stat_label"], inputs["stat_tags"])
+        numbers = attribution.open_world_metrics(inputs["stat_pred"], inputs["stat_label"], known)
     return jax.device_get(
         {
             "pairs": np.asarray(voting.pairs),

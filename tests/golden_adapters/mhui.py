@@ -51,10 +51,16 @@ def _network(case) -> dict[str, Any]:
     if case.mode == "train":
         return _train_step(case, module, variables, x)
     maps = jax.jit(functools.partial(module.apply, method="intermediates"))(variables, x)
-    out = {"logits": maps["logits"], "probs": jax.nn.softmax(maps["logits"])}
-    out |= {f"stage{k[3:]}_mean": y.mean((1, 2)) for k, y in maps.items() if k.startswith("tap")}
+    out = _of_maps(maps)
     with jax.enable_x64(True):
         return {**jax.device_get(out), **_fitted(np.asarray(out["logits"], np.float64))}
+
+
+def _of_maps(maps) -> dict[str, Any]:
+    out = {"logits": maps["logits"], "probs": jax.nn.softmax(maps["logits"])}
+    return out | {
+        f"stage{k[3:]}_mean": y.mean((1, 2)) for k, y in maps.items() if k.startswith("tap")
+    }
 
 
 def _fitted(values, from_logits: bool = True, **options) -> dict[str, Any]:
@@ -73,16 +79,20 @@ def _train_step(case, module, variables, x) -> dict[str, Any]:
     labels = jnp.asarray(case.inputs["labels"])
 
     def loss_of(params):
-        logits, updated = module.apply(
-            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        maps, updated = module.apply(
+            {**variables, "params": params},
+            x,
+            train=True,
+            method="intermediates",
+            mutable=["batch_stats"],
         )
-        losses = head_losses(logits, labels)
-        return losses.sum(), (losses, logits, updated)
+        losses = head_losses(maps["logits"], labels)
+        return losses.sum(), (losses, maps, updated)
 
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-    (total, (losses, logits, updated)), grads = step(variables["params"])
+    (total, (losses, maps, updated)), grads = step(variables["params"])
     return {
-        "logits": logits,
+        **_of_maps(maps),
         "head_losses": losses,
         "total_loss": total,
         **{f"grad.{k}": v for k, v in to_torch({"params": grads}).items()},

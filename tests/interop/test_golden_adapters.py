@@ -103,6 +103,12 @@ def only_ranges(meta, arrays):
     drop(arrays, "inclination_range|uniform")
 
 
+def losses_alone(meta, arrays):
+    """No clusters to measure, and the published weights of the terms."""
+    meta["config"] = {}
+    drop(arrays, "stat_")
+
+
 def null_options(meta, arrays):
     meta["config"]["act_layer"] = None
 
@@ -114,6 +120,7 @@ def gray_luma(meta, arrays):
 
 
 LESS = {
+    "ai_security/cpl_losses": losses_alone,
     "coditt5/corruption": no_statistics,
     "compressed_sr/metrics": gray_luma,
     "dmf_theory/gd_L2_d8": fewer_rows,
