@@ -49,7 +49,7 @@ def one(preset: str, seed: int, changes: list[str], after: str = "") -> dict:
         config, numbers = trained(preset, second, [*changes, *begun])
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy
         params = load_params(second, ema=config.ema.decay > 0)
-    swapped = swapped_gain(Plan(config).task, params, config)
+        swapped = swapped_gain(Plan(config).task, params, config)
     return {
         "preset": f"{preset} after {after}" if after else preset,
         "changes": " ".join(changes),
