@@ -55,7 +55,8 @@ TUNINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 PRETRAINING = (
     "generator_loss", "unigram_entropy", "denoising_loss", "denoising_over_generator",
-    "detection_accuracy", "majority_accuracy", "replace_acc", "non_replace_acc",
+    "discriminator_loss", "verdict_entropy", "detection_accuracy", "majority_accuracy",
+    "replace_acc", "non_replace_acc",
 )  # fmt: skip
 
 
@@ -110,7 +111,12 @@ def one(recipe: str, tunings: list[str], seed: int) -> None:
 def report() -> Path:
     """Means and halves of Student's 95 % intervals over seeds."""
 
+    from train.tasks.ganlm_pretraining import binary_entropy
+
     found = runs.read(RUNS)
+    for row in found:
+        if "replace_rate" in row:
+            row.setdefault("verdict_entropy", round(binary_entropy(row["replace_rate"]), 5))
 
     def table(names, tuning: str, measures) -> str:
         cells = []

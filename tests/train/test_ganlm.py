@@ -88,7 +88,7 @@ def test_the_paper_recipe_runs_twenty_steps_on_text_shards(paper_run):
     assert rows[-1]["generator_loss"] < rows[0]["generator_loss"]
     assert rows[0]["discriminator_weight"] == 10 and rows[0]["denoising_weight"] == 1
     report = (paper_run / "report.md").read_text()
-    for name in ("majority_accuracy", "detection_accuracy", "unigram_entropy"):
+    for name in ("majority_accuracy", "verdict_entropy", "detection_accuracy", "unigram_entropy"):
         assert name in report
 
 

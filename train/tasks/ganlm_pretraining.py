@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -69,17 +70,24 @@ class GanlmPretraining:
         return sums_of(outputs)
 
     def report(self, variables, sums, config):
-        """What the losses have to beat: the more frequent verdict, words without any context."""
+        """What the losses have to beat: verdicts and words without any context."""
         from train.data import pipeline
 
         family, _ = pipeline.resolve(config.data)
+        rate = float(sums["replace_rate"])
         numbers = {
-            "majority_accuracy": max(sums["replace_rate"], 1 - sums["replace_rate"]),
+            "majority_accuracy": max(rate, 1 - rate),
+            "verdict_entropy": binary_entropy(rate),
             "denoising_over_generator": sums["denoising_loss"] / sums["generator_loss"],
         }
         if hasattr(family, "unigram_entropy"):
             numbers["unigram_entropy"] = family.unigram_entropy(config.data)
         return numbers
+
+
+def binary_entropy(rate: float) -> float:
+    """Bits of a verdict that is "replaced" at this rate: the least loss without any context."""
+    return sum(-p * math.log2(p) for p in (rate, 1 - rate) if p > 0)
 
 
 def _arrays(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
