@@ -1,10 +1,11 @@
 """What the searches claim, on real digits: rank correlation, search against random, sharing, HSS.
 
 `python -m benchmarks.search_claims --system vitas [--kinds cyclic ...] [--seeds 0 1 ...]` trains
-supernets of every kind, scores a sample of networks in each, trains the same networks on their own
-once (their accuracies stand in `results/SYSTEM_alone.csv`), and runs both searches at equal numbers
-of measured networks. A row a (kind, seed) is appended to `results/SYSTEM_runs.csv`, so that it can
-be stopped and continued; `results/SYSTEM_claims.md` has means with 95 % intervals over seeds.
+supernets of every kind, scores a sample of networks in each (`results/SYSTEM_scores.csv`), trains
+the same networks on their own, `--alone_seeds` times each (`results/SYSTEM_alone.csv`), and runs
+both searches at equal numbers of measured networks. A row a (kind, seed) is appended to
+`results/SYSTEM_runs.csv`, so that it can be stopped and continued; `results/SYSTEM_claims.md` has
+means with 95 % intervals over seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -121,25 +123,48 @@ def searches(system: str, config, task, score, seed: int) -> tuple[float, float,
     return state.chain[-1]["objective"], value, state.evaluations
 
 
-def one(system: str, kind: str, seed: int, arguments, accuracies: list[float]) -> dict:
-    """A row of the table."""
-    from scipy.stats import kendalltau
-
+def one(system: str, kind: str, seed: int, arguments) -> tuple[dict, list[float]]:
+    """A row of the table, and the supernet's scores of the sample in %."""
     config, task, variables, numbers = supernet(system, kind, seed, arguments.steps)
     _, score = scorer_of(system, config, task, variables)
     networks = sample(system, config, task, arguments.networks)
-    if not accuracies:
-        accuracies += [
-            train_alone(system, config, task, n, 0, arguments.alone_steps) for n in networks
-        ]
-    tau = kendalltau(score(networks), accuracies).statistic
+    memory = alone_of(system)
+    done = {(int(r["network"]), int(r["seed"])) for r in runs.read(memory)}
+    for i, network in enumerate(networks):
+        for again in range(arguments.alone_seeds):
+            if (i, again) not in done:
+                accuracy = train_alone(system, config, task, network, again, arguments.alone_steps)
+                runs.append(memory, {"network": i, "seed": again, "accuracy": round(accuracy, 4)})
+    scores = [float(v) for v in score(networks)]
     found, value, measured = searches(system, config, task, score, seed)
-    return {
+    row = {
         "system": system, "kind": kind, "seed": seed, "steps": arguments.steps,
         "networks": len(networks), "alone_steps": arguments.alone_steps,
-        "kendall_tau": round(float(tau), 4), "search": round(found, 3), "random": round(value, 3),
+        "kendall_tau": round(rank_correlation(system, scores), 4),
+        "search": round(found, 3), "random": round(value, 3),
         "measured": measured, "supernet_accuracy": round(100 * numbers["accuracy"], 3),
     }  # fmt: skip
+    return row, scores
+
+
+def alone_of(system: str) -> Path:
+    """Accuracies in % of the sample's networks trained on their own: `network, seed, accuracy`."""
+    return RESULTS / f"{system}_alone.csv"
+
+
+def scores_of(system: str) -> Path:
+    """The supernets' scores of the sample: `kind, seed, network, score`; older runs have none."""
+    return RESULTS / f"{system}_scores.csv"
+
+
+def rank_correlation(system: str, scores) -> float:
+    """Kendall's tau between scores of the sample and the means of its accuracies alone."""
+    from scipy.stats import kendalltau
+
+    alone: dict[int, list[float]] = {}
+    for r in runs.read(alone_of(system)):
+        alone.setdefault(int(r["network"]), []).append(float(r["accuracy"]))
+    return float(kendalltau(scores, [np.mean(alone[i]) for i in range(len(scores))]).statistic)
 
 
 def write(system: str, command: str) -> None:
@@ -148,11 +173,15 @@ def write(system: str, command: str) -> None:
     kinds = [k for k in KINDS[system] if any(r["kind"] == k for r in rows)]
     measures = ("kendall_tau", "search", "random", "gap", "supernet_accuracy")
     by_seed: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in kinds}
+    stored: dict[tuple[str, str], list[float]] = {}
+    for r in runs.read(scores_of(system)):
+        stored.setdefault((r["kind"], r["seed"]), []).append(float(r["score"]))
     for r in rows:
-        gap = float(r["search"]) - float(r["random"])
-        by_seed[r["kind"]][int(r["seed"])] = {
-            m: gap if m == "gap" else float(r[m]) for m in measures
-        }
+        r["gap"] = float(r["search"]) - float(r["random"])
+        if scores := stored.get((r["kind"], r["seed"])):
+            # The networks may have been trained again since.
+            r["kendall_tau"] = rank_correlation(system, scores)
+        by_seed[r["kind"]][int(r["seed"])] = {m: float(r[m]) for m in measures}
     means, paired = [], []
     for kind in kinds:
         mine = by_seed[kind].values()
@@ -168,11 +197,13 @@ def write(system: str, command: str) -> None:
             paired.append([f"{kinds[0]} - {kind}", str(len(seeds)), *differences])
     named = ["Kendall tau", "search (%)", "random (%)", "search - random", "supernet (%)"]
     first = rows[0]
+    repeats = 1 + max((int(r["seed"]) for r in runs.read(alone_of(system))), default=0)
     (RESULTS / f"{system}_claims.md").write_text(
         f"# {system}: what its search finds on digits\n\n`{command}`, written on {machine()}; "
         f"{versions()}.\n{first['steps']} training steps a supernet; Kendall tau between the "
         f"supernet's scores and the accuracies of {first['networks']} networks trained on their "
-        f"own for {first['alone_steps']} steps (`{system}_alone.csv`); the best network of the "
+        f"own for {first['alone_steps']} steps (`{system}_alone.csv`, runs a network: {repeats}); "
+        "the best network of the "
         "search and of as many random ones by the supernet's accuracy on held-out digits; the "
         "supernet's own test accuracy over drawn networks. Mean ± half of Student's 95 % interval "
         f"over seeds; every run in `{system}_runs.csv`.\n\n"
@@ -191,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--networks", type=int, default=12)
     parser.add_argument("--alone_steps", type=int, default=200)
+    parser.add_argument("--alone_seeds", type=int, default=1)
     arguments = parser.parse_args()
     kinds = arguments.kinds or list(KINDS[arguments.system])
     if unknown := set(kinds) - set(KINDS[arguments.system]):
@@ -199,21 +231,23 @@ def main() -> None:
 
     prepare_process()
     path = RESULTS / f"{arguments.system}_runs.csv"
-    memory = RESULTS / f"{arguments.system}_alone.csv"
-    accuracies = [float(r["accuracy"]) for r in runs.read(memory)]
     command = (
         f"python -m benchmarks.search_claims --system {arguments.system} --steps {arguments.steps} "
-        f"--networks {arguments.networks} --alone_steps {arguments.alone_steps}"
+        f"--networks {arguments.networks} --alone_steps {arguments.alone_steps} "
+        f"--alone_seeds {arguments.alone_seeds}"
     )
     for seed in arguments.seeds:
         for kind in kinds:
             if any((r["kind"], int(r["seed"])) == (kind, seed) for r in runs.read(path)):
                 continue
-            row = one(arguments.system, kind, seed, arguments, accuracies)
-            if not memory.exists():
-                runs.append(
-                    memory, *({"network": i, "accuracy": a} for i, a in enumerate(accuracies))
-                )
+            row, scores = one(arguments.system, kind, seed, arguments)
+            runs.append(
+                scores_of(arguments.system),
+                *(
+                    {"kind": kind, "seed": seed, "network": i, "score": round(score, 4)}
+                    for i, score in enumerate(scores)
+                ),
+            )
             runs.append(path, row)
             print(row, flush=True)
     if not runs.read(path):
