@@ -156,13 +156,17 @@ def test_he_initialization_lets_gradients_reach_ivls_first_layers():
 
 
 def test_basicvsrpp_begins_with_the_official_weights_or_hes():
-    def spread(name, **changes):
+    def drawn(**changes):
         module = BasicVSRPlusPlus(**TINY | changes)
         shapes = [jnp.zeros(s.shape) for s in module.example_inputs()]
-        kernel = jax.jit(module.init)(jax.random.key(0), *shapes)["params"]
+        return jax.jit(module.init)(jax.random.key(0), *shapes)["params"]
+
+    def spread(kernel, name):
         for key in (*name.split("/"), "kernel"):
             kernel = kernel[key]
         return float(kernel.std()) * np.sqrt(np.prod(kernel.shape[:3]))
+
+    official, hes = drawn(), drawn(he_init=True)
 
     # Standard deviations times the root of fan-in.
     for name, plain, he in (
@@ -172,8 +176,8 @@ def test_basicvsrpp_begins_with_the_official_weights_or_hes():
         ("conv_hr", 3**-0.5, 2**0.5),
         ("conv_last", 3**-0.5, 3**-0.5),
     ):
-        np.testing.assert_allclose(spread(name), plain, rtol=0.15)
-        np.testing.assert_allclose(spread(name, he_init=True), he, rtol=0.15)
+        np.testing.assert_allclose(spread(official, name), plain, rtol=0.15)
+        np.testing.assert_allclose(spread(hes, name), he, rtol=0.15)
 
 
 def test_ivl_repeats_edge_frames_and_returns_the_restored_picture():

@@ -45,7 +45,8 @@ class AdversarialDetection:
         that also avoids detection), with `_l2` behind it for the other norm, or cw or deepfool
         (no eps).
       steps: of iterated attacks. queries: of square.
-      target: what gradient attacks look at, `final`, `sum` or `mean`.
+      target: what gradient attacks look at, `final`, `sum` or `mean`; of an ensemble always the
+        mean of its members' logits.
       adaptive_weight: lambda of the adaptive attack's uncertainty.
       estimator, detector: the fit and the measure of the reported detector.
       samples: forward passes of MC dropout.
@@ -211,8 +212,10 @@ class AdversarialDetection:
 
         def apply(pixels):
             outputs = self.outputs(variables, pixels)
-            if self.method == "ensemble":  # its prediction is the mean of its members
-                outputs = jnp.log(jnp.maximum(jax.nn.softmax(outputs).mean(1), 1e-30))[:, None]
+            if self.method == "ensemble":
+                # The mean of the members' logits, not of the probabilities it predicts from: once
+                # one confident member is wrong, the others' gradients vanish in the latter.
+                outputs = outputs.mean(1, keepdims=True)
             return outputs
 
         if name == "cw":
