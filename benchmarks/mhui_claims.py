@@ -163,10 +163,11 @@ def report() -> Path:
     path = RESULTS / "mhui_claims.md"
     path.write_text(
         "# Telling attacked digits from natural ones\n\n"
-        f"`python -m benchmarks.mhui_claims`, seeds {', '.join(map(str, seeds))}, on {machine()}; "
-        f"{versions()}. Mean +- standard deviation over seeds; 450 test images, each method "
-        "attacked through its own prediction (MH-UI through its last head). All scores of all "
-        f"runs: `{RUNS.name}`.\n\n{clean}\n## MH-UI, AUROC by score\n\n{own}\n" + "\n".join(blocks)
+        f"`python -m benchmarks.mhui_claims`, seeds {', '.join(map(str, seeds))}, written on "
+        f"{machine()}; {versions()}. Mean +- standard deviation over seeds; 450 test images, each "
+        "method attacked through its own prediction (MH-UI through its last head, an ensemble "
+        f"through the mean of its members' logits). All scores of all runs: `{RUNS.name}`.\n\n{clean}\n## MH-UI, AUROC by score\n\n{own}\n"
+        + "\n".join(blocks)
     )
     return path
 
