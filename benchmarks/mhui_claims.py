@@ -166,8 +166,8 @@ def report() -> Path:
         f"`python -m benchmarks.mhui_claims`, seeds {', '.join(map(str, seeds))}, written on "
         f"{machine()}; {versions()}. Mean +- standard deviation over seeds; 450 test images, each "
         "method attacked through its own prediction (MH-UI through its last head, an ensemble "
-        f"through the mean of its members' logits). All scores of all runs: `{RUNS.name}`.\n\n{clean}\n## MH-UI, AUROC by score\n\n{own}\n"
-        + "\n".join(blocks)
+        f"through the mean of its members' logits). All scores of all runs: `{RUNS.name}`.\n\n"
+        f"{clean}\n## MH-UI, AUROC by score\n\n{own}\n" + "\n".join(blocks)
     )
     return path
 
