@@ -59,7 +59,17 @@ def bounded_memory():
 
 
 # Folders whose programs run a few steps each: nearly all of their time is the compiler's.
-QUICK = ("language", "restoration", "retrieval", "search", "security", "train", "video", "vision")
+QUICK = (
+    "graphs",
+    "language",
+    "restoration",
+    "retrieval",
+    "search",
+    "security",
+    "train",
+    "video",
+    "vision",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
