@@ -6,9 +6,10 @@ small        python -m train --config configs/compressed_sr.py --workdir runs/co
 long         the same for 5000 steps of batch 16 with flips and rotations.
 jpeg         removal of JPEG artifacts (scale 1), quality drawn from 10, 20, 30, 40.
 stills       BasicVSR++, small, on single frames of clips rendered from the photographs and coded
-             by libx265 at QP 37 (the extra `video`): five minutes of CPU time; then
-clips        --config.init_from=runs/stills: the same network on clips of three, @@ dB over
-             bicubic, eight minutes more. video: on clips from the start, +0.015 dB, 22 minutes.
+             by libx265 at QP 37 (the extra `video`): ten minutes of CPU time; then
+clips        --config.init_from=runs/stills: the same network on clips of three, +0.118 dB over
+             bicubic (two seeds), seven minutes more.
+video        the same network on clips from the start: +0.015 dB, 22 minutes.
 ivl          the IVL entry on the same clips, which so small and short stays behind.
 paper        Swin2SR on DIV2K and Flickr2K as published; --config.data.options.path=DIR with
              DIV2K_train_HR, Flickr2K_HR and DIV2K_valid_HR in it.
