@@ -110,12 +110,11 @@ def one(recipe: str, tunings: list[str], seed: int) -> None:
 
 def report() -> Path:
     """Means and halves of Student's 95 % intervals over seeds."""
-
     from train.tasks.ganlm_pretraining import binary_entropy
 
     found = runs.read(RUNS)
     for row in found:
-        if "replace_rate" in row:
+        if "replace_rate" in row:  # runs from before the task reported the entropy
             row.setdefault("verdict_entropy", round(binary_entropy(row["replace_rate"]), 5))
 
     def table(names, tuning: str, measures) -> str:

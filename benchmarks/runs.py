@@ -25,21 +25,23 @@ def append(path: Path, *rows: Mapping) -> None:
 
     Raises ValueError for a row with other columns than the file's.
     """
+    if path.suffix != ".csv":
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return
+    fresh = not path.exists() or not path.stat().st_size
     columns = list(rows[0])
-    if path.suffix == ".csv" and path.exists() and path.stat().st_size:
+    if not fresh:
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file))
+    for row in rows:
+        if set(row) != set(columns):
+            raise ValueError(f"{path} has columns {columns}, not {list(row)}")
     with path.open("a", newline="", encoding="utf-8") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            for row in rows:
-                if set(row) != set(columns):
-                    raise ValueError(f"{path} has columns {columns}, not {list(row)}")
-            if not file.tell():
-                writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def mean(values: Sequence[float], form: str, scale: float = 1.0) -> str:

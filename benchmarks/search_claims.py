@@ -173,14 +173,15 @@ def write(system: str, command: str) -> None:
     kinds = [k for k in KINDS[system] if any(r["kind"] == k for r in rows)]
     measures = ("kendall_tau", "search", "random", "gap", "supernet_accuracy")
     by_seed: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in kinds}
-    stored: dict[tuple[str, str], list[float]] = {}
+    # By network: a run that was stopped between its scores and its row has them twice.
+    stored: dict[tuple[str, str], dict[int, float]] = {}
     for r in runs.read(scores_of(system)):
-        stored.setdefault((r["kind"], r["seed"]), []).append(float(r["score"]))
+        stored.setdefault((r["kind"], r["seed"]), {})[int(r["network"])] = float(r["score"])
     for r in rows:
         r["gap"] = float(r["search"]) - float(r["random"])
         if scores := stored.get((r["kind"], r["seed"])):
             # The networks may have been trained again since.
-            r["kendall_tau"] = rank_correlation(system, scores)
+            r["kendall_tau"] = rank_correlation(system, list(scores.values()))
         by_seed[r["kind"]][int(r["seed"])] = {m: float(r[m]) for m in measures}
     means, paired = [], []
     for kind in kinds:

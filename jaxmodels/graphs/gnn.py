@@ -85,7 +85,7 @@ class GNN(nn.Module):
         outputs = [self.hidden] * (self.num_layers - 1) + [self.out]
         return list(zip(inputs, outputs))
 
-    def _weighed(self) -> bool:
+    def _normalizes_edges(self) -> bool:
         """Whether GCN's edge weights are normalized."""
         return self.normalize is None or self.normalize
 
@@ -96,8 +96,8 @@ class GNN(nn.Module):
     def _layer(self, inputs: int, outputs: int, last: bool) -> nn.Module:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         if self.kind == "gcn":
-            weighed = self._weighed()
-            return GCNConv(inputs, outputs, self.add_self_loops, self.bias, weighed, **types)
+            edges = self._normalizes_edges()
+            return GCNConv(inputs, outputs, self.add_self_loops, self.bias, edges, **types)
         if self.kind == "sage":
             rows = bool(self.normalize)
             return SAGEConv(inputs, outputs, self.aggr, rows, self.root_weight, self.bias, **types)
@@ -129,7 +129,7 @@ class GNN(nn.Module):
 
     def prepare(self, graph: Graph) -> Graph:
         """The graph as every layer wants it, computed once: normalized, relations unfolded."""
-        if self.kind == "gcn" and self._weighed():
+        if self.kind == "gcn" and self._normalizes_edges():
             return gcn_normalize(graph, self.add_self_loops)
         if self.kind == "rgcn" and not graph.normalized:
             return relational_graph(graph, self.num_relations, self.normalization)

@@ -199,7 +199,8 @@ def same_class_pairs(key: jax.Array, labels: jax.Array) -> jax.Array:
 def _cross_entropy_of_one(p: jax.Array) -> jax.Array:
     """-log p as torch's binary cross-entropy with the target 1 has it, its gradient included.
 
-    Below p = 1e-12, where confident rows disagree, that gradient tends to 0 with p.
+    Below p = 1e-12, where confident rows disagree, its slope stays at -1e12 instead of -1 / p, so
+    that the gradient of the logits fades with p.
     """
     return -jnp.maximum(jnp.log(p), _LOG_FLOOR)
 

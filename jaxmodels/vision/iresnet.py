@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxmodels.layers.convolution import Conv, Linear
 from jaxmodels.layers.normalization import BatchNorm
 from jaxmodels.vision.images import check_images
+from jaxmodels.vision.resnet import stages_of
 
 FINAL_STRIDE = 16
 
@@ -128,8 +129,7 @@ class IResNet(nn.Module):
         x = Conv(self.width, 3, kernel_init=_embedding_conv(), name="conv1", **types)(x)
         x = BatchNorm(self.bn_eps, name="bn1", **norm)(x, train)
         x = maps["stem"] = PReLU(name="prelu", **types)(x)
-        for stage, blocks in enumerate(self.layers):
-            name = f"layer{stage + 1}"
+        for stage, (name, blocks) in enumerate(zip(stages_of(self.layers), self.layers)):
             for i in range(blocks):
                 x = IBasicBlock(
                     self.width * 2**stage,

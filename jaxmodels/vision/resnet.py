@@ -152,8 +152,7 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, 1)
         maps = []
-        names = stages_of(self.layers)
-        for stage, (name, blocks) in enumerate(zip(names, self.layers)):
+        for stage, (name, blocks) in enumerate(zip(stages_of(self.layers), self.layers)):
             for i in range(blocks):
                 x = ResidualBlock(
                     self.width * 2**stage,

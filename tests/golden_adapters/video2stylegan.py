@@ -79,6 +79,10 @@ def _pair(value):
 # StyleGAN2.
 
 
+# NVlabs's names of the mapping network's options to ours.
+MAPPING_OPTIONS = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
+
+
 def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
     if "img_resolution" not in config:  # rosinality's constructor
         names = {"size": "img_resolution", "style_dim": "w_dim", "n_mlp": "mapping_layers"}
@@ -89,12 +93,11 @@ def _generator_arguments(config: dict[str, Any]) -> dict[str, Any]:
         if "blur_kernel" in config:  # the running image's stays the default one there
             arguments["image_filter"] = ufd.BINOMIAL
     else:
-        mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         synthesis = dict(config.get("synthesis_kwargs", {}))
         arguments = {
             **{k: config[k] for k in ("z_dim", "c_dim", "w_dim", "img_resolution") if k in config},
             "img_channels": config.get("img_channels", 3),
-            **{mapping.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()},
+            **{MAPPING_OPTIONS.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()},
             **synthesis,
         }
         # Values that are ours without saying so, or that float32 never sees.
@@ -173,10 +176,11 @@ def _discriminator(case: GoldenCase) -> dict[str, Any]:
     else:
         names = ("img_resolution", "img_channels", "channel_base", "channel_max", "conv_clamp")
         names += ("architecture", "c_dim", "cmap_dim")
-        mapping = {"num_layers": "mapping_layers", "layer_features": "mapping_features"}
         arguments = {k: config[k] for k in names if k in config}
         arguments |= config.get("epilogue_kwargs", {})
-        arguments |= {mapping.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()}
+        arguments |= {
+            MAPPING_OPTIONS.get(k, k): v for k, v in config.get("mapping_kwargs", {}).items()
+        }
         if arguments.get("activation") == "lrelu":
             del arguments["activation"]
         filter_ = config.get("block_kwargs", {}).get("resample_filter")

@@ -145,7 +145,7 @@ def test_voting_needs_neighbors():
 
 
 def test_the_gradient_of_agreement_is_that_of_torchs_binary_cross_entropy():
-    """It fades below 1e-12 and vanishes at 1, where that of -log does not."""
+    """It ends at -1e12 and vanishes at 1, where that of -log does neither."""
     p = jnp.array([0.3, 1e-6, 1e-14, 0.0, 1.0])
     values, slopes = jax.vmap(jax.value_and_grad(attribution._cross_entropy_of_one))(p)
     expected = [-np.log(0.3), -np.log(1e-6), -np.log(1e-14), 100, 0]

@@ -135,9 +135,9 @@ class WordPiece:
             return self.single(first, length)
         if length < 4:
             raise ValueError(f"a length of {length} leaves no token of title and text")
-        first, second = self.pieces(first), self.pieces(second)
-        m, n = pair_lengths(len(first), len(second), length - 3)
-        return [self.classifier, *first[:m], self.separator, *second[:n], self.separator]
+        left, right = self.pieces(first), self.pieces(second)
+        m, n = pair_lengths(len(left), len(right), length - 3)
+        return [self.classifier, *left[:m], self.separator, *right[:n], self.separator]
 
 
 def _merged_pieces(counts: dict[str, int], size: int) -> list[str]:
