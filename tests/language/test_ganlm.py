@@ -11,14 +11,8 @@ import jaxmodels
 from jaxmodels.interop import catalog, checkpoint
 from jaxmodels.interop.conversion import CheckpointMismatch
 from jaxmodels.language import ganlm_generation as generation
-from jaxmodels.language.ganlm import (
-    ClassificationHead,
-    DetectionHead,
-    GanLM,
-    count_parameters,
-    position_indices,
-    rotate_right,
-)
+from jaxmodels.language.ganlm import GanLM, count_parameters, rotate_right
+from jaxmodels.language.ganlm_stacks import ClassificationHead, DetectionHead, position_indices
 from tests import golden_case
 
 SIZES = dict(
