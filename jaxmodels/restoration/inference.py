@@ -28,22 +28,29 @@ AUGMENTATIONS = (
 
 
 def augment(image, mode: int):
-    """One of the eight symmetries of the square on the axes -3 and -2 of [..., H, W, C].
+    """One of the eight symmetries of the square: of H and W in [H, W] or [..., H, W, C].
 
     Raises ValueError for a mode outside 0 to 7.
     """
     turns, flip = _symmetry(mode)
     library = np if isinstance(image, np.ndarray) else jnp
-    image = library.rot90(image, turns, (-3, -2)) if turns else image
-    return library.flip(image, -3) if flip else image
+    axes = _rows_and_columns(image)
+    image = library.rot90(image, turns, axes) if turns else image
+    return library.flip(image, axes[0]) if flip else image
 
 
 def undo_augment(image, mode: int):
     """The inverse of `augment`."""
     turns, flip = _symmetry(mode)
     library = np if isinstance(image, np.ndarray) else jnp
-    image = library.flip(image, -3) if flip else image
-    return library.rot90(image, -turns, (-3, -2)) if turns else image
+    axes = _rows_and_columns(image)
+    image = library.flip(image, axes[0]) if flip else image
+    return library.rot90(image, -turns, axes) if turns else image
+
+
+def _rows_and_columns(image) -> tuple[int, int]:
+    """The axes H and W; a gray image [H, W] has no channels behind them."""
+    return (0, 1) if image.ndim == 2 else (-3, -2)
 
 
 def _symmetry(mode: int) -> tuple[int, bool]:

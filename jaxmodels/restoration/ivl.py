@@ -119,7 +119,8 @@ class PlainCNN(nn.Module):
 class MFVQESRY(nn.Module):
     """Luma of `tmp` neighboring frames [B, H, W, tmp] in [0, 1] -> center frame [B, 4H, 4W, 1].
 
-    The network adds to the bicubic x4 (corners aligned) of the center frame. With PyTorch's
+    The center is frame `tmp // 2`, of an even number the later one of the two in the middle. The
+    network adds to its bicubic x4 (corners aligned). With PyTorch's
     initial weights, the entry's, gradients shrink 2.5 times a layer and a short training learns a
     constant; `he_init` keeps their size.
 
@@ -139,8 +140,8 @@ class MFVQESRY(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.tmp < 1 or self.tmp % 2 == 0:
-            raise ValueError(f"tmp must be an odd number of frames, not {self.tmp}")
+        if self.tmp < 1:
+            raise ValueError(f"tmp must be a number of frames, not {self.tmp}")
         if self.initial_maps % self.offset_groups or self.out_nc % self.initial_maps:
             raise ValueError(
                 f"initial_maps {self.initial_maps} must divide by offset_groups "

@@ -263,6 +263,9 @@ class Swin2SR(nn.Module):
     window; False resizes it to the padded output's size and crops last. Callers that pad first, as
     the official test script does, see no difference.
 
+    `ape`, which no published variant has, adds a learned vector for every pixel of `img_size`
+    after the patch embedding; inputs must then have that size once padded.
+
     `num_feat` and `cpb_hidden` are the widths of the reconstruction and of the networks behind the
     position biases, which the official class fixes at 64 and 512.
 
@@ -281,6 +284,7 @@ class Swin2SR(nn.Module):
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.1
+    ape: bool = False
     patch_norm: bool = True
     use_checkpoint: bool = False
     upscale: int = 2
@@ -304,9 +308,9 @@ class Swin2SR(nn.Module):
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes that generic code initializes with: two windows square."""
-        side = 2 * self.window_size
-        return (jax.ShapeDtypeStruct((1, side, side, self.in_chans), jnp.float32),)
+        """Shapes that generic code initializes with: two windows square, `img_size` with `ape`."""
+        sides = _pair(self.img_size) if self.ape else (2 * self.window_size,) * 2
+        return (jax.ShapeDtypeStruct((1, *sides, self.in_chans), jnp.float32),)
 
     @property
     def block_window(self) -> int:
@@ -342,6 +346,11 @@ class Swin2SR(nn.Module):
                 f"Swin2SR: a {height}x{width} image padded to {x.shape[1]}x{x.shape[2]} does not "
                 f"divide into windows of {self.block_window} (the smaller side of img_size)"
             )
+        if self.ape and x.shape[1:3] != _pair(self.img_size):
+            raise ValueError(
+                f"Swin2SR: with ape=True images must have img_size {self.img_size} once padded, "
+                f"not {x.shape[1]}x{x.shape[2]}"
+            )
         x = (x - mean) * self.img_range
         maps: dict[str, Any] = {}
 
@@ -360,16 +369,22 @@ class Swin2SR(nn.Module):
             return (y / self.img_range + mean)[:, : height * s, : width * s]
 
         first = maps["conv_first"] = conv(x, self.embed_dim, "conv_first")
-        # The high-frequency trunk shares these two with the first.
+        # The high-frequency trunk shares these with the first.
         embed = Conv(self.embed_dim, 1, use_bias=True, name="patch_embed.proj", **types)
         embed_norm = LayerNorm(name="patch_embed.norm", **types) if self.patch_norm else None
         norm = LayerNorm(name="norm", **types)
+        places = None
+        if self.ape:
+            shape = (1, x.shape[1] * x.shape[2], self.embed_dim)
+            places = self.param("absolute_pos_embed", _LINEAR_INIT, shape, self.param_dtype)
 
         def trunk(y, layers):
             y = embed(y)
             if embed_norm is not None:
                 y = embed_norm(y)
             maps.setdefault("patch_embed", y)
+            if places is not None:
+                y = y + places.reshape(1, *y.shape[1:]).astype(y.dtype)
             y = dropout(
                 y, self.drop_rate, self.make_rng("dropout") if train and self.drop_rate else None
             )

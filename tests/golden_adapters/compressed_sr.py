@@ -52,7 +52,6 @@ def _first(x) -> np.ndarray:
 # Arguments of the official classes that change no number at these values, and ours lack.
 _WITHOUT_EFFECT = {
     "patch_size": (1,),
-    "ape": (False,),
     "norm_layer": ("LayerNorm", "nn.LayerNorm"),
     "cpu_cache_length": range(1 << 20),
     "spynet_pretrained": (None,),
@@ -64,7 +63,11 @@ def _arguments(case) -> dict[str, Any]:
 
 
 def _swin2sr(case):
-    module, variables = jaxmodels.load("restoration.swin2sr", case.weights, **_arguments(case))
+    arguments = _arguments(case)
+    if not arguments.get("upsampler"):
+        # The official class does not look at its default of 2 where nothing upsamples.
+        arguments.setdefault("upscale", 1)
+    module, variables = jaxmodels.load("restoration.swin2sr", case.weights, **arguments)
     apply = jax.jit(
         functools.partial(
             module.apply,
@@ -149,7 +152,8 @@ def _spynet(case):
 
 
 def _deform_conv(case):
-    config = {k: v for k, v in case.config.items() if k != "kernel"}
+    names = ("stride", "padding", "dilation", "groups", "deform_groups")
+    config = {k: v for k, v in case.config.items() if k in names}
     x, offset = (_last(case.inputs[name]) for name in ("x", "offset"))
     mask = _last(case.inputs["mask"]) if "mask" in case.inputs else None
     kernel = jnp.asarray(np.transpose(case.inputs["weight"], (2, 3, 1, 0)))
@@ -177,22 +181,26 @@ def _metrics(case):
     return outputs
 
 
+_PARTS = {"half": 0.5, "quarter": 0.25}
+
+
 def _resize(case):
     from train.data import degradation
 
-    size = lambda y, factor: (int(y.shape[1] * factor), int(y.shape[2] * factor))  # noqa: E731
-    resize, outputs = resampling.resize, {}
-    if "x" in case.inputs:
-        x = _last(case.inputs["x"])
-        outputs = {
-            "bicubic_x4": _first(resize(x, size(x, 4), "bicubic")),
-            "bicubic_x4_ac": _first(resize(x, size(x, 4), "bicubic", align_corners=True)),
-            "bilinear_x2_ac": _first(resize(x, size(x, 2), align_corners=True)),
-            "bilinear_x4": _first(resize(x, size(x, 4))),
-        }
-    if "x16" in case.inputs:
-        x16 = _last(case.inputs["x16"])
-        outputs["bicubic_quarter"] = _first(resize(x16, size(x16, 0.25), "bicubic", scale=0.25))
+    outputs = {}
+    for wanted in case.wanted:
+        match = re.fullmatch(r"(bilinear|bicubic|nearest)_(?:x(\d+)|(half|quarter))(_ac)?", wanted)
+        if match is None:
+            continue
+        method, times, part, corners = match.groups()
+        scale = int(times) if times else _PARTS[part]
+        x = _last(case.inputs["x" if times or "x16" not in case.inputs else "x16"])
+        if method == "nearest" and times:
+            outputs[wanted] = _first(resampling.nearest_upsample(x, int(times)))
+            continue
+        size = tuple(int(n * scale) for n in x.shape[1:3])
+        resized = resampling.resize(x, size, method, align_corners=bool(corners), scale=scale)
+        outputs[wanted] = _first(resized)
     if "hr_u8" in case.inputs:
         small = degradation.downsample(case.inputs["hr_u8"])
         quality = case.config.get("quality", degradation.JPEG_QUALITY)

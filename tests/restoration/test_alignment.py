@@ -183,6 +183,7 @@ def test_basicvsrpp_begins_with_the_official_weights_or_hes():
 def test_ivl_repeats_edge_frames_and_returns_the_restored_picture():
     assert ivl.frame_windows(6).tolist()[0] == [0, 0, 0, 1, 2]
     assert ivl.frame_windows(6).tolist()[5] == [3, 4, 5, 5, 5]
+    assert ivl.frame_windows(6, 4)[:, 4 // 2].tolist() == [0, 1, 2, 3, 4, 5]
     module = catalog.find("restoration.ivl").build(nf=4, cnn_nf=4, cnn_nb=3, out_nc=8)
     variables = tiny.variables_of(module)
     frames = tiny.image(1, 5, 13, 9, 3)

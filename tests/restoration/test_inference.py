@@ -31,6 +31,10 @@ def test_the_ensemble_turns_exactly_with_its_input(mode):
     assert np.abs(plain).max() > 0.1
     again = inference.undo_augment(inference.augment(x, mode), mode)
     np.testing.assert_array_equal(again, x)
+    gray = x[0, ..., 0]
+    turned = inference.augment(gray, mode)
+    np.testing.assert_array_equal(turned, inference.augment(x, mode)[0, ..., 0])
+    np.testing.assert_array_equal(inference.undo_augment(turned, mode), gray)
 
 
 def test_tiles_cover_the_picture_once_on_average_and_leave_no_seam():

@@ -86,6 +86,20 @@ def test_weights_serve_any_resolution_and_masks_are_no_parameters():
     assert y.shape == (2, 24, 36, 3) and np.isfinite(y).all()
 
 
+def test_absolute_positions_are_added_for_images_of_their_size_only():
+    module = tiny.swin2sr(ape=True, img_size=(8, 12), depths=(1,))
+    variables, x = tiny.variables_of(module), tiny.image(1, 7, 10, 3)
+    assert variables["params"]["absolute_pos_embed"].shape == (1, 96, 4)
+    without = {k: v for k, v in variables["params"].items() if k != "absolute_pos_embed"}
+    plain = module.clone(ape=False)
+    added, left_out = tiny.compiled(
+        lambda v, w, x: (module.apply(v, x), plain.apply(w, x)), variables, {"params": without}, x
+    )
+    assert np.abs(added - left_out).max() > 1e-3
+    with pytest.raises(ValueError, match=r"must have img_size \(8, 12\) once padded, not 8x8"):
+        jax.eval_shape(module.apply, variables, tiny.image(1, 8, 8, 3))
+
+
 def test_checkpoints_round_trip_with_the_buffers_that_a_strict_load_wants():
     name, module = "restoration.swin2sr", tiny.swin2sr()
     arguments = {f: getattr(module, f) for f in catalog.find(name).cls.__dataclass_fields__
