@@ -39,13 +39,14 @@ RECIPES: dict[str, tuple[str, dict]] = {
         "small",
         {"task_args.inconsistency_weight": 0.0, "task_args.discriminator_weight": 0.0},
     ),
+    "functions": ("functions", {}),
     "messages": ("messages", {}),
     "three losses, 3000 steps": ("small", {"steps": 3000, "schedule.warmup_steps": 300}),
     # More of a span's pieces are determined by those around them.
     "three losses, 400 pieces": ("small", vocabulary(400)),
 }
 # With a vocabulary of their own: nothing here is tuned from them.
-UNTUNED = ("messages", "three losses, 400 pieces")
+UNTUNED = ("functions", "messages", "three losses, 400 pieces")
 RANDOM = "random weights"
 # Name -> (preset, what is not taken over, measures).
 TUNINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -7,6 +7,8 @@ summaries   python -m train --config configs/ganlm.py:summaries --workdir runs/s
             the first sentence of a docstring from the rest (strategy "generator"); `both` trains
             the three passes with label smoothing instead; `reversal` is a toy task with exact
             answers, short docstring sentences written backwards.
+functions   python -m train --config configs/ganlm.py:functions --workdir runs/functions
+            the three losses on functions of Python's library, which are easier to complete.
 messages    python -m train --config configs/ganlm.py:messages --workdir runs/messages
             the three losses on English and German messages of installed programs; `translation`
             with --config.init_from=runs/messages translates them. To French:
@@ -31,6 +33,7 @@ PRESETS = (
     "summaries",
     "both",
     "reversal",
+    "functions",
     "messages",
     "translation",
     "pairs",
@@ -86,10 +89,11 @@ def _small(config, preset):
     config.data.options = {"pieces": PIECES, "vocab_size": size}
     config.batch_size, config.eval.batch_size = 32, 64
     config.log_every = 50
-    if preset in ("small", "messages"):
+    if preset in ("small", "functions", "messages"):
         config.task = "ganlm_pretraining"
         config.task_args = {"mask_id": mask_id(PIECES)}
-        config.data.name = "documents:messages" if preset == "messages" else "documents:docstrings"
+        corpus = "docstrings" if preset == "small" else preset
+        config.data.name = f"documents:{corpus}"
         config.steps = 1000
         config.optimizer.clip_norm = 1.0
         config.schedule.update(

@@ -20,6 +20,13 @@ MODELS = {
 }
 
 
+# Classes that are a part of it.
+PARTS = {
+    "MT5EncoderModel": "language.t5:T5Encoder",
+    "T5EncoderModel": "language.t5:T5Encoder",
+}
+
+
 def load(folder: str | os.PathLike, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
     """(module, variables) of a folder: whole or sharded safetensors, or `pytorch_model.bin`.
 
@@ -28,10 +35,12 @@ def load(folder: str | os.PathLike, **overrides: Any) -> tuple[nn.Module, dict[s
     Raises: `CheckpointError` for a folder that cannot be read or a model type that we do not have;
       `CheckpointMismatch` where tensors and config do not fit.
     """
-    kind = catalog.read_config(folder).get("model_type", "")
+    config = catalog.read_config(folder)
+    kind = config.get("model_type", "")
     if kind not in MODELS:
         raise checkpoint.CheckpointError(
             f"{folder}: no model for model_type {kind!r}{did_you_mean(kind, MODELS)}; "
             f"there are {', '.join(sorted(MODELS))}"
         )
-    return catalog.load(MODELS[kind], folder, **overrides)
+    names = [PARTS[n] for n in config.get("architectures") or () if n in PARTS]
+    return catalog.load(names[0] if names else MODELS[kind], folder, **overrides)

@@ -135,6 +135,11 @@ _SKIPPED = (
     # Lightning's files with PyTorch 1: OneCycleLR's state holds a method of it, and so all of it.
     "torch.optim.lr_scheduler.OneCycleLR", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW",
     "torch.optim.sgd.SGD", "transformers.optimization.AdamW", "jsonargparse.namespace.Namespace",
+    # Of fairseq, as its trainer wrote them for a while.
+    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    *(f"omegaconf.nodes.{kind}Node" for kind in
+      ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")),
 )  # fmt: skip
 
 _CONSTRUCTORS: dict[tuple[str, str], Tag] = {}
@@ -154,9 +159,10 @@ for _module in ("torch", "torch.storage"):
 for _full in _SKIPPED:
     _declare(*_full.rsplit(".", 1), "skipped")
 for _module in ("builtins", "__builtin__"):
-    for _name in ("object", "int", "float", "list", "dict", "bool", "str", "tuple"):
+    for _name in ("object", "int", "long", "float", "list", "dict", "bool", "str", "tuple"):
         _declare(_module, _name, "type")
 _declare("numpy", "ndarray", "type")
+_declare("typing", "Any", "type")
 
 
 def _constructor(*names: str) -> Callable:

@@ -249,7 +249,11 @@ def beam_search(
     vocabulary = jax.eval_shape(
         step, jax.ShapeDtypeStruct((batch * beams,), jnp.int32), _scalar(), cache
     )[0].shape[-1]
-    _check_beams(beams, returned, vocabulary, rule, early_stopping)
+    check_beams(beams, returned, vocabulary)
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r}; known: {', '.join(RULES)}")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping {early_stopping!r}; known: True, False, 'never'")
     tokens = jnp.full((batch, beams, 1 + rules.max_new), rules.pad, jnp.int32)
     tokens = tokens.at[:, :, 0].set(rules.start)
     never = _NEVER if rule == "hf" else -jnp.inf
@@ -362,11 +366,8 @@ def _fill_in_order(search: _Search, tokens, scores, ended, length):
     return pool, search.finished.at[rows, slot].set(True, mode="drop")
 
 
-def _check_beams(beams, returned, vocabulary, rule, early_stopping):
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r}; known: {', '.join(RULES)}")
-    if early_stopping not in (True, False, "never"):
-        raise ValueError(f"early_stopping {early_stopping!r}; known: True, False, 'never'")
+def check_beams(beams: int, returned: int, vocabulary: int) -> None:
+    """Raises ValueError for fewer beams than returned rows and for more than tokens."""
     if not 1 <= returned <= beams:
         raise ValueError(f"{returned} returned rows from {beams} beams: wanted 1 to {beams}")
     if beams > vocabulary:

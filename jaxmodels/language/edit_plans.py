@@ -442,13 +442,18 @@ def _consume(run: list[str], old: Tokens, p: int, result: list[str]) -> tuple[bo
 def split_prediction(text: str) -> tuple[list[str], list[str], bool]:
     """(target, plan, parsed) of a decoded model output.
 
-    Everything behind the last edit token is the target. Without any the whole text is, the plan is
-    empty and `parsed` is False: count those. The separator `<s>` is dropped where it survived.
+    Everything behind the last edit token is the target; without any the whole text is, and the plan
+    is empty. `parsed` is False then, and for a plan that `read_spans` refuses: count those. The
+    separator `<s>` is dropped where it survived.
     """
     tokens = text.split()
     last = max((i for i, token in enumerate(tokens) if token in _EDIT_SET), default=-1)
     target, edits = tokens[last + 1 :], tokens[: last + 1]
-    parsed = last >= 0 or target[:1] == [TARGET]
+    parsed = bool(edits) or target[:1] == [TARGET]
+    try:
+        read_spans(edits)
+    except EditPlanError:
+        parsed = False
     if target[:1] == [TARGET]:
         target = target[1:]
     return target, edits, parsed

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxmodels.language.ganlm_checkpoint import TORCH_RULES, check_checkpoint, upgrade_checkpoint
 from jaxmodels.language.ganlm_stacks import ClassificationHead, DetectionHead, Stack, all_states
+from jaxmodels.language.span_corruption import check_ids
 from jaxmodels.layers.activations import ACTIVATIONS
 from jaxmodels.layers.attention import causal_mask, padding_mask
 
@@ -234,9 +235,12 @@ class GanLM(nn.Module):
         return (None, None) if key is None else tuple(jax.random.split(key))
 
     @nn.nowrap
-    def _check_length(self, tokens: jax.Array, limit: int) -> None:
+    def _check(self, tokens: jax.Array, limit: int) -> None:
         if tokens.shape[-1] > limit:
             raise ValueError(f"{tokens.shape[-1]} tokens exceed max positions {limit}")
+        # Under `jit` they have no values; there, who makes the batches checks them.
+        if not isinstance(tokens, jax.core.Tracer):
+            check_ids(tokens, self.vocab_size)
 
     @property
     def table(self) -> jax.Array:
@@ -245,7 +249,7 @@ class GanLM(nn.Module):
 
     def encode(self, source: jax.Array, train: bool = False, states: bool = False):
         """Encoder output [B, S, D] of `source` [B, S]; with `states`, (that, every state)."""
-        self._check_length(source, self.max_source_positions)
+        self._check(source, self.max_source_positions)
         embed_key, layers_key = self._keys(train)
         embedded = self.encoder.embed(source, self.table, rng=embed_key)
         memory, layers = self.encoder.run(
@@ -261,7 +265,7 @@ class GanLM(nn.Module):
         self, stack, tokens, memory, source, *, causal, train=False, layers=None, states=False
     ):
         """Decoder features [B, T, D] of a stack over `tokens` [B, T] and the encoder's output."""
-        self._check_length(tokens, self.max_target_positions)
+        self._check(tokens, self.max_target_positions)
         embed_key, layers_key = self._keys(train)
         embedded = stack.embed(tokens, self.table, rng=embed_key)
         mask = padding_mask(tokens != self.pad_id)

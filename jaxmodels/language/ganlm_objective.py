@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.language.ganlm import GanLM
-from jaxmodels.language.span_corruption import SENTINELS
+from jaxmodels.language.span_corruption import SENTINELS, check_ids
 
 # Of log2: losses are logged in bits.
 BITS_PER_NAT = 1.4426950408889634
@@ -206,7 +206,13 @@ def three_passes(
       logit, token and loss by name; `logged_*` are the configured weights times the extra losses,
       as the official log prints them, whatever the schedule says. Counts are float32. While a
       schedule's weight is 0 its loss is off, as in the original: that loss and its counts are 0.
+
+    Raises ValueError for sentinels that do not lie within the module's dictionary and, outside
+    `jit`, for a token that does not.
     """
+    objective.check(module.vocab_size)
+    if not isinstance(targets, jax.core.Tracer):
+        check_ids(targets, module.vocab_size)
     drop_rng, draw_rng = (None, None) if rng is None else jax.random.split(rng)
     logits, verdicts, denoised, outputs = module.apply(
         {"params": params},

@@ -20,6 +20,12 @@ def best_indices(
 
     Raises ValueError for score lists of different shapes.
     """
+    rows = [list(map(len, scores)) for scores in (base, reranker)]
+    if rows[0] != rows[1] or len(set(rows[0])) > 1:
+        raise ValueError(
+            f"scores of {rows[0]} and {rows[1]} hypotheses an input: wanted as many of every "
+            "input, from both models"
+        )
     base, reranker = np.asarray(base, np.float64), np.asarray(reranker, np.float64)
     if base.shape != reranker.shape or base.ndim != 2 or not base.size:
         raise ValueError(

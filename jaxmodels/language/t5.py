@@ -323,7 +323,8 @@ class T5(nn.Module):
             return self.tie_word_embeddings
         return self.scale_decoder_outputs
 
-    def setup(self):
+    @nn.nowrap
+    def _setup_encoder(self):
         activation_of(self.feed_forward_proj)
         self.shared = nn.Embed(
             self.vocab_size,
@@ -333,6 +334,9 @@ class T5(nn.Module):
             param_dtype=self.param_dtype,
         )
         self.encoder = stack_of(self, is_decoder=False)
+
+    def setup(self):
+        self._setup_encoder()
         self.decoder = stack_of(self, is_decoder=True)
         if not self.tie_word_embeddings:
             self.lm_head = Linear(
@@ -358,14 +362,19 @@ class T5(nn.Module):
         return self.decode(decoder_input_ids, encoded, attention_mask, train)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """Embeddings `[..., D]` of ids, unscaled."""
+        """Embeddings `[..., D]` of ids, unscaled.
+
+        Raises ValueError with the position for an id outside the vocabulary, outside `jit` only.
+        """
+        if not isinstance(ids, jax.core.Tracer):
+            check_ids(ids, self.vocab_size)
         return self.shared(ids)
 
     def encode(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """Encoder output `[B, S, D]`."""
-        return self.encoder(self.shared(input_ids), key_mask(attention_mask), train=train)[0]
+        return self.encoder(self.embed(input_ids), key_mask(attention_mask), train=train)[0]
 
     def decode(
         self,
@@ -376,7 +385,7 @@ class T5(nn.Module):
     ) -> jax.Array:
         """Logits float32 `[B, T, V]` of decoder ids `[B, T]` over encoder output `[B, S, D]`."""
         hidden, _ = self.decoder(
-            self.shared(decoder_input_ids),
+            self.embed(decoder_input_ids),
             causal_mask(decoder_input_ids.shape[1]),
             encoded,
             key_mask(attention_mask),
@@ -405,7 +414,7 @@ class T5(nn.Module):
         out = {}
         ids, mask, encoded = input_ids, None, None
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            x = self.shared(ids)
+            x = self.embed(ids)
             extra = () if encoded is None else (encoded, key_mask(attention_mask))
             mask = key_mask(attention_mask) if encoded is None else causal_mask(ids.shape[1])
             y, seen = stack(x, mask, *extra, keep_states=True)
@@ -416,13 +425,37 @@ class T5(nn.Module):
         return {**out, "logits": self.logits(y)}
 
 
+class T5Encoder(T5):
+    """The encoder alone, HF's `T5EncoderModel`; also out of a whole T5's checkpoint."""
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes that generic code initializes with: ids [1, 8]."""
+        return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
+
+    def setup(self):
+        self._setup_encoder()
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """States `[B, S, D]` of ids `[B, S]`; `attention_mask` [B, S] 1 = real."""
+        return self.encode(input_ids, attention_mask, train)
+
+    def intermediates(self, input_ids: jax.Array, attention_mask: jax.Array | None = None):
+        """`encoder_hidden_0`.. `[B, S, D]`, the states between blocks, by HF's order."""
+        x = self.embed(input_ids)
+        y, seen = self.encoder(x, key_mask(attention_mask), keep_states=True)
+        states = [x, *seen["states"][:-1], y]
+        return {f"encoder_hidden_{i}": h for i, h in enumerate(states)}
+
+
 def key_mask(attention_mask: jax.Array | None) -> jax.Array | None:
     """HF's attention mask `[B, S]` (1 for tokens) as a mask of keys for `attend`; None stays."""
     return None if attention_mask is None else padding_mask(attention_mask)
 
 
 def check_ids(ids: np.ndarray, vocabulary: int, what: str = "input") -> None:
-    """Refuse ids `[B, T]` outside 0..vocabulary - 1 and rows of padding (0) alone.
+    """Refuse ids `[B, T]` outside 0..vocabulary - 1.
 
     Indexing under `jit` would clip them without a word; call this on the host.
 
@@ -435,7 +468,12 @@ def check_ids(ids: np.ndarray, vocabulary: int, what: str = "input") -> None:
         raise ValueError(
             f"{what} {list(place)}: token id {int(ids[place])} is not in 0..{vocabulary - 1}"
         )
-    empty = np.flatnonzero(~(ids != 0).any(axis=-1)) if ids.shape[-1] else np.arange(len(ids))
+
+
+def check_tokens(ids: np.ndarray, module: T5, what: str = "input") -> None:
+    """`check_ids`, and refuse rows `[B, T]` of padding alone."""
+    check_ids(ids, module.vocab_size, what)
+    empty = np.flatnonzero((np.asarray(ids) == module.pad_token_id).all(axis=-1))
     if len(empty):
         raise ValueError(f"{what} [{int(empty[0])}] is empty")
 
@@ -494,6 +532,9 @@ def resize_embedding(
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     """Tied copies of the embedding, and a table that old files carry and never use."""
+    if isinstance(module, T5Encoder):
+        aliases = {"encoder.embed_tokens.weight": "shared.weight"}
+        return {"aliases": aliases, "drops": [r"decoder\..*", r"lm_head\.weight"]}
     aliases = {
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
@@ -512,7 +553,8 @@ def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
     if not any(key.endswith("SelfAttention.q.weight") for key in keys):
         return  # something else altogether: the list of missing entries says so
     head = any(key.endswith("lm_head.weight") for key in keys)
-    if not getattr(module, "tie_word_embeddings", True) and not head:
+    whole = not isinstance(module, T5Encoder)
+    if whole and not getattr(module, "tie_word_embeddings", True) and not head:
         raise ValueError(
             "the checkpoint has no lm_head.weight: its output matrix is shared.weight; "
             "load it with tie_word_embeddings=True"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.language import decoding
-from jaxmodels.language.t5 import RELATIVE_BIAS, T5, Block, key_mask, stack_of
+from jaxmodels.language.t5 import RELATIVE_BIAS, T5, Block, check_tokens, key_mask, stack_of
 from jaxmodels.layers.attention import (
     causal_mask,
     head_major,
@@ -113,8 +113,11 @@ def generate(
     Args:
       input_ids, attention_mask: `[B, S]`.
 
-    Raises ValueError for beams together with sampling, or more returned rows than beams.
+    Raises ValueError for beams together with sampling, more returned rows than beams or beams than
+    tokens, and (outside `jit`) for ids outside the vocabulary and rows of padding alone.
     """
+    if not isinstance(input_ids, jax.core.Tracer):
+        check_tokens(input_ids, module)
     batch, length = input_ids.shape[0], max_length - 1
     rules = decoding.Constraints(
         start=module.decoder_start_token_id,

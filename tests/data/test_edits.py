@@ -57,6 +57,13 @@ def test_published_vocabulary_files_give_the_same_ids(bpe, tmp_path):
     again = CodeTokenizer.load(tmp_path)
     text = "<REPLACE_OLD> foo <REPLACE_NEW> bar ( x ) <REPLACE_END> <s> é <extra_id_3>"
     assert again.encode(text) == bpe.encode(text)
+    # What writes no plans keeps the published rows.
+    without = CodeTokenizer.load(tmp_path, edit_tokens=False)
+    without.check_rows(plain + 100)
+    assert without.decode(without.encode("x <extra_id_3> y")) == "x y"
+    options = {"tokenizer": str(tmp_path), "target": "sequence"}
+    assert edits.tokenizer(options).size == plain + 100
+    assert edits.tokenizer({**options, "target": "plan"}).size == plain + 124
     added = {t: plain + 100 + n for n, t in enumerate(edit_plans.EDIT_TOKENS)}
     sentinels = {f"<extra_id_{k}>": plain + 99 - k for k in range(100)}
     (tmp_path / "added_tokens.json").write_text(json.dumps({**added, **sentinels}))

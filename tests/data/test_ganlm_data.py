@@ -12,6 +12,7 @@ from train.data import (
     documents,
     fairseq_files,
     fairseq_pairs,
+    function_files,
     pipeline,
     sentence_pairs,
 )
@@ -268,3 +269,20 @@ def test_docstrings_fill_the_published_formats(tmp_path):
     ]
     folder = docstring_files.corpus(str(tmp_path), ("networkx",), 500)
     assert len(list(fairseq_files.lines_of(folder / "train.en.txt"))) > 1000
+
+
+def test_functions_of_a_package_lose_comments_and_docstrings_and_become_documents(tmp_path):
+    options = {"path": str(tmp_path), "packages": ("chex",), "pieces": 300,
+               "vocab_size": dictionary_size(300)}  # fmt: skip
+    data = {"name": "documents:functions", "options": options}
+    sizes = pipeline.split_sizes(data)
+    assert sizes["train"] > 2 * sizes["valid"] > 0
+    folder = function_files.corpus(str(tmp_path), ("chex",), 300)
+    lines = list(fairseq_files.lines_of(folder / "train.python.txt"))
+    assert sum(line.startswith("def ") for line in lines) > 100
+    assert not any("Args:" in line for line in lines)
+    code = 'def f(x):\n  """Doc."""\n  # why\n  return  x+1\n'
+    assert function_files.plain_code(f"  {code}".replace("\n", "\n  ")) == (
+        "def f(x):\n    return x + 1"
+    )
+    assert function_files.plain_code('def f():\n    """Doc."""') == ""

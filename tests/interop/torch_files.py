@@ -189,6 +189,12 @@ def training_checkpoint() -> dict[str, Any]:
         "epoch": 3,
         "best": Call(Name("numpy.core.multiarray", "scalar"), (dtype, raw)),
         "args": New(Name("argparse", "Namespace"), {"lr": 0.1, "layers": [1, 2]}),
+        "cfg": New(Name("omegaconf.dictconfig", "DictConfig"), {
+            "_metadata": New(Name("omegaconf.base", "ContainerMetadata"), {
+                "ref_type": Name("typing", "Any"), "key_type": Name("__builtin__", "long"),
+            }),
+            "_content": {"lr": New(Name("omegaconf.nodes", "AnyNode"), {"_val": 0.1})},
+        }),
         "optimizer": {"state": {0: {"step": 5, "exp_avg": base[:1]}}, "groups": [{"lr": 0.1}]},
         "misc": [None, True, 2.5, -7, 2**70, ("a", "b"), Call(Name("builtins", "set"), ([1, 2],))],
         "size": Call(Name("torch", "Size"), ((1, 2),)),

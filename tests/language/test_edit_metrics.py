@@ -45,8 +45,9 @@ def test_reranking_adds_scores_and_a_constant_second_scorer_keeps_the_base_order
     assert reranking.best_indices(base, np.full_like(base, -7.0)).tolist() == [0, 1]
     assert reranking.best_indices(base, [[0, 5, 0], [9, 0, 0]]).tolist() == [1, 0]
     assert reranking.best_indices(base, [[0, 5, 0], [9, 0, 0]], weight=0).tolist() == [0, 1]
-    with pytest.raises(ValueError, match="one column a hypothesis"):
-        reranking.best_indices(base, base[:, :2])
+    for other in (base[:, :2], base[:1], [[0, 1, 2], [0]]):
+        with pytest.raises(ValueError, match="hypotheses an input: wanted as many of every"):
+            reranking.best_indices(base, other)
     assert reranking.grouped(list("abcdef"), 3) == [["a", "b", "c"], ["d", "e", "f"]]
     with pytest.raises(ValueError, match="5 hypotheses do not divide by 2"):
         reranking.grouped(list("abcde"), 2)

@@ -90,6 +90,9 @@ def test_predictions_without_edit_tokens_are_whole_targets_and_told_apart():
     assert ep.split_prediction("<DELETE> x <DELETE_END> <s> a") == (["a"], plan, True)
     assert ep.split_prediction("<DELETE> x <DELETE_END> a") == (["a"], plan, True)
     assert ep.split_prediction("") == ([], [], False)
+    for broken in ("<DELETE> x", "<DELETE> <INSERT> x <INSERT_END>", "y <DELETE> x <DELETE_END>"):
+        target, plan, parsed = ep.split_prediction(f"{broken} <s> a")
+        assert not parsed and plan and target[-1] == "a"
 
 
 def test_a_plan_that_contradicts_its_target_explains_nothing():

@@ -12,6 +12,7 @@ from jaxmodels.interop import catalog, checkpoint
 from jaxmodels.interop.conversion import CheckpointMismatch
 from jaxmodels.language import ganlm_generation as generation
 from jaxmodels.language.ganlm import GanLM, count_parameters, rotate_right
+from jaxmodels.language.ganlm_objective import Objective, three_passes
 from jaxmodels.language.ganlm_stacks import ClassificationHead, DetectionHead, position_indices
 from tests import golden_case
 
@@ -322,6 +323,32 @@ def test_checkpoints_that_do_not_fit_say_why():
 def test_sizes_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         GanLM(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize("wrong", [400, -3])
+def test_tokens_outside_the_dictionary_are_named_outside_jit(tokens, wrong):
+    module, variables = model()
+    message = f"token id {wrong} is not in a dictionary of 160 entries"
+    source, target = tokens
+    bad = [t.at[1, 2].set(wrong) for t in tokens]
+    objective = Objective(50)
+    for call in (
+        lambda: module.apply(variables, bad[0], target),
+        lambda: module.apply(variables, source, bad[1]),
+        lambda: generation.generate(module, variables, bad[0], max_len_b=4),
+        lambda: three_passes(
+            *(module, variables["params"], bad[0], target, target, objective),
+            rng=jax.random.key(0),
+        ),
+        lambda: three_passes(
+            *(module, variables["params"], source, target, bad[1], objective),
+            rng=jax.random.key(0),
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="mask_id 100 and its 100 sentinels"):
+        three_passes(module, variables["params"], source, target, target, Objective(100))
 
 
 def test_sequences_beyond_the_position_table_are_named(tokens):

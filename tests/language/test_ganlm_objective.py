@@ -113,6 +113,16 @@ def test_a_detector_that_is_always_right_leaves_the_denoising_loss_at_the_genera
     gold = Draws(batch[2], outputs["draws"].forced)
     none = Misjudged(*(jnp.zeros_like(right),) * 2)
     np.testing.assert_array_equal(noisy_context(batch[1], none, gold), batch[1])
+    # Verdicts that are "gold" everywhere are right where nothing is replaced.
+    module, variables = model()
+    params = variables["params"]
+    head = params["decoder.discriminator"]["output_projection"]
+    sure = {**head, "bias": jnp.asarray([-100.0, 100.0])}
+    stack = {**params["decoder.discriminator"], "output_projection": sure}
+    found = jax.jit(lambda p: three_passes(module, p, *batch, OBJECTIVE, draws=gold))(
+        {**params, "decoder.discriminator": stack}
+    )[1]
+    np.testing.assert_allclose(found["denoising_loss"], found["generator_loss"], rtol=1e-6)
 
 
 def test_a_batch_without_words_has_no_detection_loss_and_no_nan(batch):

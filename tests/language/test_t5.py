@@ -84,6 +84,25 @@ def test_a_sharded_folder_without_tied_copies_loads_by_its_config(tmp_path):
     chex.assert_trees_all_equal(again["params"], variables["params"])
 
 
+def test_an_encoder_alone_loads_from_its_folder_and_out_of_a_whole_checkpoint(tmp_path):
+    module, variables = tiny()
+    whole = catalog.export("language.t5", module, variables)
+    state = {k: v for k, v in whole.items() if k.startswith(("shared", "encoder"))}
+    checkpoint.write_safetensors(tmp_path / "model.safetensors", state)
+    config = {**SIZES, "model_type": "t5", "architectures": ["T5EncoderModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder, own = t5_folder(tmp_path)
+    assert set(own["params"]) == {"shared", "encoder"}
+    again = catalog.export("language.t5:T5Encoder", encoder, own)
+    assert {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in state.items()}
+    part = jaxmodels.load("language.t5:T5Encoder", whole, **SIZES)[1]
+    chex.assert_trees_all_equal(part["params"], own["params"])
+    want = module.apply(variables, IDS, MASK, method="encode")
+    np.testing.assert_array_equal(encoder.apply(own, IDS, MASK), want)
+    seen = encoder.apply(own, IDS, MASK, method="intermediates")
+    np.testing.assert_array_equal(seen["encoder_hidden_2"], want)
+
+
 def t5_folder(path):
     from jaxmodels.interop import huggingface
 
@@ -161,8 +180,8 @@ def test_a_beam_of_one_is_greedy_and_scores_are_the_rescored_log_probabilities()
         variables, IDS, MASK
     )
     greedy = generate(max_length=9)
-    one = generate(max_length=9, num_beams=2, num_return_sequences=2, length_penalty=0.7)
-    tokens, lengths, scores = (np.asarray(x) for x in one)
+    two = generate(max_length=9, num_beams=2, num_return_sequences=2, length_penalty=0.7)
+    tokens, lengths, scores = (np.asarray(x) for x in two)
     for i in range(2):
         for row, n, score in zip(tokens[i], lengths[i], scores[i]):
             labels = np.full((1, 8), t5.LABEL_PADDING)
@@ -171,7 +190,16 @@ def test_a_beam_of_one_is_greedy_and_scores_are_the_rescored_log_probabilities()
             logits = apply()(variables, IDS[i : i + 1], ids, MASK[i : i + 1])
             total = -float(t5.token_nll(logits, jnp.asarray(labels)).sum())
             np.testing.assert_allclose(score, total / n**0.7, rtol=1e-4)
-    np.testing.assert_array_equal(np.asarray(greedy.tokens)[:, 0, 0], 0)
+
+    @jax.jit
+    def one_beam(variables):
+        step, cache = t5_generation.cached_decoder(module, variables, IDS, MASK, rows=2, length=8)
+        rules = decoding.Constraints(start=0, eos=2, pad=0, max_new=8)
+        return decoding.beam_search(step, cache, rules, batch=2, beams=1)
+
+    one = one_beam(variables)
+    np.testing.assert_array_equal(one.tokens, greedy.tokens)
+    np.testing.assert_array_equal(one.lengths, greedy.lengths)
 
 
 def test_sampling_with_one_candidate_is_greedy_and_beams_cannot_sample():
@@ -279,8 +307,18 @@ def test_ids_outside_the_vocabulary_and_empty_rows_are_named():
     t5.check_ids(IDS, 40)
     with pytest.raises(ValueError, match=r"input \[0, 3\]: token id 30 is not in 0..29"):
         t5.check_ids(IDS, 30)
+    module, variables = tiny()
     with pytest.raises(ValueError, match=r"input \[1\] is empty"):
-        t5.check_ids(IDS * [[1], [0]], 40)
+        t5_generation.generate(module, variables, IDS * [[1], [0]], max_length=4)
+    for wrong in (40, -4):
+        ids = np.where(IDS == 3, wrong, IDS)
+        for call in (
+            lambda ids=ids: module.apply(variables, ids, TARGET),
+            lambda ids=ids: module.apply(variables, TARGET, ids),
+            lambda ids=ids: t5_generation.generate(module, variables, ids, max_length=4),
+        ):
+            with pytest.raises(ValueError, match=rf"input \[1, 1\]: token id {wrong} is not in 0"):
+                call()
 
 
 def test_a_lightning_checkpoint_loads_by_its_prefix():

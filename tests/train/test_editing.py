@@ -314,6 +314,13 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_sizes(path)
         Plan(tiny(path, **{"model_args.vocab_size": 500}), jax.devices()[:1])
 
 
+@pytest.mark.parametrize("changes", [{"test_beams": 0}, {"test_beams": 513}, {"eval_beams": -1}])
+def test_beams_that_cannot_be_are_refused_before_the_training(path, changes):
+    name = next(iter(changes))
+    with pytest.raises(ConfigError, match=rf"task_args\.{name}: .* beams"):
+        build_task(tiny(path, **{f"task_args.{k}": v for k, v in changes.items()}))
+
+
 def test_one_cycle_is_flat_for_five_epochs_and_falls_to_a_ten_thousandth():
     config = load_config(f"{CONFIG}:paper")
     epoch = config.schedule.hold_for

@@ -272,6 +272,9 @@ def test_an_unknown_argument_of_the_search_is_named(tmp_path, capsys):
     argv = [*flags("xsum"), "--config.task_args.search.beams=3", f"--workdir={tmp_path}"]
     assert stop_with_one_line(main, argv) == 2
     assert "config.task_args.search: no 'beams'" in capsys.readouterr().err
+    argv = [*flags("xsum"), "--config.task_args.search.beam_size=0", f"--workdir={tmp_path}"]
+    assert stop_with_one_line(main, argv) == 2
+    assert "search.beam_size: 1 returned rows from 0 beams" in capsys.readouterr().err
 
 
 def test_the_head_has_as_many_classes_as_there_are_labels():

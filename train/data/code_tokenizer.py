@@ -38,17 +38,18 @@ class CodeTokenizer:
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path) -> CodeTokenizer:
+    def load(cls, folder: str | Path, *, edit_tokens: bool = True) -> CodeTokenizer:
         """From `vocab.json` and `merges.txt` (`added_tokens.json` if there), or `tokenizer.json`.
 
-        Sentinels and edit tokens that the files lack are added behind the others.
+        Sentinels that the files lack are added behind the others, and so are, with `edit_tokens`,
+        those of plans: a CodeT5 that writes no plans keeps its 32,100 rows.
 
         Raises FileNotFoundError naming what is missing.
         """
         folder = Path(folder)
         whole = folder / "tokenizer.json"
         if whole.is_file():
-            return cls(_complete(Tokenizer.from_file(str(whole))))
+            return cls(_complete(Tokenizer.from_file(str(whole)), edit_tokens))
         files = [folder / name for name in ("vocab.json", "merges.txt")]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
@@ -65,7 +66,7 @@ class CodeTokenizer:
                         f"{added}: {token} is {known[token]}, behind the vocabulary it would be "
                         f"{tokenizer.token_to_id(token)}"
                     )
-        return cls(_complete(tokenizer))
+        return cls(_complete(tokenizer, edit_tokens))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> CodeTokenizer:
@@ -106,7 +107,8 @@ class CodeTokenizer:
 
     @cached_property
     def _edit_ids(self) -> dict[int, str]:
-        return {self.tokenizer.token_to_id(token): token for token in EDIT_TOKENS}
+        ids = {token: self.tokenizer.token_to_id(token) for token in EDIT_TOKENS}
+        return {n: token for token, n in ids.items() if n is not None}
 
     def pieces(self, text: str) -> list[int]:
         """Ids of a text without the `<s>` and `</s>` around it."""
@@ -146,8 +148,9 @@ class CodeTokenizer:
         """Refuse an embedding with fewer rows than there are ids, with both numbers."""
         if rows < self.size:
             raise ValueError(
-                f"the embedding has {rows} rows, the tokenizer {self.size} tokens (edit tokens "
-                f"included); set model_args.vocab_size to {self.size}"
+                f"the embedding has {rows} rows, the tokenizer {self.size} tokens "
+                f"({len(self._edit_ids)} edit tokens included); set model_args.vocab_size to "
+                f"{self.size}"
             )
 
 
@@ -158,8 +161,8 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _complete(tokenizer: Tokenizer) -> Tokenizer:
-    """With the sentinels and edit tokens that are not there yet, in their published order."""
+def _complete(tokenizer: Tokenizer, edit_tokens: bool = True) -> Tokenizer:
+    """With the sentinels and, if wanted, edit tokens not there yet, in their published order."""
     wrong = [
         f"{token} is {tokenizer.token_to_id(token)}, not {n}"
         for n, token in enumerate(SPECIAL)
@@ -170,7 +173,8 @@ def _complete(tokenizer: Tokenizer) -> Tokenizer:
     # Special tokens are found in text whatever the merges, as `<s>` inside a target must be.
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
     sentinels = [f"<extra_id_{k}>" for k in reversed(range(SENTINELS))]
-    for token in (*sentinels, *EDIT_TOKENS):
+    edits = [t for t in EDIT_TOKENS if edit_tokens or tokenizer.token_to_id(t) is not None]
+    for token in (*sentinels, *edits):
         if tokenizer.token_to_id(token) is None:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
         else:

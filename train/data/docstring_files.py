@@ -9,7 +9,6 @@ Modules are split by name: one in ten is for testing.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import zlib
@@ -20,13 +19,12 @@ import tensorflow_datasets as tfds
 
 from jaxmodels.language.span_corruption import EOS_ID
 from train.data import preparation, python_sources
-from train.data.fairseq_files import Tokenizer, train_tokenizer, write_sequences
+from train.data.fairseq_files import Tokenizer, train_tokenizer, write_sequences, write_shards
 
 # Pinned dependencies of this project with much prose, beside Python's own library.
 PACKAGES = ("stdlib", "numpy", "scipy", "sklearn")
 PIECES = 4000
 _TEST_SHARE = 10
-_TOKENIZER_SENTENCES = 40_000
 # fairseq's names of the two sides of a summary, and of its splits.
 SOURCE, TARGET = "source", "target"
 SPLIT_NAMES = {"train": "train", "test": "valid"}
@@ -100,11 +98,10 @@ def corpus(
         directory = str(preparation.data_directory(path) / f"raw-{key}")
         builder = preparation.prepare(PythonDocstrings, directory, packages=packages)
         documents = {split: _documents(builder, split) for split in SPLIT_NAMES}
-        text = (s for document in documents["train"] for s in document)
-        some = [s for s, _ in zip(text, range(_TOKENIZER_SENTENCES))]
-        train_tokenizer(some, pieces, folder)
+        train_tokenizer((s for d in documents["train"] for s in d), pieces, folder)
         tokenizer = Tokenizer.read(folder)
-        _write_shards(folder, documents)
+        for split, name in SPLIT_NAMES.items():
+            write_shards(folder, name, {"en": documents[split]}, "docstrings")
         _write_summaries(folder / "summaries", tokenizer, documents)
         _write_pairs(folder / "pairs", tokenizer, documents)
 
@@ -115,28 +112,8 @@ def _documents(builder, split: str) -> list[list[str]]:
     examples = sorted(builder.as_data_source(split), key=lambda e: int(e["index"]))
     # Docstrings come by module; shuffled once, so that any first part is like the whole.
     order = np.random.default_rng(0).permutation(len(examples))
-    found = (sentences(_text(examples[i]["docstring"])) for i in order)
+    found = (sentences(preparation.text(examples[i]["docstring"])) for i in order)
     return [document for document in found if document]
-
-
-def _text(value) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _write_shards(folder: pathlib.Path, documents) -> None:
-    (folder / "json").mkdir()
-    for split, name in SPLIT_NAMES.items():
-        shard = f"{name}.en.txt"
-        lines = ["\n".join(document) + "\n" for document in documents[split]]
-        (folder / shard).write_text("\n".join(lines), "utf-8")
-        entry = {
-            "source": [shard],
-            "source_lang": "en",
-            "count": len(documents[split]),
-            "weight": 1.0,
-            "name": "docstrings",
-        }
-        (folder / "json" / f"{name}.json").write_text(json.dumps([entry]), "utf-8")
 
 
 def _copy_vocabulary(folder: pathlib.Path, tokenizer_folder: pathlib.Path, *names: str) -> None:

@@ -4,8 +4,9 @@
 each a list of `{"source": [shards], "source_lang", "count", "weight", "name"}` with shards of plain
 text (a sentence a line, a blank line between documents), `dict.txt` and `spm.model` (other names by
 `dict_file`, `spm_model`). Languages are drawn in proportion to `weight`, else to `count`.
-`documents:docstrings` makes such a folder from installed Python packages, `documents:messages` one
-of two languages from the messages of installed programs; `path` is then where.
+`documents:docstrings` and `documents:functions` make such a folder from installed Python packages,
+`documents:messages` one of two languages from the messages of installed programs; `path` is then
+where.
 
 Shards are tokenized and packed once, into binarized files under the data directory. After
 `unilm/data/mlm_loader.py` of CSJianYang/GanLM@6094288.
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from jaxmodels.language import span_corruption
-from train.data import docstring_files, gettext_files, preparation
+from train.data import docstring_files, function_files, gettext_files, preparation
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
@@ -38,8 +39,8 @@ from train.data.fairseq_files import (
 
 # break_mode: "complete" packs sentences across documents, "complete_doc" within one.
 # vocab_size: what the model expects of the dictionary, 0 for anything. corpus: "" for a folder at
-# `path`, else the stand-in of `pieces` pieces: "docstrings" of `packages`, or "messages" in English
-# and in `language` from `catalogues` (folders; (): where they are installed).
+# `path`, else the stand-in of `pieces` pieces: "docstrings" or "functions" of `packages`, or
+# "messages" in English and in `language` from `catalogues` (folders; (): where they are installed).
 # prepared: where packed files are kept.
 OPTIONS: dict[str, Any] = {
     "max_tokens": 512,
@@ -59,6 +60,12 @@ OPTIONS: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "docstrings": {
         "corpus": "docstrings",
+        "max_tokens": 128,
+        "vocab_size": dictionary_size(docstring_files.PIECES),
+    },
+    "functions": {
+        "corpus": "functions",
+        "packages": function_files.PACKAGES,
         "max_tokens": 128,
         "vocab_size": dictionary_size(docstring_files.PIECES),
     },
@@ -97,8 +104,9 @@ def _longest(max_tokens: int, mask_prob: float, span_length: float) -> tuple[int
 
 def folder(options: Mapping[str, Any]) -> pathlib.Path:
     """The corpus folder. Raises ValueError naming `data.options.path` where there is none."""
-    if options["corpus"] == "docstrings":
-        return docstring_files.corpus(
+    stand_ins = {"docstrings": docstring_files, "functions": function_files}
+    if options["corpus"] in stand_ins:
+        return stand_ins[options["corpus"]].corpus(
             options["path"], tuple(options["packages"]), options["pieces"]
         )
     if options["corpus"] == "messages":
@@ -110,7 +118,8 @@ def folder(options: Mapping[str, Any]) -> pathlib.Path:
         )
     if options["corpus"]:
         raise ValueError(
-            f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings', 'messages'"
+            f"data.options.corpus: {options['corpus']!r}; known: '', 'docstrings', 'functions', "
+            "'messages'"
         )
     root = pathlib.Path(options["path"] or "").expanduser()
     # Held-out text is asked for at the start, not at the first evaluation.

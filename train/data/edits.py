@@ -231,9 +231,12 @@ def check_split(split: str, options: Mapping[str, Any]) -> None:
 
 
 def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
-    """The published vocabulary of `tokenizer`, or a BPE trained on the training texts."""
+    """The published vocabulary of `tokenizer`, or a BPE trained on the training texts.
+
+    A published one without edit tokens gets them for plans alone.
+    """
     if options["tokenizer"]:
-        return _loaded(str(options["tokenizer"]))
+        return _loaded(str(options["tokenizer"]), options["target"] == "plan")
     key = _frozen(options)
     if key[0] not in FILES:
         # One vocabulary for all of them, so that weights go from pre-training to any fine-tuning.
@@ -243,8 +246,8 @@ def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(folder: str) -> CodeTokenizer:
-    return CodeTokenizer.load(folder)
+def _loaded(folder: str, edit_tokens: bool) -> CodeTokenizer:
+    return CodeTokenizer.load(folder, edit_tokens=edit_tokens)
 
 
 @functools.lru_cache(maxsize=4)

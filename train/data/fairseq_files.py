@@ -9,10 +9,12 @@ multiple of 8. A binarized set is a pair of files: `.bin`, the tokens, and `.idx
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from jaxmodels.language.span_corruption import EOS_ID, SENTINELS, UNK_ID
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
+# As many as a tokenizer of some thousand pieces needs.
+TOKENIZER_SENTENCES = 40_000
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _DTYPES = {
@@ -139,8 +143,34 @@ class Tokenizer:
         return "".join(self.dictionary.decode(tokens)).replace("▁", " ").strip()
 
 
+def write_shards(
+    folder: pathlib.Path, split: str, documents: Mapping[str, Sequence[Sequence[str]]], name: str
+) -> None:
+    """Write a split's text shards and their listing `json/SPLIT.json`.
+
+    Args:
+      documents: language -> its documents, each a list of sentences.
+      name: of the corpus, in the listing.
+    """
+    (folder / "json").mkdir(exist_ok=True)
+    entries = []
+    for language, found in documents.items():
+        shard = f"{split}.{language}.txt"
+        (folder / shard).write_text("\n".join("\n".join(d) + "\n" for d in found), "utf-8")
+        entries.append(
+            {
+                "source": [shard],
+                "source_lang": language,
+                "count": len(found),
+                "weight": 1.0,
+                "name": name if len(documents) == 1 else f"{name}.{language}",
+            }
+        )
+    (folder / "json" / f"{split}.json").write_text(json.dumps(entries), "utf-8")
+
+
 def train_tokenizer(sentences: Iterable[str], pieces: int, folder: str | os.PathLike) -> None:
-    """Write `spm.model`, a unigram model of the sentences, and its `dict.txt` of `pieces` lines.
+    """Write `spm.model`, a unigram model of the first sentences, and `dict.txt` of `pieces` lines.
 
     A function of the sentences alone: training is deterministic in one thread.
     Raises ValueError where the text does not hold so many pieces.
@@ -150,7 +180,7 @@ def train_tokenizer(sentences: Iterable[str], pieces: int, folder: str | os.Path
     folder, model = pathlib.Path(folder), io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=itertools.islice(sentences, TOKENIZER_SENTENCES),
             model_writer=model,
             # SentencePiece's own <unk>, <s> and </s> are not pieces.
             vocab_size=pieces + 3,

@@ -10,13 +10,12 @@ one in ten is for testing.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import struct
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -24,12 +23,11 @@ import tensorflow_datasets as tfds
 from jaxmodels.language.span_corruption import EOS_ID
 from train.data import preparation
 from train.data.docstring_files import SPLIT_NAMES
-from train.data.fairseq_files import Tokenizer, train_tokenizer, write_sequences
+from train.data.fairseq_files import Tokenizer, train_tokenizer, write_sequences, write_shards
 
 ENGLISH = "en"
 PIECES = 4000
 _TEST_SHARE = 10
-_TOKENIZER_SENTENCES = 40_000
 _FEWEST_WORDS, _MOST_WORDS = 3, 30
 # Messages of one catalogue that make a document for pre-training.
 _DOCUMENT = 12
@@ -166,9 +164,10 @@ def corpus(
         )
         found = {split: _examples(builder, split) for split in SPLIT_NAMES}
         sides = (ENGLISH, language)
-        some = (text for _, *pair in found["train"] for text in pair)
-        train_tokenizer([s for s, _ in zip(some, range(_TOKENIZER_SENTENCES))], pieces, folder)
-        _write_shards(folder, found, sides)
+        train_tokenizer((t for _, *pair in found["train"] for t in pair), pieces, folder)
+        for split, name in SPLIT_NAMES.items():
+            texts = {s: [row[i] for row in found[split]] for i, s in enumerate(sides, 1)}
+            write_shards(folder, name, {s: _documents(t) for s, t in texts.items()}, "messages")
         _write_pairs(folder, found, sides)
 
     return preparation.prepare_folder(f"{raw}-{pieces}", path, fill)
@@ -178,39 +177,14 @@ def _examples(builder, split: str) -> list[tuple[str, str, str]]:
     """(catalogue, English, translation) of a split, in blocks of one catalogue, shuffled."""
     found = sorted(builder.as_data_source(split), key=lambda e: int(e["index"]))
     names = ("catalogue", "english", "translation")
-    rows = [tuple(_text(example[name]) for name in names) for example in found]
+    rows = [tuple(preparation.text(example[name]) for name in names) for example in found]
     blocks = [rows[i : i + _DOCUMENT] for i in range(0, len(rows), _DOCUMENT)]
     order = np.random.default_rng(0).permutation(len(blocks))
     return [row for i in order for row in blocks[i]]
 
 
-def _text(value) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _documents(texts: list[str]) -> Iterator[str]:
-    for i in range(0, len(texts), _DOCUMENT):
-        yield "\n".join(texts[i : i + _DOCUMENT]) + "\n"
-
-
-def _write_shards(folder: pathlib.Path, found, sides: tuple[str, str]) -> None:
-    (folder / "json").mkdir()
-    for split, name in SPLIT_NAMES.items():
-        entries = []
-        for side, language in enumerate(sides, 1):
-            documents = list(_documents([row[side] for row in found[split]]))
-            shard = f"{name}.{language}.txt"
-            (folder / shard).write_text("\n".join(documents), "utf-8")
-            entries.append(
-                {
-                    "source": [shard],
-                    "source_lang": language,
-                    "count": len(documents),
-                    "weight": 1.0,
-                    "name": f"messages.{language}",
-                }
-            )
-        (folder / "json" / f"{name}.json").write_text(json.dumps(entries), "utf-8")
+def _documents(texts: list[str]) -> list[list[str]]:
+    return [texts[i : i + _DOCUMENT] for i in range(0, len(texts), _DOCUMENT)]
 
 
 def _write_pairs(folder: pathlib.Path, found, sides: tuple[str, str]) -> None:

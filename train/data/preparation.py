@@ -22,6 +22,11 @@ def data_directory(path: str | None = None) -> pathlib.Path:
     return pathlib.Path(cache).expanduser() / "jaxmodels" / "tfds"
 
 
+def text(value: str | bytes) -> str:
+    """A TFDS text feature as a string."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
 def prepare(builder_class: type, path: str | None = None, **arguments) -> tfds.core.DatasetBuilder:
     """A builder of `builder_class` whose array_record files exist under `data_directory(path)`.
 

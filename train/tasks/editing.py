@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.language import edit_metrics, edit_plans, t5, t5_generation
+from jaxmodels.language import decoding, edit_metrics, edit_plans, t5, t5_generation
 from train.building import build_model
 from train.data import code_tokenizer, edits, pipeline
 from train.naming import ConfigError
@@ -180,7 +180,7 @@ class Editing:
             ids = np.zeros((rows, options["max_source"]), np.int32)
             ids[: len(part)] = part
             ids[len(part) :, 0] = code_tokenizer.EOS
-            t5.check_ids(ids, self.model.vocab_size)
+            t5.check_tokens(ids, self.model)
             tokens = np.asarray(self._compiled[0](variables, ids, beams, returned).tokens)
             found += [[bpe.decode(row[1:]) for row in tokens[i]] for i in range(len(part))]
         return found
@@ -253,7 +253,15 @@ def from_config(config) -> Editing:
         _check_files(options, model, config.task_args.get("report_split", Editing.report_split))
     comments = options["task"] in edits.FILES and options["dataset"] == "comment-update"
     arguments = {"comments": comments, **config.task_args}
-    return Editing(model=model, data=_frozen(options), **arguments)
+    task = Editing(model=model, data=_frozen(options), **arguments)
+    for name in ("eval_beams", "test_beams"):
+        beams = getattr(task, name)
+        if beams or name == "test_beams":
+            try:
+                decoding.check_beams(beams, 1, model.vocab_size)
+            except ValueError as error:
+                raise ConfigError(f"config.task_args.{name}: {error}") from None
+    return task
 
 
 def _check_files(options: Mapping[str, Any], model: t5.T5, report_split: str) -> None:

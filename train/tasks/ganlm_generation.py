@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmodels.language import ganlm_generation, rouge
 from jaxmodels.language.bleu import bleu
+from jaxmodels.language.decoding import check_beams
 from jaxmodels.language.ganlm import GanLM
 from jaxmodels.language.ganlm_objective import (
     BITS_PER_NAT,
@@ -165,12 +166,21 @@ def _texts(dictionary, tokens) -> list[str]:
     return ["".join(dictionary.decode(np.asarray(row))).replace("▁", " ").strip() for row in tokens]
 
 
-def search_of(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Arguments of beam search over fairseq's defaults. Raises ConfigError for an unknown one."""
+def search_of(given: Mapping[str, Any], vocab_size: int) -> tuple[tuple[str, Any], ...]:
+    """Arguments of beam search over fairseq's defaults.
+
+    Raises ConfigError for an unknown one and for beams that cannot be, which would show only after
+    the training.
+    """
     for name in given:
         if name not in SEARCH:
             raise ConfigError(f"config.task_args.search: no {name!r}; {nearest(name, SEARCH)}")
-    return tuple({**SEARCH, **given}.items())
+    search = {**SEARCH, **given}
+    try:
+        check_beams(search["beam_size"], 1, vocab_size)
+    except ValueError as error:
+        raise ConfigError(f"config.task_args.search.beam_size: {error}") from None
+    return tuple(search.items())
 
 
 def from_config(config) -> GanlmGeneration:
@@ -178,7 +188,7 @@ def from_config(config) -> GanlmGeneration:
     model = build_model(config)
     check_dictionary(config, model)
     arguments = dict(config.task_args)
-    search = search_of(dict(arguments.pop("search", {})))
+    search = search_of(dict(arguments.pop("search", {})), model.vocab_size)
     decoded = arguments.pop("decoded", 200)
     if model.initialization_strategy == "pretraining":
         raise ConfigError(
