@@ -52,6 +52,7 @@ def get_config(preset: str = "small"):
             "iterations": 8,
             "ratio": 1.0,
             "multi_objective": False,
+            "strategy": "linear",  # of ln multiplier in the stage, or quadratic
             "seed": 0,
             "split": "minival",
             "batch_size": 0,  # of held-out images, each with its own statistics; 0 for all at once

@@ -7,7 +7,6 @@ Every sub-step is saved: the same command goes on after a kill, with the same re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -21,9 +20,10 @@ choose_platform()
 from train.command_line import read_flags, stop_with_one_line  # noqa: E402
 from train.naming import ConfigError  # noqa: E402
 
-# What may change while a search goes on.
-_FREE = ("chunk", "compare", "keep")
-FLAGS = {"checkpoint": "a supernet's run directory", "workdir": "where the search is kept"}
+FLAGS = {
+    "checkpoint": "a supernet's run directory or its PyTorch checkpoint file",
+    "workdir": "where the search is kept",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -32,20 +32,20 @@ def main(argv: list[str]) -> int:
     if "search" not in config:
         raise ConfigError("config.search: this config has no search")
     from train.building import build_task
-    from train.checkpoints import load_params
     from train.process import prepare_process
+    from train.search import settings
 
     prepare_process()
+    settings.check_options(config)
+    task = build_task(config)
+    settings.check_reach(config, task)
+    variables = settings.load_supernet(config, task, paths["checkpoint"])
     workdir = Path(paths["workdir"])
     workdir.mkdir(parents=True, exist_ok=True)
-    task = build_task(config)
-    variables = load_params(paths["checkpoint"], ema=True)
-    kinds = {"mcea": _mcea, "genome": _genome}
-    if config.search.kind not in kinds:
-        raise ConfigError(f"config.search.kind: {config.search.kind!r}; known: mcea, genome")
-    keep_settings(workdir, {**config.search.to_dict(), "weights": _digest(variables)})
+    settings.keep_settings(workdir, config, task, variables)
+    search = {"mcea": _mcea, "genome": _genome}[config.search.kind]
     try:
-        found, table, points = kinds[config.search.kind](config, task, variables, workdir)
+        found, table, points = search(config, task, variables, workdir)
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # JAX's own are defects
             raise
@@ -58,38 +58,6 @@ def main(argv: list[str]) -> int:
     draw_frontier(points, workdir / "frontier.png")
     print(report)
     return 0
-
-
-def keep_settings(workdir: Path, settings: dict) -> None:
-    """Write `settings.json`; where a search has begun, refuse to go on with other settings.
-
-    What it found so far would be passed off as theirs. Raises ConfigError naming the first that
-    differs.
-    """
-    settings = {k: v for k, v in settings.items() if k not in _FREE}
-    path = workdir / "settings.json"
-    if (workdir / "search.json").exists() and path.exists():
-        before = json.loads(path.read_text())
-        for key, value in json.loads(json.dumps(settings)).items():
-            if before.get(key) != value:
-                what = "the supernet's weights" if key == "weights" else f"config.search.{key}"
-                now = "others" if key == "weights" else f"{value!r}, not {before.get(key)!r}"
-                raise ConfigError(
-                    f"{workdir} holds a search begun with other settings ({what}: now {now}); "
-                    "take another --workdir"
-                )
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(settings, indent=2) + "\n")
-    part.replace(path)
-
-
-def _digest(variables) -> str:
-    import jax
-
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(variables):
-        found.update(np.ascontiguousarray(leaf))
-    return found.hexdigest()
 
 
 def _say(text: str) -> None:
@@ -147,7 +115,7 @@ def _mcea(config, task, variables, workdir):
         row = (depth, width, resolution, flops, by_stage(space, ops))
         found["stages"][f"S{s}"] = network(*row, accuracy=state.accuracy.get(key))
         table[f"S{s}"] = f"d {depth:g}, w {width:g}, r {resolution}: {flops:,} multiply-adds"
-    strategy = scaling_strategy.fit(searched)
+    strategy = scaling_strategy.fit(searched, search.get("strategy", "linear"))
     for s in (space.max_scaling_stage + 1, space.max_scaling_stage + 2):
         # On toy spaces one block more is over 2 % of a network.
         tolerance = 0.02 if options.budget > 1e8 else 0.1
