@@ -164,6 +164,8 @@ def test_the_identity_probability_is_found_or_the_band_refused():
         space.identity_probability(1.0, 2.0)
     with pytest.raises(ValueError, match="no network has between"):
         space.identity_probability(2e9, 1e9)
+    with pytest.raises(ValueError, match=f"above the largest network; networks have {low:,} to"):
+        space.check_budget(1e9, 1e13)
     twins = TwinsSpace((24, 48), (2, 2), (2, 6), (4, 2), (4, 2), image_size=32)
     least, most = (twins.flops(twins.sample_many(np.random.default_rng(0), 999, p)).mean()
                    for p in (0.9, 0.8))  # fmt: skip
