@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodels
-from jaxmodels.search import vitas, vitas_extract, vitas_space
+from jaxmodels.search import vitas, vitas_extract, vitas_nets, vitas_space
 from jaxmodels.search.twins_space import Space as TwinsSpace
 from jaxmodels.search.vitas_space import Space
 from tests.search.tiny_space import CHEAP, drawn_variables
@@ -177,8 +177,8 @@ def test_the_identity_probability_is_found_or_the_band_refused():
 
 def test_positions_for_another_image_size_are_resized_bicubically():
     table = np.random.default_rng(0).normal(size=(1, 17, 6)).astype(np.float32)
-    assert vitas_extract.resize_positions(table, 4) is table
-    larger = vitas_extract.resize_positions(table, 6)
+    assert vitas_nets.resize_positions(table, 4) is table
+    larger = vitas_nets.resize_positions(table, 6)
     assert larger.shape == (1, 37, 6) and (larger[:, 0] == table[:, 0]).all()
     # PyTorch 2.13's interpolate(mode="bicubic", align_corners=False): first and last rows.
     grid = np.arange(16, dtype=np.float32) ** 1.5
@@ -189,12 +189,32 @@ def test_positions_for_another_image_size_are_resized_bicubically():
     }  # fmt: skip
     for side, (first, last) in rows.items():
         table = np.concatenate([[7.0], grid]).astype(np.float32)[None, :, None]
-        found = vitas_extract.resize_positions(table, side)[0, 1:, 0].reshape(side, side)
+        found = vitas_nets.resize_positions(table, side)[0, 1:, 0].reshape(side, side)
         np.testing.assert_allclose(found[[0, -1]], [first, last], rtol=1e-5, atol=2e-5)
     flat = np.ones((1, 17, 1), np.float32)
-    assert np.allclose(vitas_extract.resize_positions(flat, 7), 1)
+    assert np.allclose(vitas_nets.resize_positions(flat, 7), 1)
     with pytest.raises(ValueError, match="no square grid"):
-        vitas_extract.resize_positions(table[:, :16], 4)
+        vitas_nets.resize_positions(table[:, :16], 4)
+
+
+def test_a_file_is_loaded_at_another_image_size_where_that_is_asked_for(variables):
+    from jaxmodels.interop.catalog import export
+
+    state = export("search.vitas", CORRECTED, variables)
+    larger = {**ARGUMENTS, "compat": "corrected", "image_size": 24}
+    with pytest.raises(ValueError, match=r"0.pos_embed has 17 positions, .* wants 37; resize_che"):
+        jaxmodels.load("search.vitas", state, **larger)
+    _, found = jaxmodels.load("search.vitas", state, **larger, resize_checkpoint=True)
+    for i, side in enumerate((6, 3)):
+        stem = f"net.backbone_init_stem_Patch_init_0.{i}"
+        wanted = vitas_nets.resize_positions(variables["params"][stem]["pos_embed"], side)
+        np.testing.assert_array_equal(found["params"][stem]["pos_embed"], wanted)
+    network, own = vitas_extract.extract(CORRECTED, variables, SPACE.shift(GENOME), "cyclic")
+    state = export("search.vitas:ViTAS", network, own)
+    arguments = {**vitas_nets.standalone_arguments(SPACE, SPACE.shift(GENOME)), "image_size": 24}
+    _, found = jaxmodels.load("search.vitas:ViTAS", state, **arguments, resize_checkpoint=True)
+    stem = "net.backbone_init_stem_Patch_init_0.0"
+    assert found["params"][stem]["pos_embed"].shape[1] == 10
 
 
 def _genome(**changes):

@@ -26,8 +26,11 @@ TASKS = {"mcea": "supernet", "genome": "superformer"}
 _FREE = ("chunk", "compare", "keep", "strategy")
 # Options of data that say how fast they come, not what they are.
 _FREE_DATA = ("threads", "workers")
-# Arguments of models that change how a number is computed and not which.
-_FREE_MODEL = ("parent", "name", "dtype", "param_dtype", "depthwise", "sliced")
+# Arguments of models that change how a number is computed, or a file read, and not which number.
+_FREE_MODEL = (
+    *("parent", "name", "dtype", "param_dtype", "depthwise", "sliced"),
+    "resize_checkpoint",
+)
 _LEAST = {
     "population": 1, "generations": 0, "keep": 1, "chunk": 1, "base_models": 1, "iterations": 1,
     "tries": 1, "batch_size": 0, "seed": 0, "flops_min": 0, "base_error": 0, "scale_error": 0,
