@@ -96,7 +96,7 @@ def generalize(
 
     Raises RuntimeError when no exponent comes near enough, with the nearest.
     """
-    target = 2**stage * space.flops(base)
+    target = 2**stage * space.flops(base, holes=True)
     step = RESOLUTION_STEP if space.base_resolution >= 64 else 1
 
     def build(exponent: float, wider: float = 1.0) -> Scaled:
