@@ -2,13 +2,17 @@
 
 small     python -m train --config configs/scalenet.py --workdir runs/scalenet
           scikit-learn's digits at 16 to 25 pixels, the reduced space, four fifths of the training
-          images; then
+          images: 0.940 of the test digits, the mean over one sub-network of each scaling stage,
+          about 7 minutes on two cores; then
           python -m train.search --config configs/scalenet.py --checkpoint runs/scalenet
               --workdir runs/scalenet_search
-          searches base model and scalings on the other fifth. Numbers: docs/systems/scalenet.md.
-uniform   the same with uniform instead of hierarchical sampling.
+          searches base model and scalings on the other fifth: 99.0 %, as many random networks
+          98.8, 7 minutes.
+uniform   the same with uniform instead of hierarchical sampling: after 800 steps 0.76, hierarchical
+          0.81 (three seeds).
 retrain   python -m train --config configs/scalenet.py:retrain --workdir DIR
-          a base model of the small space trained on its own.
+          a base model of the small space trained on its own: 0.987 after 300 steps (logistic
+          regression 0.969).
 paper     python -m train --config configs/scalenet.py:paper --workdir DIR
               --config.data.options.inner.path=/path/to/imagenet
           ImageNet-1k, 750k steps. The repository says 8 images a GPU and not how many GPUs: 256
