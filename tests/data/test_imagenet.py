@@ -232,6 +232,13 @@ def test_json_indices_name_images_and_classes(index, imagenet_path):
     assert next(pipeline.train_batches(data, batch_size=4, seed=0))["image"].shape == (4, 24, 24, 3)
 
 
+def test_classes_are_unknown_without_data(tmp_path):
+    for reader in ("auto", "folders", "tfds"):
+        assert pipeline.num_classes(config(tmp_path, reader=reader)) is None
+        assert pipeline.num_classes(config(tmp_path / "none", reader=reader)) is None
+    assert pipeline.num_classes(config(tmp_path, "imagenet_index")) is None
+
+
 def test_a_broken_index_is_named(index, tmp_path):
     row = {"img_info": {"filename": "a.JPEG"}, "annos": {"other": {"classification": 1}}}
     with pytest.raises(ValueError, match=r"minival.json: entry 0 has no img_info.filename and ann"):

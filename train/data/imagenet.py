@@ -122,9 +122,11 @@ def num_classes(options: Mapping[str, Any]) -> int | None:
     """Number of classes; None where no data is on disk."""
     try:
         folder, as_folders = _located(options)
+        if as_folders:
+            return len(_classes(str(folder)))
+        return TfdsSource.open(folder, SPLITS[0]).classes
     except FileNotFoundError:
         return None
-    return len(_classes(str(folder))) if as_folders else TfdsSource.open(folder, "train").classes
 
 
 def source(split: str, options: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
