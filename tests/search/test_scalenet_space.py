@@ -50,20 +50,34 @@ def test_every_channel_serves_equally_many_widths_from_the_two_sides(width):
 
 
 def test_hierarchical_draws_are_legal_and_follow_the_stages_law():
+    count = 200_000
     draw = jax.jit(
         jax.vmap(lambda key: scalenet_sampling.sample(PUBLISHED, key)), compiler_options=CHEAP
     )
-    found = jax.device_get(draw(jax.random.split(jax.random.key(0), 20_000)))
+    found = jax.device_get(draw(jax.random.split(jax.random.key(0), count)))
     law = np.array([1, 4, 5, 7]) / 17
-    share = np.bincount(found.stage, minlength=4) / len(found.stage)
-    assert (np.abs(share - law) < 3 * np.sqrt(law * (1 - law) / len(found.stage))).all()
+    share = np.bincount(found.stage, minlength=4) / count
+    assert (np.abs(share - law) < 3 * np.sqrt(law * (1 - law) / count)).all()
     t = scalenet_sampling.tables(PUBLISHED)
-    for i in range(300):
-        ops = np.concatenate([found.ops[i], [0, 0]])
+    numbers = np.stack([found.width, found.depth, found.resolution], 1)
+    first, counts = (a[found.stage][:, [0, 0, 1]] for a in (t.first, t.counts))
+    assert ((numbers >= first) & (numbers < first + counts)).all()
+    ops = np.pad(found.ops, ((0, 0), (0, 2)))
+    PUBLISHED.check_ops(ops)
+    for start, base, full in PUBLISHED.stage_slices():
+        if base == full:
+            continue
+        part, total = ops[:, start : start + full], (ops[:, start : start + full] > 0).sum(1)
+        # Of some base depth n: as deep as n scales to, and the op of block n - 1 from there on.
+        fits = [
+            (t.reach[found.depth, n] == total)
+            & ((part == part[:, [n - 1]]) | (np.arange(full) < n) | (part == 0)).all(1)
+            for n in range(1, base + 1)
+        ]
+        assert np.any(fits, 0).all()
+    for i in range(20):  # the same by the rule that official draws are made again with
         stage = PUBLISHED.scaling_stage_of(t.widths[found.width[i]], t.sizes[found.resolution[i]])
-        assert stage == found.stage[i]
-        # The tail repeats the last base op, or `resample` refuses.
-        assert (PUBLISHED.resample(ops, stage) == ops).all()
+        assert stage == found.stage[i] and (PUBLISHED.resample(ops[i], stage) == ops[i]).all()
 
 
 def test_uniform_draws_mix_stages():

@@ -155,6 +155,23 @@ def test_the_official_quirks_make_a_difference(variables):
     assert not np.allclose(outputs["all of them"], outputs["scale and positions"], atol=1e-4)
 
 
+def test_the_softmax_scale_and_the_fused_slices_differ_where_they_should(variables):
+    official = CORRECTED.clone(compat="official")
+
+    def both(op, attention):
+        """Logits of either mode for one genome, positions and width genes out of play."""
+        genome = np.array([1, op, op, op, 0, 0, 4, *[attention, 4] * 3])
+        choice = vitas.make_choice(SPACE, genome, "left", "corrected")
+        return (np.asarray(apply(m, variables, choice)) for m in (official, CORRECTED))
+
+    # Three heads of the whole dim have the superformer's scale, and whole rows are the same rows.
+    np.testing.assert_allclose(*both(op=2, attention=4), atol=1e-6)
+    ours, theirs = both(op=0, attention=4)  # Q3: one head of the whole dim
+    assert not np.allclose(ours, theirs, atol=1e-3)
+    ours, theirs = both(op=2, attention=1)  # Q4: k rows of a narrow net are q rows of the wide one
+    assert not np.allclose(ours, theirs, atol=1e-3)
+
+
 def test_the_identity_probability_is_found_or_the_band_refused():
     space = Space()
     probability, mean = space.identity_probability(900e6, 1000e6, draws=400)
@@ -323,12 +340,15 @@ def test_a_cut_box_is_that_of_double_precision():
     assert [int(n) for n in box] == [8, 12, 8, 12] and float(share) == pytest.approx(0.96)
 
 
-def test_twins_has_the_published_number_of_parameters():
+@pytest.mark.parametrize(
+    ("size", "count"), (("small", 24_060_776), ("base", 56_070_952), ("large", 99_271_400))
+)
+def test_twins_has_the_published_number_of_parameters(size, count):
     from jaxmodels.interop import catalog
 
-    module = catalog.find("search.twins:twins_svt_small").build()
+    module = catalog.find(f"search.twins:twins_svt_{size}").build()
     shapes = jax.tree.leaves(catalog.shapes(module)["params"])
-    assert sum(int(np.prod(s.shape)) for s in shapes) == 24_060_776
+    assert sum(int(np.prod(s.shape)) for s in shapes) == count
 
 
 def test_windows_that_do_not_tile_a_map_are_named():
