@@ -1,5 +1,6 @@
 """What the search command writes: networks in their bands, a front, how to train what was found."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,12 +11,21 @@ import pytest
 from jaxmodels.search import scalenet_nets
 from tests.search import tiny_space
 from tests.search.test_searches import separable
+from tests.search.tiny_space import CHEAP
 from train.building import build_task
 from train.command_line import load_config, read_flags
+from train.data import pipeline
+from train.loop import Plan
 from train.search import __main__ as command
 from train.search import scoring
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# One stage of two blocks: what compiles in seconds.
+TWINS = dict(
+    dims=(24,), heads=(2,), depths=(2,), windows=(2,), sr_ratios=(2,), classes=10, image_size=16
+)
 
 
 class Known:
@@ -107,3 +117,27 @@ def test_a_found_genome_says_how_its_network_is_trained_alone(preset, tmp_path, 
         assert count == space.parameters(found["genome"])
     _, arguments = task.model.standalone(found["genome"])
     assert all(getattr(network, k) == v for k, v in arguments.items())
+
+
+def test_a_twins_superformer_is_trained_and_searched(tmp_path, monkeypatch):
+    config = load_config(f"{ROOT / 'configs' / 'vitas.py'}:twins")
+    with config.unlocked():
+        config.model, config.model_args = "search.twins_superformer", TWINS
+        config.data.options.inner.image_size = 16
+        config.parallel.data, config.schedule.warmup_steps = 1, 0
+        config.search.update(
+            flops_min=0.0, budget=1.5e5, population=4, generations=1, keep=2, chunk=4,
+            batch_size=269, compare=False,
+        )  # fmt: skip
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=CHEAP))
+    plan = Plan(config)
+    batch = next(pipeline.train_batches(config.data, batch_size=8, seed=0))
+    before = plan.fresh()
+    state, metrics = jax.jit(plan.step)(before, batch)
+    assert np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
+    assert any(jax.tree.leaves(moved))
+    found, table, _ = command._genome(config, plan.task, {"params": state.params}, tmp_path)
+    assert table["traces of the scoring function"] == 1
+    assert len(found["best"]) == 2 and 0 < found["flops"] <= 1.5e5
+    assert found["model"] == "search.twins:TwinsNet" and 0 <= found["accuracy"] <= 100
