@@ -68,7 +68,8 @@ def search(run, tmp_path, monkeypatch, capsys):
 
     def nothing(config, task, variables, workdir):
         (workdir / "search.json").write_text("{}")  # as one that has begun
-        return {}, {"scored": 0}, np.array([[1e6, 50.0]])
+        found = {"flags": ["--config.model_args.blocks=((1, 36, 5), None)"]}
+        return found, {"scored": 0}, np.array([[1e6, 50.0]])
 
     monkeypatch.setattr(command, "_genome", nothing)
     monkeypatch.setattr(command, "_mcea", nothing)
@@ -82,8 +83,10 @@ def search(run, tmp_path, monkeypatch, capsys):
     return run_command
 
 
-def test_a_search_goes_on_with_its_own_model_task_and_data_alone(search, file):
+def test_a_search_goes_on_with_its_own_model_task_and_data_alone(search, file, tmp_path):
     assert search()[0] == 0
+    report = (tmp_path / "found" / "report.md").read_text()
+    assert "'--config.model_args.blocks=((1, 36, 5), None)'" in report  # as a shell takes it
     assert search("--config.search.chunk=3", "--config.data.options.threads=2")[0] == 0
     for flag, message in [
         ("search.population=7", "config.search.population: now 7, not 50"),
@@ -115,6 +118,13 @@ def test_a_checkpoint_of_another_network_or_training_is_refused(search, run):
     assert status == 2 and "genome searches what the task superformer trained" in line
     status, line = search(checkpoint=run / "nowhere")
     assert status == 2 and "--checkpoint: no file or directory" in line
+
+
+def test_other_data_than_the_run_was_trained_on_is_said(run, capsys):
+    config = config_of("--config.data.options.every=3", "--config.data.options.threads=2")
+    settings.load_supernet(config, build_task(config), str(run))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "(config.data.options.every: 5, now 3)" in said[0]
 
 
 def test_a_pytorch_supernet_file_is_searched(search, variables, file):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def _check_run(config, task, checkpoint: Path) -> None:
         print(
             f"--checkpoint {checkpoint}: it was trained on other data (config.data."
             f"{differing[0]}: {before.get(differing[0])!r}, now {now.get(differing[0])!r}); images "
-            "that are held out here may have been among them"
+            "that are held out here may have been among them",
+            file=sys.stderr,
         )
 
 
