@@ -13,7 +13,7 @@ def check_labels(label, classes: int, least: int = 0) -> None:
     Inside it, that labels fit the head is the data's promise: `train.building.check_classes`.
     """
     if classes < 2:
-        raise ValueError(f"a loss over classes needs at least 2 of them, not {classes}")
+        raise ValueError(f"a loss over classes needs at least 2 classes, not {classes}")
     if isinstance(label, jax.core.Tracer):
         return
     values = np.asarray(label)

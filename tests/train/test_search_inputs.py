@@ -201,7 +201,7 @@ def test_labels_outside_the_logits_are_refused_by_the_loss():
     for kind, label in [("softmax", (0, 5)), ("softmax", (-2, 0)), ("s-softmax", (-1, 0))]:
         with pytest.raises(ValueError, match=f"label {label[0] or label[1]} is not in"):
             soft_labels.classification_loss(logits, np.array(label), kind)
-    with pytest.raises(ValueError, match="at least 2 of them, not 1"):
+    with pytest.raises(ValueError, match="at least 2 classes, not 1"):
         soft_labels.classification_loss(logits[:, :1], np.zeros(2, int), "softmax")
     ignored = soft_labels.classification_loss(logits, np.array([1, -1]), "softmax")
     assert float(ignored) == pytest.approx(np.log(3))
