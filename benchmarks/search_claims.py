@@ -26,6 +26,12 @@ KINDS = {
     "scalenet": {"hierarchical": "small", "uniform": "uniform"},
 }
 
+# What the tasks' `evaluate` scores, the same networks at any time: their `probes()`.
+PROBES = {
+    "vitas": "three fixed genomes (a third, two thirds and all of every width and of the depth)",
+    "scalenet": "one fixed network of each scaling stage",
+}
+
 
 def supernet(system: str, kind: str, seed: int, steps: int):
     """`(config, task, variables, numbers)` of a supernet trained for so many steps."""
@@ -206,8 +212,8 @@ def write(system: str, command: str) -> None:
         f"own for {first['alone_steps']} steps (`{system}_alone.csv`, runs a network: {repeats}); "
         "the best network of the "
         "search and of as many random ones by the supernet's accuracy on held-out digits; the "
-        "supernet's own test accuracy over drawn networks. Mean ± half of Student's 95 % interval "
-        f"over seeds; every run in `{system}_runs.csv`.\n\n"
+        f"supernet's own test accuracy, the mean over {PROBES[system]}. Mean ± half of Student's "
+        f"95 % interval over seeds; every run in `{system}_runs.csv`.\n\n"
         + markdown(["supernet", "seeds", *named, "search ahead"], means)
         + "\nPaired by seed:\n\n"
         + markdown(["difference", "seeds", *named], paired)

@@ -42,3 +42,25 @@ def build_named(config, name: str, arguments, key: str):
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         text = error.args[0] if error.args else str(error)
         raise ConfigError(f"{key} {name!r}: {text}") from None
+
+
+def check_classes(config, model) -> None:
+    """ConfigError where the data have more classes than the model's head.
+
+    In a compiled step such a label would count as none at all, or as the last.
+    """
+    from train.data import pipeline
+
+    key = next((k for k in ("num_classes", "classes") if hasattr(model, k)), "head")
+    classes = getattr(model, key)
+    if key == "head":
+        # A backbone in ScaleNet's configuration form.
+        if not hasattr(model, "space"):
+            return
+        classes = model.space.linear[-1][2]
+    have = pipeline.num_classes(config.data)
+    if have is not None and have > classes:
+        raise ConfigError(
+            f"config.model_args.{key}: {classes}, but config.data {config.data.name} has {have} "
+            "classes"
+        )

@@ -45,7 +45,11 @@ WIDTH_ARITHMETIC = ("float64", "float32")
 
 
 def make_subnet(
-    space: Space, ops: Sequence[int], width: float, arithmetic: str = "float64"
+    space: Space,
+    ops: Sequence[int],
+    width: float,
+    arithmetic: str = "float64",
+    holes: bool = False,
 ) -> Subnet:
     """The arrays of an encoding (op indices [genes], width multiplier).
 
@@ -53,21 +57,18 @@ def make_subnet(
     official training has it, where the multiplier passes through a float tensor and ceil(40 x 1.2)
     is 49.
 
-    Raises ValueError for an index out of range and a width beyond the built one.
+    Raises ValueError for an index out of range, a width beyond the built one and, unless `holes`,
+    an identity where `Space.check_ops` allows none.
     """
     if arithmetic not in WIDTH_ARITHMETIC:
         raise ValueError(f"width arithmetic {arithmetic!r}; known: {', '.join(WIDTH_ARITHMETIC)}")
     space.check_width(width)
     width = float(np.float32(width)) if arithmetic == "float32" else float(width)
     ops = np.asarray(ops, np.int64)
-    if len(ops) not in (space.genes, len(space.blocks)):
-        raise ValueError(f"a sub-network has {space.genes} op indices, not {len(ops)}")
+    if ops.shape == (len(space.blocks),):  # pooling and linear layers have no choice
+        ops = np.pad(ops, (0, space.genes - len(ops)))
     rows = []
-    for block, op in zip(space.blocks, ops):
-        if not 0 <= op < len(block.ops):
-            raise ValueError(
-                f"{block.stage}[{block.position}]: op index {op} is not in 0..{len(block.ops) - 1}"
-            )
+    for block, op in zip(space.blocks, space.check_ops(ops, holes)):
         hidden = block.hidden_width(op, width)
         rows.append((op, block.input_width(width), block.output_width(width), hidden))
     return Subnet(*(np.array(column, np.int32) for column in zip(*rows)))

@@ -37,14 +37,28 @@ class Layout:
 
 
 def layout(space: Space, stages: Sequence[Sequence[int]], width: float) -> Layout:
-    """The blocks of a network whose stages have these ops, of any depth; 0s are left out."""
+    """The blocks of a network whose stages have these ops, of any depth; 0s are left out.
+
+    Raises ValueError for another number of stages and for ops that a stage does not have.
+    """
     rows = []
     starts = space.stage_slices()
+    fewest = sum(first < len(space.blocks) for first, _, _ in starts)
+    if not fewest <= len(stages) <= len(starts):
+        raise ValueError(
+            f"stages has {len(stages)} entries; this backbone has {fewest} stages "
+            f"({len(starts)} with pooling and linear layers)"
+        )
     for (first, _, _), ops in zip(starts, stages):
         for position, number in enumerate(ops):
             if first >= len(space.blocks):
                 continue
             block = space.blocks[first if position == 0 else first + 1]
+            if not 0 <= number < len(block.ops):
+                raise ValueError(
+                    f"{block.stage}[{position}]: op index {number} is not in "
+                    f"0..{len(block.ops) - 1}"
+                )
             op = block.ops[number]
             if op.kind == "identity" and not block.projects(number):
                 continue
@@ -73,6 +87,8 @@ class ScaleNet(nn.Module):
     `stages` has the op indices of every stage (`by_stage`), of any depth; `width` the multiplier.
     `backbone` and `head` are as in `SuperSupernet`. Dropout before the last layer and drop path
     growing over blocks belong to the retraining recipe.
+
+    Raises ValueError for stages that the backbone does not have.
     """
 
     stages: Any = None
@@ -85,6 +101,11 @@ class ScaleNet(nn.Module):
     bn_axis_name: str | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages is not None:
+            layout(self.space, self.stages, self.width)
 
     @property
     def space(self) -> Space:
@@ -164,18 +185,19 @@ def extract(
     ops: Sequence[int],
     width: float,
     right: Any = False,
+    holes: bool = False,
 ) -> tuple[ScaleNet, dict[str, Any]]:
     """`(network, variables)` of a sub-network cut out of the super-supernet.
 
     Args:
       ops: op indices [genes]. right: bool [] or [L], the side of each block; the two sides are two
-        networks.
+        networks. holes: as in `make_subnet`, for what the official repair leaves.
     """
     from jaxmodels.interop.catalog import export, find, import_state
     from jaxmodels.search.scalenet import make_subnet
 
     space = module.space
-    subnet = make_subnet(space, ops, width)
+    subnet = make_subnet(space, ops, width, holes=holes)
     right = np.broadcast_to(np.asarray(right, bool), (len(space.blocks),))
     state = export("search.scalenet", module, variables)
     cut = {}

@@ -76,6 +76,8 @@ DIGITS_RESOLUTIONS = ((16,), (16, 17, 18), (19, 20, 21), (23, 24, 25))
 
 
 def _check_multipliers(name: str, lists: Sequence[Sequence[float]], stages: int) -> None:
+    if stages < 0:
+        raise ValueError(f"max_scaling_stage {stages} must be at least 0")
     if stages >= len(lists):
         raise ValueError(
             f"max_scaling_stage {stages} is beyond the {len(lists)} lists of {name} (0..stage)"
@@ -85,6 +87,8 @@ def _check_multipliers(name: str, lists: Sequence[Sequence[float]], stages: int)
             raise ValueError(f"{name}[{s}] is empty")
         if any(b <= a for a, b in itertools.pairwise(values)):
             raise ValueError(f"{name}[{s}] {list(values)} must ascend")
+        if not values[0] > 0:
+            raise ValueError(f"{name}[{s}] {list(values)} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,35 +136,39 @@ class Space:
 
     # Encodings
 
-    def check_ops(self, ops: Sequence[int]) -> np.ndarray:
-        """`ops` as int64 [genes], legal for a sub-network.
+    def check_ops(self, ops: Any, holes: bool = False) -> np.ndarray:
+        """`ops` [genes] or [N, genes] as int64, legal for a sub-network.
 
-        Raises ValueError: wrong length, an index out of range, an identity at the first block of a
-        stage or before another operation of the stage (`repair` mends both).
+        Raises ValueError: wrong length, an index out of range, and unless `holes`, as the official
+        repair may leave them, an identity at the first block of a stage or before another
+        operation of the stage (`repair` mends both).
         """
         ops = np.asarray(ops, np.int64)
-        if ops.shape != (self.genes,):
+        if ops.ndim not in (1, 2) or ops.shape[-1] != self.genes:
             raise ValueError(
                 f"a sub-network has {self.genes} op indices (and then width and resolution), "
-                f"not {ops.size}"
+                f"not {ops.shape[-1] if ops.ndim else ops}"
             )
-        counts = self.op_counts
-        for i in np.flatnonzero((ops < 0) | (ops >= counts)):
-            raise ValueError(f"{self.gene_name(i)}: op index {ops[i]} is not in 0..{counts[i] - 1}")
-        for first, _, depth in self.stage_slices():
+        rows, counts = ops.reshape(-1, self.genes), self.op_counts
+        for row, i in np.argwhere((rows < 0) | (rows >= counts)):
+            raise ValueError(
+                f"{self.gene_name(i)}: op index {rows[row, i]} is not in 0..{counts[i] - 1}"
+            )
+        for first, _, depth in () if holes else self.stage_slices():
             if first >= len(self.blocks) or self.blocks[first].ops[0].kind != "identity":
                 continue
-            active = ops[first : first + depth] > 0
-            if not active[0]:
+            active = rows[:, first : first + depth] > 0
+            if not active[:, 0].all():
                 raise ValueError(
                     f"{self.gene_name(first)}: the first block of a stage cannot be the identity "
-                    "(Space.repair makes it op 1)"
+                    "(Space.repair makes it op 1; holes=True takes it as it is)"
                 )
-            holes = np.flatnonzero(active[1:] & ~active[:-1])
-            if holes.size:
+            left_out = (active[:, 1:] & ~active[:, :-1]).any(0)
+            if left_out.any():
                 raise ValueError(
-                    f"{self.gene_name(first + int(holes[0]))}: an identity stands before another "
-                    "operation of its stage (Space.repair moves it behind)"
+                    f"{self.gene_name(first + int(left_out.argmax()))}: an identity stands before "
+                    "another operation of its stage (Space.repair moves it behind; holes=True "
+                    "takes it as it is)"
                 )
         return ops
 
@@ -174,6 +182,11 @@ class Space:
         width = float(subnet[-2])
         self.check_width(width)
         return self.check_ops([int(v) for v in subnet[:-2]]), width, int(subnet[-1])
+
+    def check_stage(self, stage: int) -> None:
+        """ValueError for a scaling stage that this space does not have."""
+        if not 0 <= stage <= self.max_scaling_stage:
+            raise ValueError(f"scaling stage {stage} is not in 0..{self.max_scaling_stage}")
 
     def check_width(self, width: float) -> None:
         """ValueError when the weights are not wide enough for a multiplier."""
@@ -241,10 +254,25 @@ class Space:
         return ops
 
     def multipliers(self, stage: int, indices: Sequence[int]) -> tuple[float, float, int]:
-        """`(depth, width, resolution)` of a scaling stage's index triple; stage 0 is the base."""
+        """`(depth, width, resolution)` of a scaling stage's index triple; stage 0 is the base.
+
+        Raises ValueError for a stage or an index that is not there.
+        """
+        self.check_stage(stage)
         if stage == 0:
             return 1.0, 1.0, self.base_resolution
+        names, lists = (
+            ("depth", "width", "resolution"),
+            (self.depths, self.widths, self.resolutions),
+        )
+        if len(indices) != 3:
+            raise ValueError(f"a scaling has 3 indices ({', '.join(names)}), not {len(indices)}")
         d, w, r = (int(i) for i in indices)
+        for name, values, i in zip(names, lists, (d, w, r)):
+            if not 0 <= i < len(values[stage]):
+                raise ValueError(
+                    f"{name} index {i} of stage {stage} is not in 0..{len(values[stage]) - 1}"
+                )
         return self.depths[stage][d], self.widths[stage][w], self.resolutions[stage][r]
 
     def scaled(
@@ -279,9 +307,12 @@ class Space:
             table[start + i, 0] = dim_in * dim_out
         return table
 
-    def flops(self, ops: Any, width: Any = 1.0, resolution: Any = None) -> Any:
-        """Multiply-adds of sub-networks: ops [genes] -> int, ops [N, genes] -> int64 [N]."""
-        ops = np.asarray(ops, np.int64)
+    def flops(self, ops: Any, width: Any = 1.0, resolution: Any = None, holes: bool = False) -> Any:
+        """Multiply-adds of sub-networks: ops [genes] -> int, ops [N, genes] -> int64 [N].
+
+        Raises ValueError for what `check_ops` refuses.
+        """
+        ops = self.check_ops(ops, holes)
         resolution = self.base_resolution if resolution is None else resolution
         if ops.ndim == 1:
             return int(self._costs(ops[None], float(width), int(resolution))[0])
@@ -326,11 +357,13 @@ class Space:
         gaps = []
         for base in bases:
             ops, width, resolution = self.scaled(base, stage, indices)
-            gaps.append(abs(factor * self.flops(base) - self.flops(ops, width, resolution)))
+            found = self.flops(ops, width, resolution, holes=True)
+            gaps.append(abs(factor * self.flops(base, holes=True) - found))
         return sum(gaps) / len(gaps)
 
     def scalings(self, stage: int) -> list[tuple[int, int, int]]:
         """Every (depth, width, resolution) index triple of a stage, in lexicographic order."""
+        self.check_stage(stage)
         shape = (len(self.depths[stage]), len(self.widths[stage]), len(self.resolutions[stage]))
         return [tuple(int(i) for i in index) for index in np.ndindex(*shape)]
 
@@ -373,7 +406,7 @@ class Space:
         seen = []
         for _ in range(tries):
             base = self.random_base(rng)
-            flops = self.flops(base)
+            flops = self.flops(base, holes=True)
             if abs(flops - budget) <= error:
                 return base
             seen.append(flops)
@@ -418,6 +451,7 @@ class Space:
 
         Raises ValueError when `ops` is no draw of hierarchical sampling.
         """
+        self.check_stage(stage)
         ops = self.check_ops(ops)
         for depth in self.depths[stage]:
             base = ops.copy()

@@ -259,7 +259,7 @@ class Space:
         return self.flops(small), self.flops(large)
 
     def check_budget(self, least: float, budget: float) -> None:
-        """ValueError, with the range there is, for a band that no network can lie in."""
+        """ValueError, with the range there is, for a band of no network or beyond the largest."""
         check_band(least, budget, self.cheapest_and_dearest())
 
     def identity_probability(

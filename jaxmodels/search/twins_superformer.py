@@ -113,6 +113,16 @@ class TwinsSuperformer(nn.Module):
         """The arrays of a genome [genes]; `side`: 0 left, 1 right, 2 cyclic."""
         return choices(self.space, genes, side)
 
+    def standalone(self, genome: Sequence[int]) -> tuple[str, dict[str, Any]]:
+        """Name and constructor arguments of the network that a genome is on its own.
+
+        Raises ValueError for an illegal genome.
+        """
+        same = ("windows", "sr_ratios", "patch_size", "classes", "image_size", "channels")
+        stages = self.space.decode(self.space.check(genome))
+        arguments = {"stages": stages, **{name: getattr(self, name) for name in same}}
+        return "search.twins:TwinsNet", arguments
+
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes that generic code initializes with."""
         size = self.image_size
@@ -217,7 +227,6 @@ def extract(
     Raises ValueError for an illegal genome or another side than left, right and cyclic.
     """
     from jaxmodels.interop.catalog import export, find, import_state
-    from jaxmodels.search.twins import TwinsNet
 
     if side not in SIDES:
         raise ValueError(f"side {side!r}; known: {', '.join(SIDES)}")
@@ -242,12 +251,9 @@ def extract(
     for name in ("norm.weight", "norm.bias"):
         cut[name] = state[name][tokens]
     cut["head.weight"], cut["head.bias"] = state["head.weight"][:, tokens], state["head.bias"]
-    network = TwinsNet(
-        stages=decoded, windows=module.windows, sr_ratios=module.sr_ratios,
-        patch_size=module.patch_size, classes=module.classes, image_size=module.image_size,
-        channels=module.channels,
-    )  # fmt: skip
-    return network, import_state(find("search.twins:TwinsNet"), network, cut)[0]
+    name, arguments = module.standalone(genome)
+    network = find(name).build(**arguments)
+    return network, import_state(find(name), network, cut)[0]
 
 
 def _cut_block(state, prefix, full, block, tokens):

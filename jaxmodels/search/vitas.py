@@ -12,7 +12,7 @@ others are masked, so that one compiled function serves every genome.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +34,8 @@ from jaxmodels.search.vitas_nets import (
     bias_init,
     embed_patches,
     kernel_init,
+    resize_positions,
+    standalone_arguments,
 )
 from jaxmodels.search.vitas_space import Space
 
@@ -144,7 +146,8 @@ class Superformer(nn.Module):
 
     `qkv` 2 has a q and k projection of its own for every head choice and one v, 1 one of q and k
     and a v for every head choice, 0 one fused projection. `block_name` is the last op's name in
-    the configuration, which official checkpoints have in their keys.
+    the configuration, which official checkpoints have in their keys. `resize_checkpoint` fits a
+    file's position tables to another image size.
 
     Raises ValueError for unknown `qkv` or `compat` and an image size no patch divides.
     """
@@ -162,6 +165,7 @@ class Superformer(nn.Module):
     channels: int = 3
     qkv: int = 2
     compat: str = "official"
+    resize_checkpoint: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -184,6 +188,10 @@ class Superformer(nn.Module):
     def choices(self, genes: Any, side: Any) -> Choice:
         """The arrays of a genome [genes]; `side`: 0 left, 1 right, 2 cyclic."""
         return choices(self.space, genes, side, self.compat)
+
+    def standalone(self, genome: Sequence[int]) -> tuple[str, dict[str, Any]]:
+        """Name and constructor arguments of the network that a genome is on its own."""
+        return "search.vitas:ViTAS", standalone_arguments(self.space, genome)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes that generic code initializes with."""
@@ -419,6 +427,31 @@ def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:
             "the checkpoint is a stand-alone network's (attn.qkv) and the model a superformer "
             "(attn.qk0); load it as search.vitas:ViTAS"
         )
+
+
+def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """With `resize_checkpoint`, a state dict whose position tables fit the module's image size.
+
+    Raises ValueError with both sizes where tables do not fit and that is not asked for.
+    """
+    patches = module.patches if isinstance(module, Superformer) else (module.patch_size,)
+    out = dict(state)
+    for i, patch in enumerate(patches):
+        key = f"net.backbone_init_stem_Patch_init_0.{i}.pos_embed"
+        side = module.image_size // patch
+        # Another rank is no position table: loading says what does not fit.
+        if key not in state or np.ndim(state[key]) != 3:
+            continue
+        tokens = state[key].shape[1]
+        if tokens == side * side + 1:
+            continue
+        if not module.resize_checkpoint:
+            raise ValueError(
+                f"{key} has {tokens} positions, image size {module.image_size} in patches of "
+                f"{patch} wants {side * side + 1}; resize_checkpoint=True fits it"
+            )
+        out[key] = resize_positions(state[key], side)
+    return out
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,14 +1,12 @@
-"""Cutting a ViTAS network out of its superformer, and fitting its positions to an image size."""
+"""Cutting a ViTAS network out of its superformer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.restoration.resampling import resize
 from jaxmodels.search import vitas
 from jaxmodels.search.vitas_nets import ViTAS, standalone_arguments
 
@@ -77,20 +75,3 @@ def _qkv(state, prefix, leaf, module, op, rows):
     qk = state[f"{prefix}.qk{op if module.qkv == 2 else ''}.{leaf}"]
     v = state[f"{prefix}.v{op if module.qkv == 1 else ''}.{leaf}"]
     return [qk[rows], qk[third + rows], v[rows]]
-
-
-def resize_positions(table: Any, side: int) -> Any:
-    """A position table [1, 1 + n n, D] for `side` x `side` patches, the class slot kept.
-
-    Bicubic with the kernel of PyTorch's `interpolate(mode="bicubic")`; the same side gives the
-    table back. Raises ValueError for a table of no square grid.
-    """
-    count = table.shape[1] - 1
-    old = math.isqrt(count)
-    if old * old != count:
-        raise ValueError(f"a position table of 1 + {count} tokens has no square grid")
-    if old == side:
-        return table
-    grid = np.asarray(table)[:, 1:].reshape(1, old, old, -1)
-    grid = np.asarray(resize(grid, (side, side), "bicubic"))
-    return np.concatenate([np.asarray(table)[:, :1], grid.reshape(1, side * side, -1)], axis=1)

@@ -6,6 +6,7 @@ xiusu/ViTAS@066bb20 (core/search_space, config/inference, README).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxmodels.layers.convolution import Linear
 from jaxmodels.layers.dropout import drop_path
 from jaxmodels.layers.initializers import torch_bias, torch_kernel
 from jaxmodels.layers.normalization import LayerNorm
+from jaxmodels.restoration.resampling import resize
 from jaxmodels.search.vitas_space import Space
 
 BLOCK_EPSILON = 1e-6
@@ -59,6 +61,7 @@ class ViTAS(nn.Module):
     `blocks` has `(heads, attention width, MLP width)` or None (identity) for every position;
     `vitas_space.Space.decode` makes it from a genome. Drop path grows linearly over positions,
     identities counted. The softmax's scale is (dim // heads) ** -0.5, which is not the head width.
+    `resize_checkpoint` fits a file's position table to another image size.
 
     Raises ValueError for an attention width that 3 x heads do not divide, no block at all, and an
     image size that the patch does not divide.
@@ -71,6 +74,7 @@ class ViTAS(nn.Module):
     image_size: int = 224
     channels: int = 3
     drop_path_rate: float = 0.0
+    resize_checkpoint: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -145,6 +149,23 @@ class ViTAS(nn.Module):
         maps["norm"] = x
         maps["logits"] = Linear(self.classes, name="net.backbone_FC_FC_0.0.module.0", **linear)(x)
         return maps
+
+
+def resize_positions(table: Any, side: int) -> Any:
+    """A position table [1, 1 + n n, D] for `side` x `side` patches, the class slot kept.
+
+    Bicubic with the kernel of PyTorch's `interpolate(mode="bicubic")`; the same side gives the
+    table back. Raises ValueError for a table of no square grid.
+    """
+    count = table.shape[1] - 1
+    old = math.isqrt(count)
+    if old * old != count:
+        raise ValueError(f"a position table of 1 + {count} tokens has no square grid")
+    if old == side:
+        return table
+    grid = np.asarray(table)[:, 1:].reshape(1, old, old, -1)
+    grid = np.asarray(resize(grid, (side, side), "bicubic"))
+    return np.concatenate([np.asarray(table)[:, :1], grid.reshape(1, side * side, -1)], axis=1)
 
 
 def standalone_arguments(space: Space, genome: Sequence[int]) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class Space:
         return min(ends), max(ends)
 
     def check_budget(self, least: float, budget: float) -> None:
-        """ValueError, with the range there is, for a band that no network can lie in."""
+        """ValueError, with the range there is, for a band of no network or beyond the largest."""
         check_band(least, budget, self.cheapest_and_dearest())
 
     def example(self, share: float) -> np.ndarray:
@@ -290,11 +290,20 @@ class Space:
 
 
 def check_band(least: float, budget: float, reach: tuple[int, int]) -> None:
-    """ValueError when a band of multiply-adds and what networks reach have nothing in common."""
+    """ValueError when no network lies in a band of multiply-adds, or none is as large as it allows.
+
+    A budget beyond the largest network restricts nothing: most likely it was meant for another
+    space.
+    """
     if least > budget or budget < reach[0] or least > reach[1]:
         raise ValueError(
             f"no network has between {least:,.0f} and {budget:,.0f} multiply-adds; "
             f"they have {reach[0]:,} to {reach[1]:,}"
+        )
+    if budget > reach[1]:
+        raise ValueError(
+            f"the budget {budget:,.0f} is above the largest network; networks have {reach[0]:,} to "
+            f"{reach[1]:,} multiply-adds"
         )
 
 

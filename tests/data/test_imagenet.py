@@ -190,3 +190,63 @@ def test_wrong_options_are_named(imagenet_path):
         pipeline.train_batches(config(imagenet_path, reader="torch"), batch_size=4, seed=0)
     with pytest.raises(ValueError, match=r"data\.options\.interpolation must be one of"):
         evaluated(config(imagenet_path, interpolation="lanczos"))
+
+
+@pytest.fixture
+def index(imagenet_path, tmp_path):
+    """`rows of the minival -> config.data` of the same folders through JSON indices."""
+    root = pathlib.Path(imagenet_path)
+    files = {split: sorted(p.relative_to(root / split) for p in (root / split).rglob("*.JPEG"))
+             for split in ("train", "val")}  # fmt: skip
+    wnids = sorted(p.name for p in (root / "train").iterdir())
+
+    def rows(names):
+        return [
+            {"img_info": {"filename": str(n)},
+             "annos": {"imagenet": {"classification": str(wnids.index(n.parent.name))}}}
+            for n in names
+        ]  # fmt: skip
+
+    def make(minival=None):
+        found = {
+            "train": rows(files["train"][1::2]), "minival": rows(files["train"][::2]),
+            "val": rows(files["val"]),
+        }  # fmt: skip
+        found["minival"] = found["minival"] if minival is None else minival
+        for name, own in found.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps({"imgs": own, "other": []}))
+        folders = {"prefix": str(root / "train"), "test_prefix": str(root / "val")}
+        return config(tmp_path, "imagenet_index", **folders)
+
+    return make
+
+
+def test_json_indices_name_images_and_classes(index, imagenet_path):
+    data = index()
+    assert pipeline.split_sizes(data) == {"train": 6, "minival": 6, "test": 9}
+    assert pipeline.num_classes(data) == pipeline.num_classes(config(imagenet_path)) == 3
+    (batch,) = pipeline.eval_batches(data, "test", batch_size=9)
+    wanted = evaluated(config(imagenet_path))
+    np.testing.assert_array_equal(batch["image"], wanted["image"])
+    np.testing.assert_array_equal(batch["label"], wanted["label"])
+    assert next(pipeline.train_batches(data, batch_size=4, seed=0))["image"].shape == (4, 24, 24, 3)
+
+
+def test_classes_are_unknown_without_data(tmp_path):
+    for reader in ("auto", "folders", "tfds"):
+        assert pipeline.num_classes(config(tmp_path, reader=reader)) is None
+        assert pipeline.num_classes(config(tmp_path / "none", reader=reader)) is None
+    assert pipeline.num_classes(config(tmp_path, "imagenet_index")) is None
+
+
+def test_a_broken_index_is_named(index, tmp_path):
+    row = {"img_info": {"filename": "a.JPEG"}, "annos": {"other": {"classification": 1}}}
+    with pytest.raises(ValueError, match=r"minival.json: entry 0 has no img_info.filename and ann"):
+        next(pipeline.eval_batches(index([row]), "minival", batch_size=1))
+    data = index()
+    data["options"]["test"] = "none.json"
+    with pytest.raises(FileNotFoundError, match=r"no index .*none.json \(data.options.test"):
+        next(pipeline.eval_batches(data, "test", batch_size=1))
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON index"):
+        next(pipeline.train_batches(data, batch_size=1, seed=0))

@@ -70,7 +70,7 @@ def run_network(case):
         if number not in subnets:
             width = case.inputs[f"subnet_{number}_cm_res"][0]
             ops = case.inputs[f"subnet_{number}_ops"]
-            subnets[number] = scalenet.make_subnet(module.space, ops, width)
+            subnets[number] = scalenet.make_subnet(module.space, ops, width, holes=True)
             apply = functools.partial(module.apply, subnet=subnets[number], method="intermediates")
             forward[number] = jax.jit(apply, compiler_options=CHEAP)
         subnet = subnets[number]
@@ -88,7 +88,8 @@ def run_network(case):
 def _train(case):
     module, variables = _network(case)
     label = case.inputs["label"]
-    subnet = scalenet.make_subnet(module.space, case.inputs["subnet_ops"], case.inputs["cm_res"][0])
+    ops, width = case.inputs["subnet_ops"], case.inputs["cm_res"][0]
+    subnet = scalenet.make_subnet(module.space, ops, width, holes=True)
 
     @functools.partial(jax.jit, compiler_options=CHEAP)
     def step(variables, right):
@@ -128,7 +129,8 @@ def run_scaling(case):
     for base, (stage, *indices) in rows:
         repaired = space.repair(base)
         ops, width, resolution = space.scaled(base, stage, indices)
-        flops, base_flops = space.flops(ops, width, resolution), space.flops(repaired)
+        flops = space.flops(ops, width, resolution, holes=True)
+        base_flops = space.flops(repaired, holes=True)
         out.append((repaired, ops, width, resolution, flops, base_flops))
     names = ("repaired_basenet", "subnet_ops", "channel_mult", "resolution", "flops", "flops_base")
     return {name: np.array(column) for name, column in zip(names, zip(*out))}
@@ -137,7 +139,7 @@ def run_scaling(case):
 def run_admissible(case):
     space = _space(case.config)
     bases = case.inputs["basenets"]
-    out = {"flops_base": space.flops(bases)}
+    out = {"flops_base": space.flops(bases, holes=True)}
     for stage in range(1, space.max_scaling_stage + 1):
         for name, chosen in (("all", bases), ("first", bases[:1])):
             found = space.admissible(chosen, stage, case.config["err_scale"])
@@ -174,7 +176,7 @@ def run_samples(case):
         "channel_mult_f32": widths,
         "resolution": sizes,
         "stage": np.array(stages),
-        "flops": space.flops(np.array(ops), widths, sizes),
+        "flops": space.flops(np.array(ops), widths, sizes, holes=True),
     }
 
 

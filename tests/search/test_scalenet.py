@@ -114,6 +114,18 @@ def test_checkpoint_names_travel_both_ways(variables):
     chex.assert_trees_all_equal(again["params"], variables["params"])
 
 
+def test_the_published_network_has_the_published_parameters_and_entries():
+    from jaxmodels.interop import catalog
+
+    module = scalenet.SuperSupernet()
+    shapes = catalog.shapes(module)
+    # One byte a number: 320 million floats are not wanted here.
+    zeros = jax.tree.map(lambda s: np.broadcast_to(np.int8(0), s.shape), shapes)
+    state = catalog.export("search.scalenet", module, zeros)
+    count = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes["params"]))
+    assert (count, len(state)) == (320_014_229, 2594)
+
+
 def test_resizing_to_a_traced_size_is_resizing_to_that_size():
     image = jnp.asarray(np.random.default_rng(0).random((1, 16, 16, 1)), jnp.float32)
     for size in (16, 12):

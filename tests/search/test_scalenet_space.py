@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodels.search import scalenet_sampling, scalenet_space
+from jaxmodels.search import scalenet, scalenet_nets, scalenet_sampling, scalenet_space
 from tests.search.tiny_space import ARGUMENTS, CHEAP, SPACE
 from train.search import scaling_strategy
 
@@ -50,20 +50,34 @@ def test_every_channel_serves_equally_many_widths_from_the_two_sides(width):
 
 
 def test_hierarchical_draws_are_legal_and_follow_the_stages_law():
+    count = 200_000
     draw = jax.jit(
         jax.vmap(lambda key: scalenet_sampling.sample(PUBLISHED, key)), compiler_options=CHEAP
     )
-    found = jax.device_get(draw(jax.random.split(jax.random.key(0), 20_000)))
+    found = jax.device_get(draw(jax.random.split(jax.random.key(0), count)))
     law = np.array([1, 4, 5, 7]) / 17
-    share = np.bincount(found.stage, minlength=4) / len(found.stage)
-    assert (np.abs(share - law) < 3 * np.sqrt(law * (1 - law) / len(found.stage))).all()
+    share = np.bincount(found.stage, minlength=4) / count
+    assert (np.abs(share - law) < 3 * np.sqrt(law * (1 - law) / count)).all()
     t = scalenet_sampling.tables(PUBLISHED)
-    for i in range(300):
-        ops = np.concatenate([found.ops[i], [0, 0]])
+    numbers = np.stack([found.width, found.depth, found.resolution], 1)
+    first, counts = (a[found.stage][:, [0, 0, 1]] for a in (t.first, t.counts))
+    assert ((numbers >= first) & (numbers < first + counts)).all()
+    ops = np.pad(found.ops, ((0, 0), (0, 2)))
+    PUBLISHED.check_ops(ops)
+    for start, base, full in PUBLISHED.stage_slices():
+        if base == full:
+            continue
+        part, total = ops[:, start : start + full], (ops[:, start : start + full] > 0).sum(1)
+        # Of some base depth n: as deep as n scales to, and the op of block n - 1 from there on.
+        fits = [
+            (t.reach[found.depth, n] == total)
+            & ((part == part[:, [n - 1]]) | (np.arange(full) < n) | (part == 0)).all(1)
+            for n in range(1, base + 1)
+        ]
+        assert np.any(fits, 0).all()
+    for i in range(20):  # the same by the rule that official draws are made again with
         stage = PUBLISHED.scaling_stage_of(t.widths[found.width[i]], t.sizes[found.resolution[i]])
-        assert stage == found.stage[i]
-        # The tail repeats the last base op, or `resample` refuses.
-        assert (PUBLISHED.resample(ops, stage) == ops).all()
+        assert stage == found.stage[i] and (PUBLISHED.resample(ops[i], stage) == ops[i]).all()
 
 
 def test_uniform_draws_mix_stages():
@@ -88,13 +102,13 @@ def test_the_official_counter_lets_an_identity_pass_its_map_on_unstrided():
         **{**ARGUMENTS, "backbone": scalenet_space.backbone((6, 4, 6, 8), (1, 1, 1), (1, 2, 2))}
     )
     ops = np.array([0, 1, 0, 0, 0, 2, 0, 0, 0, 0])  # stage 2, of base depth 1, left out
-    flops = space.flops(ops, 1.0, 13)
+    flops = space.flops(ops, 1.0, 13, holes=True)
     table = space.cost_table(1.0, 13)
     conv_out = table[7, 0]
     # Stage 3 works on 6 and 3 pixels a side instead of 3 and 1, the last layer on 3.
     stage3 = 6 * 36 * 36 + 36 * 9 * 25 + 2 * 36 * 9 + 36 * 8 * 9
     assert flops == table[[0, 1, 9], ops[[0, 1, 9]]].sum() + stage3 + 9 * conv_out
-    assert space.flops(np.array([ops, ops]), 1.0, 13).tolist() == [flops, flops]
+    assert space.flops(np.array([ops, ops]), 1.0, 13, holes=True).tolist() == [flops, flops]
 
 
 def test_a_base_resolution_may_be_another_than_the_first_of_the_list():
@@ -113,11 +127,9 @@ def test_stages_that_share_values_are_told_apart_by_the_one_expected():
 
 
 def test_width_arithmetic_of_the_official_training_is_a_switch():
-    from jaxmodels.search.scalenet import make_subnet
-
-    ops = np.zeros(43, int)
-    exact = make_subnet(PUBLISHED, ops, 1.2).outputs[10]
-    single = make_subnet(PUBLISHED, ops, 1.2, "float32").outputs[10]
+    ops = PUBLISHED.random_base(np.random.default_rng(0))
+    exact = scalenet.make_subnet(PUBLISHED, ops, 1.2).outputs[10]
+    single = scalenet.make_subnet(PUBLISHED, ops, 1.2, "float32").outputs[10]
     assert (exact, single) == (48, 49)
 
 
@@ -134,6 +146,7 @@ def _changed(index, value):
     return ops
 
 
+NET = {"backbone": ARGUMENTS["backbone"], "head": ARGUMENTS["head"]}
 BAD = {
     "length": (lambda: SPACE.check_subnet([0] * 5), r"10 \+ 2 entries .* not 5"),
     "op": (lambda: SPACE.check_ops(_changed(1, 7)), r"stage1\[0\]: op index 7 is not in 0..2"),
@@ -149,6 +162,34 @@ BAD = {
     "resolution": (
         lambda: scalenet_sampling.encode(scalenet_sampling.tables(SPACE), LEGAL, 1.0, 99),
         r"no images at resolution 99; there are \[12, 13, 14, 16\]",
+    ),
+    "flops length": (lambda: SPACE.flops([0] * 5), "has 10 op indices .* not 5"),
+    "flops op": (lambda: SPACE.flops([LEGAL, _changed(1, 9)]), r"stage1\[0\]: op index 9"),
+    "flops first": (lambda: SPACE.flops(_changed(3, 0)), r"stage2\[0\]: the first block"),
+    "subnet first": (
+        lambda: scalenet.make_subnet(SPACE, _changed(3, 0), 1.0),
+        r"stage2\[0\]: the first block",
+    ),
+    "subnet length": (lambda: scalenet.make_subnet(SPACE, [0] * 5, 1.0), "10 op indices"),
+    "scaled stage": (lambda: SPACE.scaled(LEGAL, 4, (0, 0, 0)), r"stage 4 is not in 0..2"),
+    "scaled index": (
+        lambda: SPACE.scaled(LEGAL, 1, (0, 2, 0)),
+        r"width index 2 of stage 1 .* 0..1",
+    ),
+    "scaled number": (lambda: SPACE.scaled(LEGAL, 1, (0, 0)), "3 indices .* not 2"),
+    "scalings": (lambda: SPACE.admissible([LEGAL], 3, 1e9), r"scaling stage 3 is not in 0..2"),
+    "negative": (_with(max_scaling_stage=-1), "max_scaling_stage -1 must be at least 0"),
+    "zero": (
+        _with(depth_multiplier=((0.0,), (1.1, 1.2), (1.4,))),
+        r"depth_multiplier\[0\] .* posit",
+    ),
+    "net op": (
+        lambda: scalenet_nets.ScaleNet(**NET, stages=[[0], [9], [1], [0]]),
+        r"stage1\[0\]: op index 9 is not in 0..2",
+    ),
+    "net stages": (
+        lambda: scalenet_nets.ScaleNet(**NET, stages=[[0], [1]]),
+        "stages has 2 entries; this backbone has 4 stages",
     ),
     "law": (lambda: scalenet_sampling.sample(SPACE, jax.random.key(0), "even"), "sampling law"),
 }

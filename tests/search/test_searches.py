@@ -129,6 +129,19 @@ def test_two_objectives_keep_a_front():
     assert objectives.shape[1] == 2
     front = objectives[before.genetic.rank == 0]
     assert not any(nsga2.dominates(a, b) for a in objectives for b in front)
+    rows = np.array([(100 - row["fitness"], row["flops"]) for row in state.front])
+    assert (np.diff(rows[:, 1]) > 0).all() and (np.diff(rows[:, 0]) < 0).all()
+    assert rows[-1, 0] == pytest.approx(100 - state.chain[-1]["objective"])
+    for row in state.front:
+        assert SPACE.flops(row["base"], holes=True) == row["flops"]
+        assert abs(row["flops"] - options.budget) <= options.base_error
+
+
+def test_a_front_survives_a_stop(tmp_path):
+    options = mcea.Options(**{**OPTIONS.__dict__, "multi_objective": True, "iterations": 1})
+    state = mcea.run(problem(), options, mcea.init(0))
+    mcea.save(tmp_path / "search.json", state)
+    assert mcea.load(tmp_path / "search.json").front == state.front != ()
 
 
 def test_an_empty_set_of_scalings_is_an_error_with_what_there_is():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodels
-from jaxmodels.search import vitas, vitas_extract, vitas_space
+from jaxmodels.search import vitas, vitas_extract, vitas_nets, vitas_space
 from jaxmodels.search.twins_space import Space as TwinsSpace
 from jaxmodels.search.vitas_space import Space
 from tests.search.tiny_space import CHEAP, drawn_variables
@@ -155,6 +155,23 @@ def test_the_official_quirks_make_a_difference(variables):
     assert not np.allclose(outputs["all of them"], outputs["scale and positions"], atol=1e-4)
 
 
+def test_the_softmax_scale_and_the_fused_slices_differ_where_they_should(variables):
+    official = CORRECTED.clone(compat="official")
+
+    def both(op, attention):
+        """Logits of either mode for one genome, positions and width genes out of play."""
+        genome = np.array([1, op, op, op, 0, 0, 4, *[attention, 4] * 3])
+        choice = vitas.make_choice(SPACE, genome, "left", "corrected")
+        return (np.asarray(apply(m, variables, choice)) for m in (official, CORRECTED))
+
+    # Three heads of the whole dim have the superformer's scale, and whole rows are the same rows.
+    np.testing.assert_allclose(*both(op=2, attention=4), atol=1e-6)
+    ours, theirs = both(op=0, attention=4)  # Q3: one head of the whole dim
+    assert not np.allclose(ours, theirs, atol=1e-3)
+    ours, theirs = both(op=2, attention=1)  # Q4: k rows of a narrow net are q rows of the wide one
+    assert not np.allclose(ours, theirs, atol=1e-3)
+
+
 def test_the_identity_probability_is_found_or_the_band_refused():
     space = Space()
     probability, mean = space.identity_probability(900e6, 1000e6, draws=400)
@@ -164,6 +181,8 @@ def test_the_identity_probability_is_found_or_the_band_refused():
         space.identity_probability(1.0, 2.0)
     with pytest.raises(ValueError, match="no network has between"):
         space.identity_probability(2e9, 1e9)
+    with pytest.raises(ValueError, match=f"above the largest network; networks have {low:,} to"):
+        space.check_budget(1e9, 1e13)
     twins = TwinsSpace((24, 48), (2, 2), (2, 6), (4, 2), (4, 2), image_size=32)
     least, most = (twins.flops(twins.sample_many(np.random.default_rng(0), 999, p)).mean()
                    for p in (0.9, 0.8))  # fmt: skip
@@ -175,8 +194,8 @@ def test_the_identity_probability_is_found_or_the_band_refused():
 
 def test_positions_for_another_image_size_are_resized_bicubically():
     table = np.random.default_rng(0).normal(size=(1, 17, 6)).astype(np.float32)
-    assert vitas_extract.resize_positions(table, 4) is table
-    larger = vitas_extract.resize_positions(table, 6)
+    assert vitas_nets.resize_positions(table, 4) is table
+    larger = vitas_nets.resize_positions(table, 6)
     assert larger.shape == (1, 37, 6) and (larger[:, 0] == table[:, 0]).all()
     # PyTorch 2.13's interpolate(mode="bicubic", align_corners=False): first and last rows.
     grid = np.arange(16, dtype=np.float32) ** 1.5
@@ -187,12 +206,32 @@ def test_positions_for_another_image_size_are_resized_bicubically():
     }  # fmt: skip
     for side, (first, last) in rows.items():
         table = np.concatenate([[7.0], grid]).astype(np.float32)[None, :, None]
-        found = vitas_extract.resize_positions(table, side)[0, 1:, 0].reshape(side, side)
+        found = vitas_nets.resize_positions(table, side)[0, 1:, 0].reshape(side, side)
         np.testing.assert_allclose(found[[0, -1]], [first, last], rtol=1e-5, atol=2e-5)
     flat = np.ones((1, 17, 1), np.float32)
-    assert np.allclose(vitas_extract.resize_positions(flat, 7), 1)
+    assert np.allclose(vitas_nets.resize_positions(flat, 7), 1)
     with pytest.raises(ValueError, match="no square grid"):
-        vitas_extract.resize_positions(table[:, :16], 4)
+        vitas_nets.resize_positions(table[:, :16], 4)
+
+
+def test_a_file_is_loaded_at_another_image_size_where_that_is_asked_for(variables):
+    from jaxmodels.interop.catalog import export
+
+    state = export("search.vitas", CORRECTED, variables)
+    larger = {**ARGUMENTS, "compat": "corrected", "image_size": 24}
+    with pytest.raises(ValueError, match=r"0.pos_embed has 17 positions, .* wants 37; resize_che"):
+        jaxmodels.load("search.vitas", state, **larger)
+    _, found = jaxmodels.load("search.vitas", state, **larger, resize_checkpoint=True)
+    for i, side in enumerate((6, 3)):
+        stem = f"net.backbone_init_stem_Patch_init_0.{i}"
+        wanted = vitas_nets.resize_positions(variables["params"][stem]["pos_embed"], side)
+        np.testing.assert_array_equal(found["params"][stem]["pos_embed"], wanted)
+    network, own = vitas_extract.extract(CORRECTED, variables, SPACE.shift(GENOME), "cyclic")
+    state = export("search.vitas:ViTAS", network, own)
+    arguments = {**vitas_nets.standalone_arguments(SPACE, SPACE.shift(GENOME)), "image_size": 24}
+    _, found = jaxmodels.load("search.vitas:ViTAS", state, **arguments, resize_checkpoint=True)
+    stem = "net.backbone_init_stem_Patch_init_0.0"
+    assert found["params"][stem]["pos_embed"].shape[1] == 10
 
 
 def _genome(**changes):
@@ -301,12 +340,15 @@ def test_a_cut_box_is_that_of_double_precision():
     assert [int(n) for n in box] == [8, 12, 8, 12] and float(share) == pytest.approx(0.96)
 
 
-def test_twins_has_the_published_number_of_parameters():
+@pytest.mark.parametrize(
+    ("size", "count"), (("small", 24_060_776), ("base", 56_070_952), ("large", 99_271_400))
+)
+def test_twins_has_the_published_number_of_parameters(size, count):
     from jaxmodels.interop import catalog
 
-    module = catalog.find("search.twins:twins_svt_small").build()
+    module = catalog.find(f"search.twins:twins_svt_{size}").build()
     shapes = jax.tree.leaves(catalog.shapes(module)["params"])
-    assert sum(int(np.prod(s.shape)) for s in shapes) == 24_060_776
+    assert sum(int(np.prod(s.shape)) for s in shapes) == count
 
 
 def test_windows_that_do_not_tile_a_map_are_named():

@@ -203,7 +203,7 @@ def test_what_ends_a_search_is_one_line(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no scaling of stage 1 keeps to 2 x the base model's multiply-adds")
 
     weights = {"params": np.ones(3, np.float32)}
-    monkeypatch.setattr("train.checkpoints.load_params", lambda *_, **__: weights)
+    monkeypatch.setattr("train.search.settings.load_supernet", lambda *_: weights)
     monkeypatch.setattr(command, "_mcea", barren)
     argv = [f"--config={SCALENET}", f"--checkpoint={tmp_path}", f"--workdir={tmp_path}"]
 

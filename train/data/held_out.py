@@ -56,6 +56,13 @@ def element_spec(options: Mapping[str, Any]):
     return module.element_spec(inner)
 
 
+def num_classes(options: Mapping[str, Any]) -> int | None:
+    """That of the family."""
+    from train.data import pipeline
+
+    return pipeline.num_classes({"name": options["of"], "options": _options(options)})
+
+
 def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     """Number of examples of each split."""
     module, inner = _inner(options)

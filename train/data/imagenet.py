@@ -46,7 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "imagenet2012": {"reader": "tfds"},
 }
 SPLITS = ("train", "validation")
-NUM_CLASSES = 1000
 PUBLISHED_SIZES = {"train": 1281167, "validation": 50000}
 
 _FOLDERS = {"train": "train", "validation": "val"}
@@ -119,6 +118,17 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     return {split: len(source(split, options)) for split in SPLITS}
 
 
+def num_classes(options: Mapping[str, Any]) -> int | None:
+    """Number of classes; None where no data is on disk."""
+    try:
+        folder, as_folders = _located(options)
+        if as_folders:
+            return len(_classes(str(folder)))
+        return TfdsSource.open(folder, SPLITS[0]).classes
+    except FileNotFoundError:
+        return None
+
+
 def source(split: str, options: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     """Encoded images `{"bytes", "label", "name"}` of one split.
 
@@ -126,6 +136,12 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
       FileNotFoundError: one line naming `data.options.path` and what was looked for there.
       ValueError: unknown `data.options.reader`.
     """
+    folder, as_folders = _located(options)
+    return FolderSource.scan(str(folder), split) if as_folders else TfdsSource.open(folder, split)
+
+
+def _located(options: Mapping[str, Any]) -> tuple[pathlib.Path, bool]:
+    """The data's folder, and whether it holds folders of images."""
     reader = options["reader"]
     if reader not in ("auto", "folders", "tfds"):
         raise ValueError(f"data.options.reader must be auto, folders or tfds, not {reader!r}")
@@ -139,9 +155,7 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
             "with imagenet2012"
         )
     folder = pathlib.Path(path).expanduser()
-    if reader == "folders" or (reader == "auto" and (folder / "train").is_dir()):
-        return FolderSource.scan(str(folder), split)
-    return TfdsSource.open(folder, split)
+    return folder, reader == "folders" or (reader == "auto" and (folder / "train").is_dir())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +249,11 @@ class TfdsSource:
                 "as array_record: tfds build imagenet2012 --file_format=array_record"
             )
         return cls(str(directory), split)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return tfds.builder_from_directory(self.directory).info.features["label"].num_classes
 
     @functools.cached_property
     def _records(self) -> Sequence[dict[str, Any]]:

@@ -6,6 +6,7 @@
 - `OPTIONS`: the options it knows with their defaults; `VARIANTS`: variant name -> options;
 - `SPLITS`: (training split, evaluation split, ...);
 - `element_spec(options)`: name -> `jax.ShapeDtypeStruct` of one example, without any data;
+- optional `num_classes(options)`, of its labels, or a constant `NUM_CLASSES` (by `options["set"]`);
 - optional `eval_element_spec(options)`: the same for evaluation, where it differs (whole graphs);
 - `split_sizes(options)`: split -> number of examples, without data where that is known;
 - `source(split, options)`: a picklable random-access sequence of raw examples;
@@ -90,6 +91,15 @@ def split_sizes(data: Mapping[str, Any]) -> dict[str, int]:
     """Number of examples of each split; published numbers where no data is on disk."""
     module, options = resolve(data)
     return module.split_sizes(options)
+
+
+def num_classes(data: Mapping[str, Any]) -> int | None:
+    """Number of classes of the labels; None where there are none, or the data must be there."""
+    module, options = resolve(data)
+    if hasattr(module, "num_classes"):
+        return module.num_classes(options)
+    classes = getattr(module, "NUM_CLASSES", None)
+    return classes[options["set"]] if isinstance(classes, dict) else classes
 
 
 def eval_split(data: Mapping[str, Any]) -> str:

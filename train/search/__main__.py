@@ -7,9 +7,10 @@ Every sub-step is saved: the same command goes on after a kill, with the same re
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ choose_platform()
 from train.command_line import read_flags, stop_with_one_line  # noqa: E402
 from train.naming import ConfigError  # noqa: E402
 
-# What may change while a search goes on.
-_FREE = ("chunk", "compare", "keep")
-FLAGS = {"checkpoint": "a supernet's run directory", "workdir": "where the search is kept"}
+FLAGS = {
+    "checkpoint": "a supernet's run directory or its PyTorch checkpoint file",
+    "workdir": "where the search is kept",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -32,20 +34,20 @@ def main(argv: list[str]) -> int:
     if "search" not in config:
         raise ConfigError("config.search: this config has no search")
     from train.building import build_task
-    from train.checkpoints import load_params
     from train.process import prepare_process
+    from train.search import settings
 
     prepare_process()
+    settings.check_options(config)
+    task = build_task(config)
+    settings.check_reach(config, task)
+    variables = settings.load_supernet(config, task, paths["checkpoint"])
     workdir = Path(paths["workdir"])
     workdir.mkdir(parents=True, exist_ok=True)
-    task = build_task(config)
-    variables = load_params(paths["checkpoint"], ema=True)
-    kinds = {"mcea": _mcea, "genome": _genome}
-    if config.search.kind not in kinds:
-        raise ConfigError(f"config.search.kind: {config.search.kind!r}; known: mcea, genome")
-    keep_settings(workdir, {**config.search.to_dict(), "weights": _digest(variables)})
+    settings.keep_settings(workdir, config, task, variables)
+    search = {"mcea": _mcea, "genome": _genome}[config.search.kind]
     try:
-        found, table, points = kinds[config.search.kind](config, task, variables, workdir)
+        found, table, points = search(config, task, variables, workdir)
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # JAX's own are defects
             raise
@@ -54,42 +56,13 @@ def main(argv: list[str]) -> int:
     (workdir / "found.json").write_text(json.dumps(found, indent=2) + "\n")
     lines = ["| quantity | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
     report = "\n".join(lines)
-    (workdir / "report.md").write_text(f"# Search\n\n{report}\n\n![frontier](frontier.png)\n")
-    draw_frontier(points, workdir / "frontier.png")
+    words = shlex.join(found.get("flags", []))
+    alone = f"Flags that train the best network on its own:\n\n    {words}\n\n" if words else ""
+    text = f"# Search\n\n{report}\n\n{alone}![frontier](frontier.png)\n"
+    (workdir / "report.md").write_text(text)
+    draw_frontier(points, workdir / "frontier.png", found.get("front", ()))
     print(report)
     return 0
-
-
-def keep_settings(workdir: Path, settings: dict) -> None:
-    """Write `settings.json`; where a search has begun, refuse to go on with other settings.
-
-    What it found so far would be passed off as theirs. Raises ConfigError naming the first that
-    differs.
-    """
-    settings = {k: v for k, v in settings.items() if k not in _FREE}
-    path = workdir / "settings.json"
-    if (workdir / "search.json").exists() and path.exists():
-        before = json.loads(path.read_text())
-        for key, value in json.loads(json.dumps(settings)).items():
-            if before.get(key) != value:
-                what = "the supernet's weights" if key == "weights" else f"config.search.{key}"
-                now = "others" if key == "weights" else f"{value!r}, not {before.get(key)!r}"
-                raise ConfigError(
-                    f"{workdir} holds a search begun with other settings ({what}: now {now}); "
-                    "take another --workdir"
-                )
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(settings, indent=2) + "\n")
-    part.replace(path)
-
-
-def _digest(variables) -> str:
-    import jax
-
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(variables):
-        found.update(np.ascontiguousarray(leaf))
-    return found.hexdigest()
 
 
 def _say(text: str) -> None:
@@ -121,7 +94,7 @@ def _mcea(config, task, variables, workdir):
         "fitness (%)": f"{objective:.2f}",
         "networks scored": state.evaluations,
         "traces of the scoring function": scorer.traces,
-        "base (multiply-adds)": f"{space.flops(state.base):,}",
+        "base (multiply-adds)": f"{space.flops(state.base, holes=True):,}",
     }
     if search.compare:
         value, _ = mcea.random_search(problem, options, search.seed, state.evaluations)
@@ -134,31 +107,55 @@ def _mcea(config, task, variables, workdir):
         numbers = {"depth": depth, "width": width, "resolution": resolution, "flops": flops}
         return {**numbers, "stages": stages, **more}
 
-    own = (1.0, 1.0, space.base_resolution, space.flops(state.base))
-    base = network(*own, by_stage(space, space.repair(state.base)))
-    found = {"base": list(state.base), "stages": {"S0": base}, "fitness": objective}
-    searched = {}
-    for s, triple in state.scalings.items():
-        ops, width, resolution = space.scaled(state.base, s, triple)
-        depth = space.multipliers(s, triple)[0]
-        searched[s] = (depth, width, resolution / space.base_resolution)
-        key = (tuple(int(v) for v in ops), float(width), int(resolution))
-        flops = space.flops(ops, width, resolution)
-        row = (depth, width, resolution, flops, by_stage(space, ops))
-        found["stages"][f"S{s}"] = network(*row, accuracy=state.accuracy.get(key))
-        table[f"S{s}"] = f"d {depth:g}, w {width:g}, r {resolution}: {flops:,} multiply-adds"
-    strategy = scaling_strategy.fit(searched)
+    def family(base, scalings):
+        """Rows S0, S1, ... of a base model and its scalings."""
+        own = (1.0, 1.0, space.base_resolution, space.flops(base, holes=True))
+        rows = {"S0": network(*own, by_stage(space, space.repair(base)))}
+        for s, triple in scalings.items():
+            ops, width, resolution = space.scaled(base, int(s), triple)
+            key = (tuple(int(v) for v in ops), float(width), int(resolution))
+            flops = space.flops(ops, width, resolution, holes=True)
+            row = (space.multipliers(int(s), triple)[0], width, resolution, flops)
+            rows[f"S{s}"] = network(*row, by_stage(space, ops), accuracy=state.accuracy.get(key))
+        return rows
+
+    stages = family(state.base, state.scalings)
+    found = {"base": list(state.base), "stages": stages, "fitness": objective}
+    for s in state.scalings:
+        row = stages[f"S{s}"]
+        table[f"S{s}"] = (
+            f"d {row['depth']:g}, w {row['width']:g}, r {row['resolution']}: "
+            f"{row['flops']:,} multiply-adds"
+        )
+    searched = {
+        s: (stages[f"S{s}"]["depth"], stages[f"S{s}"]["width"],
+            stages[f"S{s}"]["resolution"] / space.base_resolution)
+        for s in state.scalings
+    }  # fmt: skip
+    strategy = scaling_strategy.fit(searched, search.get("strategy", "linear"))
     for s in (space.max_scaling_stage + 1, space.max_scaling_stage + 2):
         # On toy spaces one block more is over 2 % of a network.
         tolerance = 0.02 if options.budget > 1e8 else 0.1
         scaled = scaling_strategy.generalize(space, state.base, strategy, s, tolerance)
         row = (scaled.depth, scaled.width, scaled.resolution, scaled.flops, scaled.stages)
-        found["stages"][f"S{s}"] = network(*row)
+        stages[f"S{s}"] = network(*row)
         table[f"S{s} (generalized)"] = (
             f"d {scaled.depth:.3g}, w {scaled.width:.3g}, r {scaled.resolution}: "
             f"{scaled.flops:,} multiply-adds"
         )
-    points = [(space.flops(np.array(o), w, r), a) for (o, w, r), a in state.accuracy.items()]
+    if search.multi_objective:
+        found["front"] = [
+            {**row, "stages": family(row["base"], row["scalings"])} for row in state.front
+        ]
+        for i, row in enumerate(state.front, 1):
+            table[f"front, {i} of {len(state.front)}"] = (
+                f"base of {row['flops']:,} multiply-adds: {row['fitness']:.2f} %"
+            )
+        if not state.front:
+            table["front"] = "no base model keeps to all bands under the last scalings"
+    points = [
+        (space.flops(np.array(o), w, r, holes=True), a) for (o, w, r), a in state.accuracy.items()
+    ]
     return found, table, np.array(points)
 
 
@@ -188,10 +185,22 @@ def _genome(config, task, variables, workdir):
     if search.compare:
         _, value = genome_search.random_search(space, options, scorer, search.seed, measured)
         table["random search, as many networks (%)"] = f"{value:.2f}"
-    kept = [
-        {"genome": g.tolist(), "accuracy": 100 - float(o[0]), "flops": int(space.flops(g))}
-        for g, o in zip(genes, objectives)
-    ]
+
+    def network(genome, objectives):
+        """A row of `found.json`; `model_args` build the network on its own."""
+        model, arguments = task.model.standalone(genome)
+        return {
+            "genome": genome.tolist(),
+            "accuracy": 100 - float(objectives[0]),
+            "flops": int(space.flops(genome)),
+            "model": model,
+            "model_args": arguments,
+            # Words of a command line cannot be JSON: None is null there.
+            "flags": [f"--config.model={model}"]
+            + [f"--config.model_args.{k}={v}" for k, v in arguments.items()],
+        }
+
+    kept = [network(g, o) for g, o in zip(genes, objectives)]
     found = {**kept[0], "best": kept}
     keys = np.array([np.frombuffer(k, np.int64) for k in state.scores])
     values = 100 - np.array([v[0] for v in state.scores.values()])
@@ -200,14 +209,19 @@ def _genome(config, task, variables, workdir):
     return found, table, points
 
 
-def draw_frontier(points: np.ndarray, path: Path) -> None:
-    """Accuracy against multiply-adds of everything scored, the best for their size joined."""
+def draw_frontier(points: np.ndarray, path: Path, front: Sequence[Mapping] = ()) -> None:
+    """Accuracy against multiply-adds of everything scored, the best for their size joined.
+
+    `front`, of a search with two objectives, has its own panel: base models and their fitness.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    panels = 2 if front else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.6), squeeze=False)
+    axis = axes[0, 0]
     axis.plot(points[:, 0], points[:, 1], ".", color="#bbbbbb", label="scored")
     order = np.argsort(points[:, 0], kind="stable")
     best = np.maximum.accumulate(points[order, 1])
@@ -216,6 +230,11 @@ def draw_frontier(points: np.ndarray, path: Path) -> None:
     axis.set(xscale="log", xlabel="multiply-adds", ylabel="held-out accuracy (%)")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
+    if front:
+        rows = [(row["flops"], row["fitness"]) for row in front]
+        axes[0, 1].plot(*zip(*rows), "-o", color="#aa4444")
+        axes[0, 1].set(xlabel="multiply-adds of the base model", ylabel="fitness (%)")
+        axes[0, 1].grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".part.png"), dpi=110)
     plt.close(figure)

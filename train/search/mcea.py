@@ -44,7 +44,8 @@ class Options:
 
     `budget`: of the base model, multiply-adds; stage s has 2^s times as many. `base_error` and
     `scale_error`: tolerances. `ratio`: stage weights are ratio^(S - s). `multi_objective` adds the
-    base model's multiply-adds as a second objective.
+    base model's multiply-adds as a second objective: survival is then by both, and the front of
+    every search of a base model is kept. The chain goes on from the fittest, as without.
     """
 
     budget: float = 306e6
@@ -68,6 +69,8 @@ class State(NamedTuple):
       base: op genes or None. scalings: stage -> (depth, width, resolution) numbers.
       chain: (iteration, what was updated, base, scalings, objective) of every update.
       genetic: the base search in progress, or None. accuracy: network -> %, all scored so far.
+      front: with two objectives, the base models of the last search that no other was both fitter
+        and cheaper than, cheapest first, none with a penalty: (base, fitness, flops, scalings).
     """
 
     seed: int
@@ -79,6 +82,7 @@ class State(NamedTuple):
     chain: tuple[dict[str, Any], ...]
     genetic: nsga2.State | None
     accuracy: dict[Network, float]
+    front: tuple[dict[str, Any], ...] = ()
 
     @property
     def evaluations(self) -> int:
@@ -156,7 +160,7 @@ def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy, er
     weights = weights / weights.sum()
     table: list[Any] = []
     for base in bases:
-        flops = space.flops(base)
+        flops = space.flops(base, holes=True)
         if abs(flops - options.budget) > options.base_error:
             table.append(3 + (options.budget - flops) / options.budget)
             continue
@@ -167,7 +171,7 @@ def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy, er
                 row.append(network)
             else:
                 budget = options.budget * 2**s
-                row.append(3 + (budget - space.flops(*_costly(network))) / budget)
+                row.append(3 + (budget - _flops(space, network)) / budget)
         table.append(row)
     wanted = [n for row in table if isinstance(row, list) for n in row if isinstance(n, tuple)]
     accuracy = _scored(problem, wanted, accuracy)
@@ -180,9 +184,10 @@ def _fitnesses(problem: Problem, options: Options, bases, scalings, accuracy, er
     return np.array(values), accuracy
 
 
-def _costly(network: Network):
+def _flops(space: Space, network: Network) -> int:
     ops, width, resolution = network
-    return np.array(ops), width, resolution
+    # The published repair, which is the search's, may leave identities before operations.
+    return space.flops(np.array(ops), width, resolution, holes=True)
 
 
 def _initial(problem: Problem, options: Options, state: State) -> State:
@@ -204,8 +209,7 @@ def _best_scaling(problem: Problem, options: Options, bases, stage: int, accurac
     space = problem.space
     admissible = space.admissible(bases, stage, options.scale_error)
     if not admissible:
-        flops = [space.flops(*_costly(_network(space, bases[0], stage, t)))
-                 for t in space.scalings(stage)]  # fmt: skip
+        flops = [_flops(space, _network(space, bases[0], stage, t)) for t in space.scalings(stage)]
         raise RuntimeError(
             f"no scaling of stage {stage} keeps to {2**stage} x the base model's multiply-adds "
             f"within {options.scale_error * 2**stage:,.0f}; the first base model's have "
@@ -228,7 +232,7 @@ def _base(problem: Problem, options: Options, state: State) -> State:
         )
         if not options.multi_objective:
             return (100 - values)[:, None]
-        return np.stack([100 - values, space.flops(genes).astype(np.float64)], axis=1)
+        return np.stack([100 - values, space.flops(genes, holes=True).astype(np.float64)], axis=1)
 
     low, high = space.base_bounds()
     search = nsga2.Problem(
@@ -254,9 +258,37 @@ def _base(problem: Problem, options: Options, state: State) -> State:
     genes, objectives = nsga2.best(genetic)
     base = tuple(int(v) for v in genes[0])
     link = _link(state.iteration, "base", base, state.scalings, 100 - objectives[0, 0])
+    front = _front(problem, options, state.scalings, genetic) if options.multi_objective else ()
     return state._replace(
-        base=base, chain=(*state.chain, link), genetic=None, phase="scaling", place=1
+        base=base, chain=(*state.chain, link), genetic=None, phase="scaling", place=1, front=front
     )
+
+
+def _front(problem: Problem, options: Options, scalings, genetic: nsga2.State):
+    """What `State.front` has of one search of a base model."""
+    space = problem.space
+    genes, objectives = nsga2.best(genetic, len(genetic.scores))
+    near = np.abs(objectives[:, 1] - options.budget) <= options.base_error
+    genes, objectives = genes[near], objectives[near]
+    fits = [
+        all(space.is_admissible([g], s, t, options.base_error) for s, t in scalings.items())
+        for g in genes
+    ]
+    genes, objectives = nsga2.front(*(a[np.array(fits, bool)] for a in (genes, objectives)))
+    return tuple(
+        {
+            "base": g.tolist(),
+            "fitness": 100 - float(o[0]),
+            "flops": int(o[1]),
+            "scalings": _named(scalings),
+        }
+        for g, o in zip(genes, objectives)
+    )
+
+
+def _named(scalings) -> dict[str, list[int]]:
+    """Scalings as JSON has them."""
+    return {str(s): list(t) for s, t in scalings.items()}
 
 
 def _link(iteration, updated, base, scalings, objective) -> dict[str, Any]:
@@ -264,7 +296,7 @@ def _link(iteration, updated, base, scalings, objective) -> dict[str, Any]:
         "iteration": iteration,
         "updated": updated,
         "base": list(base),
-        "scalings": {str(s): list(t) for s, t in scalings.items()},
+        "scalings": _named(scalings),
         "objective": float(objective),
     }
 
@@ -334,7 +366,7 @@ def save(path: str | os.PathLike, state: State) -> None:
         genetic = {k: v.tolist() for k, v in nsga2.to_arrays(state.genetic).items()}
     plain = {
         **state._asdict(),
-        "scalings": {str(s): list(t) for s, t in state.scalings.items()},
+        "scalings": _named(state.scalings),
         "genetic": genetic,
         "accuracy": [[list(n[0]), n[1], n[2], v] for n, v in state.accuracy.items()],
     }
@@ -355,4 +387,5 @@ def load(path: str | os.PathLike) -> State:
         chain=tuple(plain["chain"]),
         genetic=None if genetic is None else nsga2.from_arrays(genetic),
         accuracy={(tuple(ops), w, r): v for ops, w, r, v in plain["accuracy"]},
+        front=tuple(plain.get("front", ())),
     )

@@ -109,6 +109,14 @@ def best(state: State, count: int = 1, objective: int = 0) -> tuple[np.ndarray, 
     return genes, values[order]
 
 
+def front(genes: np.ndarray, objectives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows [n, G] and [n, M] that no other row dominates, by their last objective."""
+    kept = np.flatnonzero(non_dominated_rank(objectives) == 0) if len(objectives) else []
+    kept = np.array(kept, np.int64)
+    kept = kept[np.argsort(objectives[kept][:, -1], kind="stable")]
+    return genes[kept], objectives[kept]
+
+
 def to_arrays(state: State) -> dict[str, np.ndarray]:
     """Everything a resumed search needs, as arrays for `np.savez`."""
     keys = b"".join(state.scores)

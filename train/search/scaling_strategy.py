@@ -17,6 +17,8 @@ import numpy as np
 from jaxmodels.search.scalenet_space import Space
 
 AXES = ("depth", "width", "resolution")
+# Forms of ln m(s) and their degrees in s, which as many searched stages determine.
+FORMS = {"linear": 1, "quadratic": 2}
 RESOLUTION_STEP = 16
 _BISECTIONS = 60
 
@@ -48,13 +50,12 @@ def fit(searched: Mapping[int, Sequence[float]], form: str = "linear") -> Strate
 
     Raises ValueError for another form, no stage, or too few stages for a quadratic.
     """
-    degrees = {"linear": 1, "quadratic": 2}
-    if form not in degrees:
-        raise ValueError(f"form {form!r}; known: linear, quadratic")
+    if form not in FORMS:
+        raise ValueError(f"form {form!r}; known: {', '.join(FORMS)}")
     stages = np.array(sorted(searched), float)
-    if len(stages) < degrees[form]:
-        raise ValueError(f"a {form} fit needs {degrees[form]} searched stages, not {len(stages)}")
-    powers = stages[:, None] ** np.arange(1, degrees[form] + 1)
+    if len(stages) < FORMS[form]:
+        raise ValueError(f"a {form} fit needs {FORMS[form]} searched stages, not {len(stages)}")
+    powers = stages[:, None] ** np.arange(1, FORMS[form] + 1)
     logs = np.log(np.array([searched[int(s)] for s in stages], float))
     return Strategy(np.linalg.lstsq(powers, logs, rcond=None)[0].T)
 
@@ -95,7 +96,7 @@ def generalize(
 
     Raises RuntimeError when no exponent comes near enough, with the nearest.
     """
-    target = 2**stage * space.flops(base)
+    target = 2**stage * space.flops(base, holes=True)
     step = RESOLUTION_STEP if space.base_resolution >= 64 else 1
 
     def build(exponent: float, wider: float = 1.0) -> Scaled:

@@ -21,7 +21,7 @@ from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
 from jaxmodels.security.ensembles import each_member
 from jaxmodels.security.mhui import attack_loss, head_losses
 from jaxmodels.security.perturbations import check_labels
-from train.building import build_model
+from train.building import build_model, check_classes
 from train.naming import ConfigError
 
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
@@ -434,16 +434,7 @@ def _evaluation_images(config) -> tuple[np.ndarray, np.ndarray]:
 
 def from_config(config) -> AdversarialDetection:
     """The task of a config: its model and `task_args`."""
-    from train.data import pipeline
-
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
     task = AdversarialDetection(model=build_model(config), **args)
-    family, options = pipeline.resolve(config.data)
-    classes = getattr(family, "NUM_CLASSES", None)
-    classes = classes[options["set"]] if isinstance(classes, dict) else classes
-    if classes and classes > task.model.num_classes:
-        raise ConfigError(
-            f"config.model_args.num_classes: {task.model.num_classes}, but config.data "
-            f"{config.data.name} has {classes} classes"
-        )
+    check_classes(config, task.model)
     return task

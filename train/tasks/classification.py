@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train.building import build_model
+from train.building import build_model, check_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,4 +115,6 @@ class Classification:
 
 def from_config(config) -> Classification:
     """The task of a config: its model and `task_args`."""
-    return Classification(model=build_model(config), **config.task_args)
+    task = Classification(model=build_model(config), **config.task_args)
+    check_classes(config, task.model)
+    return task

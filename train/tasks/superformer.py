@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.search import soft_labels, twins_superformer, vitas
-from train.building import build_model
+from train.building import build_model, check_classes
 from train.data import image_mixing
 from train.naming import ConfigError
 from train.search import answers
@@ -45,6 +45,8 @@ class Superformer:
     cutmix: float = 0.0
     flops_min: float = 0.0
     budget: float = 0.0
+    # Attributes that a trained superformer's scores and the search's draws do not depend on.
+    training_only = ("smoothing", "mixup", "cutmix")
 
     def init(self, rng: jax.Array, batch) -> tuple[Any, Any]:
         """Parameters; there are no other collections."""
@@ -122,6 +124,7 @@ def from_config(config) -> Superformer:
             f"config.model {config.model}: the task superformer trains search.vitas or "
             "search.twins_superformer"
         )
+    check_classes(config, task.model)
     if task.sharing not in SHARING:
         raise ConfigError(
             f"config.task_args.sharing: {task.sharing!r}; known: {', '.join(SHARING)}"

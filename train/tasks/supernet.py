@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.search import scalenet, scalenet_sampling, soft_labels
-from train.building import build_model
+from train.building import build_model, check_classes
 from train.naming import ConfigError
 from train.search import answers
 
@@ -37,6 +37,8 @@ class Supernet:
     synchronous: bool = False
     arithmetic: str = "float64"
     loss_type: str = "s-softmax"
+    # Attributes that a trained supernet's scores do not depend on.
+    training_only = ("law", "synchronous", "loss_type")
 
     @property
     def tables(self) -> scalenet_sampling.Tables:
@@ -181,6 +183,7 @@ def from_config(config) -> Supernet:
     task = Supernet(model=build_model(config), **config.task_args)
     if not isinstance(task.model, scalenet.SuperSupernet):
         raise ConfigError(f"config.model {config.model}: the task supernet trains search.scalenet")
+    check_classes(config, task.model)
     if task.law not in scalenet_sampling.LAWS:
         known = ", ".join(scalenet_sampling.LAWS)
         raise ConfigError(f"config.task_args.law: {task.law!r}; known: {known}")
