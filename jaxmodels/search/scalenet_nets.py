@@ -253,6 +253,14 @@ def _cut(name: str, value, block, number: int, subnet: Subnet, i: int, right: bo
 
 MODEL = ScaleNet
 
+
+def _family(depths: Sequence[int], width: float, resolution: int) -> dict[str, Any]:
+    """A scaling of one base model, each stage's last op repeated to its depth."""
+    base = ((2,), (2,), (3, 3, 2, 1), (2, 2), (3, 3), (3, 2, 3), (2,))
+    scaled = (ops + ops[-1:] * (depth - len(ops)) for ops, depth in zip(base, depths, strict=True))
+    return {"stages": ((0,), *scaled, (0,)), "width": width, "resolution": resolution}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     # A small fixed network of the digits space, for comparison with searched ones.
     "digits_base": {
@@ -264,6 +272,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base_309m": {
         "stages": ((0,), (1,), (1, 1), (2, 2), (1, 1), (2, 2), (2, 2), (1,), (0,)),
     },
+    # A base model and its scalings that luminolx/ScaleNet@785322a has for retraining
+    # (config/config_scaling-24-03) and later revisions have not; that they are the paper's S0 to
+    # S5 is not said there. Resolutions of S1 to S3 are the space's, of S4 (457) and S5 (533) the
+    # next multiples of 16.
+    "scalenet_24_03_s0": _family((1, 1, 4, 2, 2, 3, 1), 1.0, 224),
+    "scalenet_24_03_s1": _family((2, 2, 5, 3, 3, 4, 2), 1.04, 256),
+    "scalenet_24_03_s2": _family((2, 2, 6, 3, 3, 5, 2), 1.2, 304),
+    "scalenet_24_03_s3": _family((2, 2, 6, 3, 3, 5, 2), 1.4, 354),
+    "scalenet_24_03_s4": _family((2, 2, 7, 4, 4, 5, 2), 1.534, 464),
+    "scalenet_24_03_s5": _family((2, 2, 8, 4, 4, 6, 2), 1.688, 528),
 }
 
 

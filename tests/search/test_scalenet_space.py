@@ -237,3 +237,19 @@ def test_searched_values_rebuild_the_searched_networks():
         stages = scaling_strategy.deepened(PUBLISHED, base, depth)
         again = scaling_strategy.flops(PUBLISHED, stages, width, resolution)
         assert again == PUBLISHED.flops(ops, width, resolution)
+
+
+def test_the_six_public_networks_are_scalings_of_their_base_model():
+    space = scalenet_space.make_space()
+    nets = [scalenet_nets.VARIANTS[f"scalenet_24_03_s{s}"] for s in range(6)]
+    ops = np.zeros(space.genes, int)
+    for (first, _, _), stage in zip(space.stage_slices(), nets[0]["stages"]):
+        ops[first : first + len(stage)] = stage
+    assert space.flops(ops) == 354_933_888
+    for stage, indices in ((1, (0, 0, 2)), (2, (4, 0, 2)), (3, (0, 0, 2))):
+        scaled, width, resolution = space.scaled(ops, stage, indices)
+        named = scalenet_nets.by_stage(space, scaled)[: len(nets[stage]["stages"])]
+        assert tuple(tuple(v for v in part if v) or (0,) for part in named) == nets[stage]["stages"]
+        assert (width, resolution) == (nets[stage]["width"], nets[stage]["resolution"])
+    for net, depth in zip(nets[4:], (1.653, 1.848)):
+        assert net["stages"] == scaling_strategy.deepened(space, ops, depth)[:9]
