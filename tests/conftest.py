@@ -31,13 +31,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Older code generation in XLA, which takes 0.6 of the compiler's time.
+    """Older code generation in XLA, which takes 0.6 of the compiler's time, in one piece.
 
-    Not for `--golden`, which checks what users run. XLA stops at a flag that it does not know, so
-    that only the release it was tried with is given it.
+    By default a program is cut into 32 pieces for as many threads to compile, which is a seventh
+    more work, and the workers have no cores to spare. Not for `--golden`, which checks what users
+    run. XLA stops at a flag that it does not know, so that only the release these were tried with
+    is given them.
     """
     if not config.getoption("--golden") and metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] += (
+            " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")
