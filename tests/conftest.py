@@ -91,7 +91,8 @@ QUICK = (
 def quick_compilation(request):
     """Skips most optimizations where compiling is what takes the time.
 
-    The committed golden cases too, not those of `--golden`, which check what users run.
+    The committed golden cases too, not those of `--golden`, which check what users run. Processes
+    that a test starts read the variable.
     """
     import jax
 
@@ -99,5 +100,8 @@ def quick_compilation(request):
     golden = where == ("test_golden.py",) and not request.config.getoption("--golden")
     quick = where[0] in QUICK or golden
     jax.config.update("jax_disable_most_optimizations", quick)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
