@@ -31,13 +31,27 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Older code generation in XLA, which takes 0.6 of the compiler's time.
+    """Older code generation in XLA, which takes 0.6 of the compiler's time, in one piece.
 
-    Not for `--golden`, which checks what users run. XLA stops at a flag that it does not know, so
-    that only the release it was tried with is given it.
+    By default a program is cut into 32 pieces for as many threads to compile, which is a seventh
+    more work, and the workers have no cores to spare. Not for `--golden`, which checks what users
+    run. XLA stops at a flag that it does not know, so that only the release these were tried with
+    is given them.
     """
     if not config.getoption("--golden") and metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] += (
+            " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        )
+
+
+def pytest_collection_finish(session):
+    """Fewer collections of garbage, none of which looks at the modules and the tests again.
+
+    Tracing makes millions of objects that stay: a tenth of its time went into looking at them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 10, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +91,8 @@ QUICK = (
 def quick_compilation(request):
     """Skips most optimizations where compiling is what takes the time.
 
-    The committed golden cases too, not those of `--golden`, which check what users run.
+    The committed golden cases too, not those of `--golden`, which check what users run. Processes
+    that a test starts read the variable.
     """
     import jax
 
@@ -85,5 +100,8 @@ def quick_compilation(request):
     golden = where == ("test_golden.py",) and not request.config.getoption("--golden")
     quick = where[0] in QUICK or golden
     jax.config.update("jax_disable_most_optimizations", quick)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
