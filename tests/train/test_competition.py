@@ -18,7 +18,7 @@ from jaxmodels.security.attribution import cluster_accuracy, open_world_metrics
 from jaxmodels.security.face_track import face_mask
 from train.building import build_task
 from train.command_line import read_flags, stop_with_one_line
-from train.competition import driving, ego, face, street, submissions
+from train.competition import deepfake, driving, ego, face, street, submissions
 from train.competition.__main__ import main, read_rules
 from train.competition.deepfake import align_clusters
 from train.competition.roster import Member, member_config, train_members
@@ -167,6 +167,61 @@ def test_novel_clusters_are_aligned_and_known_ones_left():
     probs = rng.dirichlet(np.full(6, 0.1), 200)
     order = np.array([0, 1, 5, 3, 2, 4])
     np.testing.assert_allclose(align_clusters(probs, probs[:, order], 2), probs)
+
+
+@pytest.fixture(scope="module")
+def forged(tmp_path_factory):
+    """Rules of the deepfake track over 45 images, and a member that is right about all of them."""
+    workdir = tmp_path_factory.mktemp("forged")
+    entry = {
+        "name": "m",
+        "config": "configs/ai_security.py:small",
+        "set": {"data.options.test_examples": 45, "data.options.image_size": 16},
+    }
+    rules = {**read_rules("configs/rules/deepfake.yaml"), "members": [entry]}
+    config = member_config(entry, workdir)
+    _, labels = deepfake.truth(rules, config)
+
+    def features(variables, config):
+        del variables, config
+        return np.eye(9)[labels], None, labels
+
+    member = Member("m", config, SimpleNamespace(features=features, known=5), None, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepfake, "train_members", lambda entries, workdir: [member])
+        yield rules, workdir, labels
+
+
+def test_the_deepfake_track_scores_what_is_submitted_under_the_images_names(forged):
+    rules, workdir, labels = forged
+    numbers = deepfake.attempt(rules, workdir, workdir / "right")
+    assert numbers["score"] == pytest.approx(100) and numbers["known_acc"] == 1
+    shown = sorted((workdir / "images").glob("*.png"))
+    assert [f.stem for f in shown] == [f"{i:05d}" for i in range(len(labels))]
+
+
+def test_clusters_that_say_nothing_of_the_images_score_nothing(forged, tmp_path):
+    rules, workdir, labels = forged
+    names = [f"{i:05d}" for i in range(len(labels))]
+
+    def scored(clusters):
+        submissions.write_head(tmp_path, "deepfake")
+        rows = "".join(f"{name},{cluster}\n" for name, cluster in zip(names, clusters))
+        (tmp_path / "clusters.csv").write_text("image,cluster\n" + rows)
+        return deepfake.score(rules, workdir, tmp_path)["score"]
+
+    with pytest.raises(SubmissionError, match="45 clusters, the rules allow 9"):
+        scored(range(45))
+    # The split goes round the tools: in its own order a number would be the answer.
+    assert scored(np.arange(45) % 9) < 60
+    chance = [scored(np.random.default_rng(i).permutation(labels)) for i in range(5)]
+    assert scored(np.arange(45) % 9) < np.mean(chance) + 15
+
+
+def test_a_member_with_more_classes_than_clusters_count_is_not_trained(forged):
+    rules, workdir, _ = forged
+    with pytest.raises(ConfigError, match="m tells 9 classes apart, clusters allows 8"):
+        deepfake.attempt({**rules, "clusters": 8}, workdir, workdir / "none")
 
 
 class Embed(nn.Module):
@@ -473,3 +528,5 @@ def test_driving_and_deepfake_rules_name_their_mistakes():
             check_rules("driving", {**driving_rules, **change})
     with pytest.raises(ConfigError, match="metric is 'nmi'"):
         check_rules("deepfake", {**read_rules("configs/rules/deepfake.yaml"), "metric": "nmi"})
+    with pytest.raises(ConfigError, match="clusters must be a positive number, got 0"):
+        check_rules("deepfake", {**read_rules("configs/rules/deepfake.yaml"), "clusters": 0})

@@ -72,8 +72,9 @@ def _fields(cls: type) -> tuple[str, ...]:
 
 
 def _deepfake(rules) -> None:
-    _keys("", rules, ("metric", "members"), ("deadline",))
+    _keys("", rules, ("metric", "clusters", "seed", "members"), ("deadline",))
     _choice("metric", rules["metric"], METRICS)
+    _positive("clusters", rules["clusters"])
     _members("members", rules["members"])
 
 

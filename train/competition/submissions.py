@@ -141,8 +141,14 @@ def check_budget(
     return distances
 
 
-def read_clusters(folder: Path, wanted: Sequence[str], file: str = "clusters.csv") -> np.ndarray:
-    """int [N]: the cluster id of every wanted image, from rows (image, cluster)."""
+def read_clusters(
+    folder: Path, wanted: Sequence[str], file: str = "clusters.csv", *, most: int | None = None
+) -> np.ndarray:
+    """int [N]: the cluster id of every wanted image, from rows (image, cluster).
+
+    More than `most` different ids are refused: one cluster an image is no attribution, yet mutual
+    information pays it.
+    """
     check_files(folder, [file])
     found: dict[str, int] = {}
     problems = []
@@ -164,6 +170,9 @@ def read_clusters(folder: Path, wanted: Sequence[str], file: str = "clusters.csv
             found[row[0]] = int(row[1])
     problems += [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in sorted(set(found) - set(wanted))]
+    different = len(set(found.values()))
+    if most is not None and different > most:
+        problems.append(f"{different} clusters, the rules allow {most}")
     refuse(problems)
     return np.asarray([found[name] for name in wanted])
 
