@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 
 import jax
@@ -213,13 +214,43 @@ def test_options_that_do_not_fit_the_network_or_the_data_are_named():
     with pytest.raises(ConfigError, match=r"num_classes: 10, .* cifar:cifar100 has 100 classes"):
         build_task(config)
     model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
-    task = AdversarialDetection(model, head_weights=(1.0,), attacks=())
-    batch = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros(2, jnp.int32)}
-    key = jax.random.key(0)
     with pytest.raises(ConfigError, match="head_weights: 1 for 4 heads"):
-        jax.eval_shape(task.loss, *jax.eval_shape(task.init, key, batch), batch, key)
+        AdversarialDetection(model, head_weights=(1.0,))
     with pytest.raises(ConfigError, match="prediction: 'final_head'; softmax knows: mean"):
         AdversarialDetection(model, "softmax", prediction="final_head")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"detector": "epk"}, "detector: 'epk'; did you mean 'epkl'"),
+        ({"detector": "expected_ent"}, "detector: 'expected_ent'"),
+        ({"detector": "last_head", "method": "softmax"}, "detector: 'last_head'"),
+        ({"estimator": "trase"}, "estimator: 'trase'; did you mean 'trace'"),
+        ({"target": "all"}, "target: 'all'"),
+        ({"steps": 0}, "steps: 0 is no count"),
+        ({"samples": 0}, "samples: 0 is no count"),
+        ({"members": 0}, "members: 0 is no count"),
+        ({"cw_steps": 2.5}, "cw_steps: 2.5 is no count"),
+    ],
+)
+def test_a_misspelled_or_empty_option_never_reports_something_else(wrong, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        AdversarialDetection(None, **wrong)
+
+
+def test_the_reported_score_is_the_configured_one_or_the_best_that_a_rival_has():
+    outputs = jax.nn.one_hot(jnp.array([[0, 1]]), 3)
+    for options, name in (
+        ({"detector": "mi", "estimator": "geo"}, "mi_geo"),
+        ({"detector": "ent"}, "ent"),
+        ({"detector": "last_head"}, "last_head"),
+        ({"method": "ensemble", "detector": "max_p"}, "max_p"),
+        ({"method": "ensemble"}, "mi"),
+        ({"method": "dpn_forward"}, "epkl"),
+    ):
+        task = AdversarialDetection(None, attacks=(), **options)
+        assert task.reported_score(task.scores(outputs)) == name
 
 
 def test_the_class_can_be_the_last_heads():

@@ -19,15 +19,16 @@ from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.security import attacks, prior_networks, uncertainty
 from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
 from jaxmodels.security.ensembles import each_member
-from jaxmodels.security.mhui import attack_loss, head_losses
+from jaxmodels.security.mhui import ATTACK_TARGETS, attack_loss, head_losses, taps_of
 from jaxmodels.security.perturbations import check_labels
 from train.building import build_model
-from train.naming import ConfigError
+from train.naming import ConfigError, nearest
 
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 BOUNDED = ("fgsm", "bim", "pgd", "mi", "ni", "apgd_ce", "apgd_dlr", "square", "adaptive")
 SMALLEST = ("cw", "deepfool")
 PREDICTIONS = ("mean", "final_head")
+DETECTORS = (*uncertainty.SCORES, "last_head")
 SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
 
 
@@ -48,7 +49,9 @@ class AdversarialDetection:
       target: what gradient attacks look at, `final`, `sum` or `mean`; of an ensemble always the
         mean of its members' logits.
       adaptive_weight: lambda of the adaptive attack's uncertainty.
-      estimator, detector: the fit and the measure of the reported detector.
+      estimator, detector: the fit and the measure of the reported detector, of `uncertainty`'s
+        ESTIMATORS and SCORES or, of `mhui`, `last_head`. Methods that have no such score report
+        their `mi` or else `max_p`.
       samples: forward passes of MC dropout.
       cw_steps, cw_c: of C&W.
     """
@@ -81,6 +84,26 @@ class AdversarialDetection:
             )
         for spec in self.attacks:
             parse_attack(spec)
+        for name, known in (
+            ("detector", DETECTORS if self.method == "mhui" else uncertainty.SCORES),
+            ("estimator", uncertainty.ESTIMATORS),
+            ("target", ATTACK_TARGETS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"config.task_args.{name}: {value!r}; {nearest(str(value), known)}"
+                )
+        for name in ("members", "samples", "steps", "queries", "cw_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"config.task_args.{name}: {value!r} is no count of at least 1")
+        if self.head_weights:
+            heads = len(taps_of(self.model)) if self.method == "mhui" else 0
+            if len(self.head_weights) != heads:
+                raise ConfigError(
+                    f"config.task_args.head_weights: {len(self.head_weights)} for {heads} heads"
+                )
 
     def init(self, rng, batch):
         """Parameters and batch statistics; the ensemble's have a leading axis of members."""
@@ -121,10 +144,6 @@ class AdversarialDetection:
         if self.method == "mhui":
             losses = head_losses(logits, labels, self.label_smoothing)
             weights = jnp.asarray(self.head_weights or (1.0,) * len(losses))
-            if len(weights) != len(losses):
-                raise ConfigError(
-                    f"config.task_args.head_weights: {len(weights)} for {len(losses)} heads"
-                )
             mean = jax.nn.softmax(logits).mean(1)
             metrics = {f"head{m}_loss": value for m, value in enumerate(losses)}
             metrics |= _accuracy(mean, labels)
@@ -337,12 +356,10 @@ class AdversarialDetection:
 
     def reported_score(self, found) -> str:
         """The configured score under the name the method has for it."""
-        for name in (f"{self.detector}_{self.estimator}", self.detector, "mi", "max_p"):
-            if name in found:
-                return name
-        raise ConfigError(
-            f"config.task_args.detector: {self.detector!r}; known: {', '.join(found)}"
-        )
+        wanted = (f"{self.detector}_{self.estimator}", self.detector)
+        # A single prediction has no measure of disagreement.
+        others = () if self.method == "mhui" else ("mi", "max_p")
+        return next(name for name in (*wanted, *others) if name in found)
 
     def predict(self, variables, path, config):
         """Class, probability and scores of every image; suspicious beyond 95 % of natural ones.
