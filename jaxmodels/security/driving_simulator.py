@@ -79,11 +79,22 @@ class Rollout(NamedTuple):
 
 
 def check_traffic(traffic: Traffic) -> None:
-    """Refuse simulations without time."""
+    """Refuse simulations without time, road, knots or speed, and shares that are none."""
     if not traffic.dt > 0:
         raise ValueError(f"dt must be positive, got {traffic.dt:g}")
     if traffic.steps < 1:
         raise ValueError(f"horizon must cover a step of {traffic.dt:g} s, got {traffic.horizon:g}")
+    for name, least in (("lanes", 1), ("knots", 2)):
+        if getattr(traffic, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(traffic, name)}")
+    for name in ("speed", "acceleration", "braking", "sight"):
+        if not getattr(traffic, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(traffic, name):g}")
+    for name in ("headway", "gap", "noise", "emergency_ttc", "look_ahead"):
+        if not getattr(traffic, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(traffic, name):g}")
+    if not 0 <= traffic.miss < 1:
+        raise ValueError(f"miss must lie in [0, 1), got {traffic.miss:g}")
 
 
 def check_scene(states: Any) -> None:

@@ -498,6 +498,14 @@ RULE_MISTAKES = {
     "recipes: [{name: a, steps: 2, transforms: [dim]}]": "recipes[0].transforms is 'dim'",
     "recipes: [{name: a, steps: 2, models: [white_iresnet_7]}]": "recipes[0].models is 'white_ire",
     "victims: [{name: v}]": "victims[0].config is missing",
+    "deadline: soon": "deadline: Invalid isoformat string: 'soon'",
+    "seed: one": "seed must be a number of at least 0, got 'one'",
+    "distance_weight: -3": "distance_weight must be a number from 0 to 1, got -3",
+    "budget: {kind: patch, mask: glasses, area: 0.01}": "budget.area: the patch mask covers 6.77",
+    "recipes: [{name: a, steps: 2, kernel: 0}]": "recipes[0].kernel must be a positive number",
+    "recipes: [{name: a, steps: 2, momentum: -1}]": "recipes[0].momentum must be a number of at",
+    "recipes: [{name: a, steps: 2, eot: maybe}]": "recipes[0].eot must be true or false",
+    "minimal: {models: [white_iresnet_0], largest: 16, steps: 0}": "minimal.steps must be a posi",
 }
 
 
@@ -523,6 +531,24 @@ def test_driving_and_deepfake_rules_name_their_mistakes():
         ({"traffic": {"horizons": 2.0}}, "traffic.horizons: no such key; did you mean 'horizon'"),
         ({"texture_attack": {"step": 3}}, "texture_attack.step: no such key"),
         ({"vehicles": 0}, "vehicles must be a positive number"),
+        ({"vehicles": 40}, "traffic: no room for 40 vehicles"),
+        ({"texture_attack": {"objective": "hidee"}}, "texture_attack: objective 'hidee'; known"),
+        ({"texture_attack": {"surface": "roof"}}, "texture_attack: surface 'roof'; known: rear"),
+        ({"texture_attack": {"steps": 0}}, "texture_attack: texture attack: steps and batch must"),
+        ({"texture_attack": {"diversity": 2}}, "diversity and diversity_rate are shares"),
+        ({"search": {"methods": ["cem"], "restarts": 0}}, "search.restarts must be a positive"),
+        ({"search": {"restarts": 4}}, "search.methods must be a list of at least one"),
+        ({"traffic": {"dt": 0}}, "traffic: dt must be positive, got 0"),
+        ({"traffic": {"lanes": 0}}, "traffic: lanes must be at least 1, got 0"),
+        ({"traffic": {"miss": 1.5}}, "traffic: miss must lie in [0, 1)"),
+        ({"paint": [2, 3]}, "paint: a color is three numbers of 0 to 1, got [2, 3]"),
+        ({"perception": {"confidence": 7}}, "perception.confidence must be a number from 0 to 1"),
+        ({"ego": {"replan": 0}}, "ego.replan must be a positive number, got 0"),
+        ({"trajectory_attack": {"methods": ["cem"]}}, "trajectory_attack.scenes must be a positi"),
+        (
+            {"trajectory_attack": {"scenes": 2, "objective": "up"}},
+            "trajectory_attack: objective 'up'; known: average",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_rules("driving", {**driving_rules, **change})
