@@ -17,7 +17,8 @@ from jaxmodels.security.mhui import MHUIResNet
 from jaxmodels.vision.resnet import ResNet
 from train import predict
 from train.__main__ import main
-from train.command_line import load_config
+from train.building import build_task
+from train.command_line import load_config, read_flags
 from train.data import forgeries, forgery_folders, pipeline
 from train.naming import ConfigError
 from train.optimizers import make_schedule
@@ -205,9 +206,6 @@ def test_labels_beyond_the_networks_classes_are_refused():
 
 
 def test_options_that_do_not_fit_the_network_or_the_data_are_named():
-    from train.building import build_task
-    from train.command_line import load_config
-
     config = load_config(f"{MHUI}:paper")
     with config.unlocked():
         config.data.name = "cifar:cifar100"
@@ -290,6 +288,30 @@ def test_sampled_centers_keep_every_class_of_the_batch():
     centers, places = sample_centers(jax.random.key(0), weight, labels, 0.1)
     assert centers.shape == (5, 1)
     np.testing.assert_array_equal(centers[places, 0], labels)
+
+
+def test_three_margins_can_be_given_on_the_command_line(tmp_path):
+    def margins(text):
+        config, _ = read_flags(
+            [
+                "train",
+                f"--config={SECURITY}:face",
+                f"--config.task_args.margin={text}",
+                f"--workdir={tmp_path}",
+            ],
+            need_workdir=True,
+        )
+        return face_recognition.margins_of(build_task(config).margin)
+
+    assert margins("cosface") == (1.0, 0.0, 0.4)
+    assert margins("(1,0.3,0)") == margins("1,0.3,0") == margins("[1, 0.3, 0]") == (1.0, 0.3, 0.0)
+    for text, message in (
+        ("arcfase", "margin: 'arcfase'; known: arcface"),
+        ("(1,0.3)", "margins (m1, m2, m3) need m3 > 0"),
+        ("(0.9,0.3,0)", "or m1 = 1 with m3 = 0; got (0.9, 0.3, 0.0)"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            margins(text)
 
 
 def tiny_images(root, names, count=5, size=32):
