@@ -1,11 +1,13 @@
 """MH-UI and its rivals through the commands: published files, meshes, resuming, prediction."""
 
 import dataclasses
+import functools
 import json
 import pickle
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +195,74 @@ def test_every_method_has_a_loss_predictions_and_scores(method):
         assert attacked.shape == (4, 16, 16, 3), name
 
 
+class Small(nn.Module):
+    """A smooth network with dropout before its classifier."""
+
+    @nn.compact
+    def __call__(self, x, train=False, sample_dropout=False):
+        x = jnp.tanh(nn.Dense(16)(x.reshape(len(x), -1)))
+        return 3 * nn.Dense(4)(nn.Dropout(0.5, deterministic=not (train or sample_dropout))(x))
+
+
+def small_task(method, **options):
+    """(task, its variables, images, labels as predicted)."""
+    task = AdversarialDetection(Small(), method, members=3, samples=8, **options)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.2, 0.8, (32, 4, 4, 3)).astype(np.float32)
+    params, extra = task.init(jax.random.key(0), {"image": x})
+    variables = {"params": params, **extra}
+    outputs = task.outputs(variables, x, jax.random.key(1))
+    return task, variables, x, task.probabilities(outputs).argmax(-1)
+
+
+@pytest.mark.parametrize("method", ["mc_dropout", "ensemble", "dpn_reverse"])
+def test_rivals_are_attacked_through_the_score_they_report(method):
+    task, variables, x, y = small_task(method, detector="mi", adaptive_weight=5.0)
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def reported(name):
+        images = task.attacked(variables, x, y, jax.random.key(2), 0.2, name)
+        scores = task.scores(task.outputs(variables, images, jax.random.key(3)))
+        return scores[task.reported_score(scores)].mean()
+
+    assert reported("adaptive") < 0.9 * reported("pgd")
+
+
+def test_what_an_adaptive_attack_lowers_goes_with_the_configured_score():
+    outputs = jnp.asarray(np.random.default_rng(0).normal(0, 2, (50, 3, 4)), jnp.float32)
+    for options in (
+        {},
+        {"estimator": "minka"},
+        {"detector": "mi", "estimator": "geo"},
+        {"detector": "d_ent"},
+        {"detector": "last_head"},
+        {"method": "ensemble", "detector": "ent"},
+        {"method": "dpn_forward"},
+    ):
+        task = AdversarialDetection(None, attacks=(), **options)
+        scores = task.scores(outputs)
+        own = np.asarray(scores[task.reported_score(scores)])
+        lowered = np.asarray(task.suspicion(outputs))
+        np.testing.assert_array_equal(np.argsort(own), np.argsort(lowered))
+
+
+def test_monte_carlo_dropout_is_attacked_with_its_dropout_on():
+    task, variables, x, y = small_task("mc_dropout", attacked_samples=1)
+    attack = jax.jit(task.attacked, static_argnames="name")
+    found = [attack(variables, x, y, jax.random.key(i), 0.1, name="fgsm") for i in (0, 0, 1)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (np.asarray(found[0]) != np.asarray(found[2])).mean() > 0.1
+
+
+def test_a_table_tells_how_many_an_attack_misled_and_how_far_they_were_moved():
+    task, variables, x, y = small_task("softmax", attacks=("pgd_l2:0.5", "cw"))
+    tables = task.detection(variables, x, np.asarray(y), batch_size=32)
+    assert tables["clean"]["accuracy"] == 1
+    far, near = tables["pgd_l2:0.5"], tables["cw"]
+    assert 0 < far["success"] <= 1 and far["l2"] <= 0.5 + 1e-5
+    assert near["success"] >= far["success"] and 0 < near["l2"] < far["l2"]
+
+
 def test_labels_beyond_the_networks_classes_are_refused():
     model = ResNet(layers=(1, 1, 1, 1), width=2, num_classes=4)
     task = AdversarialDetection(model, "softmax", attacks=())
@@ -276,7 +346,7 @@ def test_the_learning_rate_goes_through_the_recipes_corners():
     assert float(rate(epoch)) == float(rate(2 * epoch - 1))
 
 
-@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2"])
+@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2", "cw:0.5"])
 def test_unknown_attacks_are_named(spec):
     with pytest.raises(ConfigError, match=r"config\.task_args\.attacks"):
         parse_attack(spec)
