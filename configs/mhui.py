@@ -14,9 +14,18 @@ paper_sgd   the same with pytorch-cifar's recipe: SGD, cosine, 200 epochs, batch
 
 from train.defaults import default_config
 
+# MH-UI on another network, and on other data.
+OTHERS = ("vgg", "textures", "textures_softmax")
 METHODS = ("softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 PAPER = ("paper", "paper_vgg", "paper_sgd")
-PRESETS = ("small", *METHODS, *PAPER)
+PRESETS = ("small", *METHODS, *OTHERS, *PAPER)
+
+
+_NARROW_VGG16 = tuple(
+    layer
+    for width, count in ((8, 2), (16, 2), (32, 3), (64, 3), (64, 3))
+    for layer in (*[width] * count, "M")
+)
 
 
 def get_config(preset: str = "small"):
@@ -36,7 +45,7 @@ def get_config(preset: str = "small"):
 
 def _small(config, preset):
     network = {"width": 12, "layers": (1, 1, 1, 1), "leaky": 0.2, "num_classes": 10}
-    if preset == "small":
+    if preset in ("small", *OTHERS[:2]):
         config.model = "security.mhui:MHUIResNet"
         config.model_args = {**network, "head_features": 32}
         config.task_args.method = "mhui"
@@ -44,7 +53,7 @@ def _small(config, preset):
         config.model = "vision.resnet"
         dropout = 0.5 if preset == "mc_dropout" else 0.0
         config.model_args = {**network, "dropout": dropout}
-        config.task_args.method = preset
+        config.task_args.method = preset.removeprefix("textures_")
     config.task_args.attacks = ("fgsm:0.05", "fgsm:0.2", "fgsm:0.1", "pgd:0.05", "adaptive:0.05")
     config.data.name = "digits"
     config.data.options = {"image_size": 16, "standardize": False}
@@ -53,6 +62,16 @@ def _small(config, preset):
     config.log_every = 50
     config.eval.batch_size = 150
     config.checkpoint.every = 150
+    if preset == "vgg":
+        config.model = "security.mhui:MHUIVGG"
+        # VGG16 at an eighth of its width; its five pools need images of 32.
+        config.model_args = {"cfg": _NARROW_VGG16, "head_features": 32, "num_classes": 10}
+        config.data.options.image_size = 32
+    if preset.startswith("textures"):
+        config.data.name = "textures"
+        config.data.options = {"image_size": 32, "standardize": False}
+        config.model_args.num_classes = 15
+        config.steps, config.schedule.warmup_steps = 600, 100
 
 
 def _paper(config, preset):

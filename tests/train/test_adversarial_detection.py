@@ -281,6 +281,14 @@ def test_options_that_do_not_fit_the_network_or_the_data_are_named():
         config.data.name = "cifar:cifar100"
     with pytest.raises(ConfigError, match=r"num_classes: 10, .* cifar:cifar100 has 100 classes"):
         build_task(config)
+    for name, options, message in (
+        ("textures", {}, "images of textures are standardized.*set config.data.options.standard"),
+        ("imagenet", {}, "images of imagenet are standardized.*it has no"),
+    ):
+        with config.unlocked():
+            config.data.name, config.data.options = name, options
+        with pytest.raises(ConfigError, match=message):
+            build_task(config)
     model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
     with pytest.raises(ConfigError, match="head_weights: 1 for 4 heads"):
         AdversarialDetection(model, head_weights=(1.0,))

@@ -498,6 +498,13 @@ def from_config(config) -> AdversarialDetection:
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
     task = AdversarialDetection(model=build_model(config), **args)
     family, options = pipeline.resolve(config.data)
+    # Found out by the attacks themselves, it would be after training.
+    if not getattr(family, "PIXELS", not options.get("standardize", True)):
+        how = "set" if "standardize" in options else "it has no"
+        raise ConfigError(
+            f"config.data: images of {config.data.name} are standardized, attacks are on pixels in "
+            f"[0, 1]; {how} config.data.options.standardize=False"
+        )
     classes = getattr(family, "NUM_CLASSES", None)
     classes = classes[options["set"]] if isinstance(classes, dict) else classes
     if classes and classes > task.model.num_classes:
