@@ -1,10 +1,15 @@
 """MH-UI: heads at several depths, whose disagreement gives attacked images away.
 
 small       python -m train --config configs/mhui.py --workdir runs/mhui
-            scikit-learn's digits at 16x16; AUROC of telling attacked from natural images, beside
-            that of the last head's confidence; about a minute on two cores.
+            scikit-learn's digits at 16x16; accuracy .996, AUROC of telling attacked from natural
+            images .971 (FGSM .1) and .988 (PGD .05), the last head's confidence .922 and .374 (five
+            seeds); 42 CPU seconds, about a minute on two cores.
 softmax, mc_dropout, ensemble, dpn_forward, dpn_reverse
-            the methods it is compared with, on the same data.
+            the methods it is compared with, on the same data; .990 to .993; a minute each, the
+            ensemble of five two.
+vgg         a VGG16 of an eighth of its width at 32x32, five heads; accuracy .998 (one run).
+textures    crops of scikit-image's photographs at 32x32, labeled by the photograph;
+            textures_softmax, the plain network on them.
 paper       python -m train --config configs/mhui.py:paper --workdir DIR
                 --config.data.options.path=/path/with/cifar-10-batches-py
             CIFAR-10, ResNet-18, the same group's DS-UI recipe: Adam, 100 epochs, batch 256.
