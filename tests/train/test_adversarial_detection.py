@@ -354,6 +354,25 @@ def test_the_learning_rate_goes_through_the_recipes_corners():
     assert float(rate(epoch)) == float(rate(2 * epoch - 1))
 
 
+def test_claims_know_what_is_left_to_attack_and_every_preset_builds(tmp_path, monkeypatch):
+    from benchmarks import mhui_claims, runs
+
+    for name in ("RUNS", "SIZES"):
+        monkeypatch.setattr(mhui_claims, name, tmp_path / f"{name}.csv")
+    everything = (*mhui_claims.ATTACKS, *mhui_claims.ADAPTIVE)
+    assert mhui_claims.missing("mhui", 0) == everything
+    for attack in ("fgsm:0.05", "cw"):
+        row = dict.fromkeys(mhui_claims.COLUMNS, "")
+        runs.append(mhui_claims.RUNS, row | {"method": "mhui", "seed": 0, "attack": attack})
+    # A score without the length of the perturbation is half of what C&W is asked for.
+    assert mhui_claims.missing("mhui", 0) == everything[1:]
+    assert mhui_claims.missing("mhui", 1) == everything
+    for preset in {mhui_claims.PRESETS.get(m, m) for m in mhui_claims.KNOWN} - {
+        *mhui_claims.VARIANTS
+    }:
+        assert build_task(load_config(f"{MHUI}:{preset}")).model.num_classes in (10, 15)
+
+
 @pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2", "cw:0.5"])
 def test_unknown_attacks_are_named(spec):
     with pytest.raises(ConfigError, match=r"config\.task_args\.attacks"):

@@ -24,6 +24,7 @@ from train.competition.deepfake import align_clusters
 from train.competition.roster import Member, member_config, train_members
 from train.competition.rules import check_rules
 from train.competition.submissions import SubmissionError
+from train.data import forgeries
 from train.naming import ConfigError
 
 SHAPE = (4, 5, 3)
@@ -169,6 +170,9 @@ def test_novel_clusters_are_aligned_and_known_ones_left():
     np.testing.assert_allclose(align_clusters(probs, probs[:, order], 2), probs)
 
 
+SEEN = {"mean": forgeries.OPTIONS["mean"], "std": forgeries.OPTIONS["std"]}
+
+
 @pytest.fixture(scope="module")
 def forged(tmp_path_factory):
     """Rules of the deepfake track over 45 images, and a member that is right about all of them."""
@@ -198,6 +202,15 @@ def test_the_deepfake_track_scores_what_is_submitted_under_the_images_names(forg
     assert numbers["score"] == pytest.approx(100) and numbers["known_acc"] == 1
     shown = sorted((workdir / "images").glob("*.png"))
     assert [f.stem for f in shown] == [f"{i:05d}" for i in range(len(labels))]
+    # What a team sees is what the networks saw.
+    config = member_config(rules["members"][0], workdir)
+    names, _ = deepfake.truth(rules, config)
+    seen = next(deepfake._batches(config))["image"]
+    for name, image in list(zip(names, seen))[:3]:
+        own = forgeries.read_image(
+            workdir / "images" / f"{name}.png", {**config.data.options, **SEEN}
+        )
+        np.testing.assert_allclose(own, image, atol=1e-5)
 
 
 def test_clusters_that_say_nothing_of_the_images_score_nothing(forged, tmp_path):
