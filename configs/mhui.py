@@ -1,10 +1,16 @@
 """MH-UI: heads at several depths, whose disagreement gives attacked images away.
 
 small       python -m train --config configs/mhui.py --workdir runs/mhui
-            scikit-learn's digits at 16x16; AUROC of telling attacked from natural images, beside
-            that of the last head's confidence; about a minute on two cores.
+            scikit-learn's digits at 16x16; accuracy .996, AUROC of telling attacked from natural
+            images .971 (FGSM .1) and .988 (PGD .05), the last head's confidence .922 and .374 (five
+            seeds); 42 CPU seconds, about a minute on two cores.
 softmax, mc_dropout, ensemble, dpn_forward, dpn_reverse
-            the methods it is compared with, on the same data.
+            the methods it is compared with, on the same data; .990 to .993; a minute each, the
+            ensemble of five two.
+vgg         a VGG16 of an eighth of its width at 32x32, five heads; accuracy .998 in one run,
+            67 CPU seconds without attacks.
+textures    crops of scikit-image's photographs at 32x32, labeled by the photograph; accuracy .833
+            in one run, 150 CPU seconds without attacks; textures_softmax, the plain network.
 paper       python -m train --config configs/mhui.py:paper --workdir DIR
                 --config.data.options.path=/path/with/cifar-10-batches-py
             CIFAR-10, ResNet-18, the same group's DS-UI recipe: Adam, 100 epochs, batch 256.
@@ -14,9 +20,18 @@ paper_sgd   the same with pytorch-cifar's recipe: SGD, cosine, 200 epochs, batch
 
 from train.defaults import default_config
 
+# MH-UI on another network, and on other data.
+OTHERS = ("vgg", "textures", "textures_softmax")
 METHODS = ("softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 PAPER = ("paper", "paper_vgg", "paper_sgd")
-PRESETS = ("small", *METHODS, *PAPER)
+PRESETS = ("small", *METHODS, *OTHERS, *PAPER)
+
+
+_NARROW_VGG16 = tuple(
+    layer
+    for width, count in ((8, 2), (16, 2), (32, 3), (64, 3), (64, 3))
+    for layer in (*[width] * count, "M")
+)
 
 
 def get_config(preset: str = "small"):
@@ -36,7 +51,7 @@ def get_config(preset: str = "small"):
 
 def _small(config, preset):
     network = {"width": 12, "layers": (1, 1, 1, 1), "leaky": 0.2, "num_classes": 10}
-    if preset == "small":
+    if preset in ("small", *OTHERS[:2]):
         config.model = "security.mhui:MHUIResNet"
         config.model_args = {**network, "head_features": 32}
         config.task_args.method = "mhui"
@@ -44,7 +59,7 @@ def _small(config, preset):
         config.model = "vision.resnet"
         dropout = 0.5 if preset == "mc_dropout" else 0.0
         config.model_args = {**network, "dropout": dropout}
-        config.task_args.method = preset
+        config.task_args.method = preset.removeprefix("textures_")
     config.task_args.attacks = ("fgsm:0.05", "fgsm:0.2", "fgsm:0.1", "pgd:0.05", "adaptive:0.05")
     config.data.name = "digits"
     config.data.options = {"image_size": 16, "standardize": False}
@@ -53,6 +68,16 @@ def _small(config, preset):
     config.log_every = 50
     config.eval.batch_size = 150
     config.checkpoint.every = 150
+    if preset == "vgg":
+        config.model = "security.mhui:MHUIVGG"
+        # VGG16 at an eighth of its width; its five pools need images of 32.
+        config.model_args = {"cfg": _NARROW_VGG16, "head_features": 32, "num_classes": 10}
+        config.data.options.image_size = 32
+    if preset.startswith("textures"):
+        config.data.name = "textures"
+        config.data.options = {"image_size": 32, "standardize": False}
+        config.model_args.num_classes = 15
+        config.steps, config.schedule.warmup_steps = 600, 100
 
 
 def _paper(config, preset):

@@ -50,7 +50,8 @@ _RUN: dict[type, Callable] = {
 }
 # name: (class, what the name fixes)
 ATTACKS: dict[str, tuple[type, dict[str, Any]]] = {
-    "fgsm": (GradientAttack, {"steps": 1}),
+    # An L2 step along a tiny gradient is as long as any other.
+    "fgsm": (GradientAttack, {"steps": 1, "norm_floor": 1e-12}),
     "bim": (GradientAttack, {}),
     "pgd": (GradientAttack, {"random_start": True}),
     "mi": (GradientAttack, {"momentum": 1.0}),
@@ -119,8 +120,7 @@ def make(name: str, **options: Any) -> Any:
     perturbations.check_budget(name, getattr(cfg, "eps", None), steps, getattr(cfg, "norm", "linf"))
     if getattr(cfg, "kappa", 0) < 0:
         raise ValueError(f"{name}: kappa must not be negative, got {cfg.kappa:g}")
-    if getattr(cfg, "mask", None) is not None:
-        perturbations.check_mask(cfg.mask)
+    perturbations.check_mask(getattr(cfg, "mask", None))
     return cfg
 
 

@@ -77,6 +77,7 @@ def auto_pgd(
     """For each image the point of highest loss that misleads it, else of highest loss."""
     perturbations.check_budget("APGD", cfg.eps, cfg.steps, cfg.norm)
     perturbations.check_pixels(x, cfg.low, cfg.high, cfg.eps)
+    perturbations.check_mask(cfg.mask)
     if isinstance(cfg.loss, str) and cfg.loss not in LOSSES:
         raise ValueError(f"APGD loss {cfg.loss!r}; known: {', '.join(LOSSES)}")
     loss = {"ce": cross_entropy, "dlr": dlr_loss}.get(cfg.loss, cfg.loss)

@@ -79,20 +79,41 @@ class Rollout(NamedTuple):
 
 
 def check_traffic(traffic: Traffic) -> None:
-    """Refuse simulations without time."""
+    """Refuse simulations without time, road, knots or speed, and shares that are none."""
     if not traffic.dt > 0:
         raise ValueError(f"dt must be positive, got {traffic.dt:g}")
     if traffic.steps < 1:
         raise ValueError(f"horizon must cover a step of {traffic.dt:g} s, got {traffic.horizon:g}")
+    for name, least in (("lanes", 1), ("knots", 2)):
+        if getattr(traffic, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(traffic, name)}")
+    for name in ("speed", "acceleration", "braking", "sight"):
+        if not getattr(traffic, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(traffic, name):g}")
+    for name in ("headway", "gap", "noise", "emergency_ttc", "look_ahead"):
+        if not getattr(traffic, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(traffic, name):g}")
+    if not 0 <= traffic.miss < 1:
+        raise ValueError(f"miss must lie in [0, 1), got {traffic.miss:g}")
 
 
 def check_scene(states: Any) -> None:
-    """Refuse scenes whose vehicles overlap at the start; states [N + 1, 4]."""
+    """Refuse scenes whose vehicles overlap at the start; states [N + 1, 4].
+
+    Traced states pass: only their users know them.
+    """
+    if isinstance(states, jax.core.Tracer):
+        return
     states = np.asarray(states)
-    for i in range(len(states)):
-        for j in range(i):
-            if float(separation(states[i], states[j])) < 0:
-                raise ValueError(f"vehicles {j} and {i} overlap at the start of the scene")
+    first, second = np.triu_indices(len(states), 1)
+    # A scene may be a constant of a function that is being traced.
+    with jax.ensure_compile_time_eval():
+        gaps = np.asarray(separation(states[first], states[second]))
+    if (gaps < 0).any():
+        worst = int(gaps.argmin())
+        raise ValueError(
+            f"vehicles {first[worst]} and {second[worst]} overlap at the start of the scene"
+        )
 
 
 def sample_scene(seed: int, traffic: Traffic = Traffic(), vehicles: int = 3) -> Scene:  # noqa: B008
@@ -187,8 +208,11 @@ def simulate(
 
     `forecaster` (see `ego_forecasts`) tells where the others will be from what the ego tracked of
     them; None is an ego that only looks at where they are.
+
+    Raises ValueError, outside `jit`, for vehicles that overlap at the start.
     """
     check_traffic(traffic)
+    check_scene(scene.states)
     background = adversary_controls(knots, traffic)
     dt = traffic.dt
     # x, y, speed along the road; a step back, since the first step predicts before it measures.
@@ -384,7 +408,8 @@ def judge(rollout: Rollout, traffic: Traffic = Traffic()) -> Outcome:  # noqa: B
     failed route (less than half the free distance), else 0; what is not plausible scores 0.
 
     Not plausible are: a background vehicle off the road or touching another before the ego's
-    contact, and a contact in which the other's middle lies behind the ego's rear bumper.
+    contact, a contact in which the other's middle lies behind the ego's rear bumper, and one that
+    is there before anything has moved.
     """
     seen = events(rollout, traffic)
     steps = seen.ego_gap.shape[0]
@@ -396,7 +421,7 @@ def judge(rollout: Rollout, traffic: Traffic = Traffic()) -> Outcome:  # noqa: B
     others = (until & (seen.others_gap < 0)).any()
     who = seen.ego_gap[at].argmin()
     rear = hit & (seen.ahead[at, who] < -LENGTH / 2)
-    valid = hit & ~off & ~others & ~rear
+    valid = hit & (at > 0) & ~off & ~others & ~rear
     progress = rollout.states[-1, 0, 0] - rollout.states[0, 0, 0]
     failed = progress < ROUTE_SHARE * traffic.speed * traffic.horizon
     clean = ~off & ~others & ~hit

@@ -94,6 +94,7 @@ def gradient_attack(
     """
     perturbations.check_budget("attack", cfg.eps, cfg.steps, cfg.norm)
     perturbations.check_pixels(x, cfg.low, cfg.high, cfg.eps)
+    perturbations.check_mask(cfg.mask)
     x = jnp.asarray(x)
     eps = per_image(cfg.eps, x)
     if cfg.step_size is None:

@@ -25,6 +25,12 @@ def unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24)), 1e-12)
 
 
+def check_margins(margins: tuple[float, ...]) -> None:
+    """Refuse margins that the official code refuses, and what are not three of them."""
+    if len(margins) != 3 or not (margins[2] > 0 or (margins[0] == 1 and margins[2] == 0)):
+        raise ValueError(f"margins (m1, m2, m3) need m3 > 0, or m1 = 1 with m3 = 0; got {margins}")
+
+
 def margin_logits(
     cosines: jax.Array,
     labels: jax.Array,
@@ -46,9 +52,8 @@ def margin_logits(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient {gradient!r}; known: {', '.join(GRADIENTS)}")
-    m1, m2, m3 = margins
-    if not m3 > 0 and not (m1 == 1 and m3 == 0):
-        raise ValueError(f"margins (m1, m2, m3) need m3 > 0, or m1 = 1 with m3 = 0; got {margins}")
+    check_margins(margins)
+    _, m2, m3 = margins
     target = labels[:, None] == jnp.arange(cosines.shape[-1])
     if filter_above > 0:
         cosines = jnp.where((cosines > filter_above) & ~target, 0.0, cosines)

@@ -87,7 +87,13 @@ def _backbone_maps(module: nn.Module) -> tuple[str, ...]:
     return resnet.stages_of(module.layers)
 
 
-def _check_taps(taps: tuple[str, ...], known: tuple[str, ...], kind: str) -> None:
+def head_kinds(module: nn.Module) -> tuple[str, ...]:
+    """The kind of every head: `head_kind`, one for all or one each."""
+    kind = module.head_kind
+    return (kind,) * len(taps_of(module)) if isinstance(kind, str) else tuple(kind)
+
+
+def _check_taps(taps: tuple[str, ...], known: tuple[str, ...], kinds: tuple[str, ...]) -> None:
     if len(taps) < 2:
         raise ValueError(f"moment matching needs at least 2 heads, got {len(taps)}")
     for tap in taps:
@@ -96,19 +102,23 @@ def _check_taps(taps: tuple[str, ...], known: tuple[str, ...], kind: str) -> Non
     order = [known.index(tap) for tap in taps]
     if order != sorted(set(order)):
         raise ValueError(f"taps must be distinct and shallow to deep, got {', '.join(taps)}")
-    if kind not in HEAD_KINDS:
-        raise ValueError(f"head_kind {kind!r}; known: {', '.join(HEAD_KINDS)}")
+    for kind in kinds:
+        if kind not in HEAD_KINDS:
+            raise ValueError(f"head_kind {kind!r}; known: {', '.join(HEAD_KINDS)}")
+    if len(kinds) != len(taps):
+        raise ValueError(f"head_kind names {len(kinds)} kinds for {len(taps)} heads")
 
 
 def _heads(module, maps: list[jax.Array], train: bool) -> jax.Array:
     logits = []
+    kinds = head_kinds(module)
     for m, x in enumerate(maps):
         if module.detach_shallow and m < len(maps) - 1:
             x = lax.stop_gradient(x)
         head = Head(
             module.num_classes,
             module.head_features,
-            module.head_kind,
+            kinds[m],
             module.bn_eps,
             module.bn_momentum,
             module.bn_axis_name,
@@ -126,7 +136,8 @@ class MHUIResNet(nn.Module):
 
     Attributes:
       taps: the stages that heads read, of layer1, layer2, ...; at least two, all when empty.
-      head_kind: `mlp`, `linear` or `conv`, see `Head`; head_features: F.
+      head_kind: `mlp`, `linear` or `conv`, see `Head`, for all heads or a tuple with one for each;
+        head_features: F.
       detach_shallow: heads but the last do not train the trunk.
       layers, width, block, leaky: of the backbone, see `vision.resnet.ResNet`.
     """
@@ -137,7 +148,7 @@ class MHUIResNet(nn.Module):
     leaky: float = 0.2
     taps: tuple[str, ...] = ()
     head_features: int = 512
-    head_kind: str = "mlp"
+    head_kind: str | tuple[str, ...] = "mlp"
     num_classes: int = 10
     detach_shallow: bool = False
     projection: str = "downsample"
@@ -148,7 +159,7 @@ class MHUIResNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_taps(taps_of(self), _backbone_maps(self), self.head_kind)
+        _check_taps(taps_of(self), _backbone_maps(self), head_kinds(self))
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -193,7 +204,7 @@ class MHUIVGG(nn.Module):
     cfg: tuple[int | str, ...] = vgg.VGG16
     taps: tuple[str, ...] = ()
     head_features: int = 512
-    head_kind: str = "mlp"
+    head_kind: str | tuple[str, ...] = "mlp"
     num_classes: int = 10
     detach_shallow: bool = False
     bn_eps: float = 1e-5
@@ -203,7 +214,7 @@ class MHUIVGG(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_taps(taps_of(self), _backbone_maps(self), self.head_kind)
+        _check_taps(taps_of(self), _backbone_maps(self), head_kinds(self))
         super().__post_init__()
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -247,9 +258,13 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
 def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """A plain classifier's file gets the backbone's prefix, its classifier becomes the last head.
 
-    The shallow heads are then missing from it: load it with `skip="heads"` or with
-    `skip=r"heads\\.[0-2]"` and `head_kind="linear"`.
+    The last head must be `linear`, as with `head_kind=("mlp", "mlp", "mlp", "linear")`; the shallow
+    heads are missing from the file: `skip=r"heads\\.[0-2]"`. With a last head of another kind the
+    classifier keeps its own name and is unexpected, unless it is skipped by it:
+    `skip=("heads", "linear")`, for VGG `("heads", "classifier")`.
     """
+    if all(key.startswith("module.") for key in state):  # DataParallel's
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     if isinstance(module, MHUIResNet) and "conv1.weight" in state:
         classifier, prefix = "linear.", "backbone."
     elif isinstance(module, MHUIVGG) and "classifier.weight" in state:
@@ -257,6 +272,8 @@ def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str,
     else:
         return dict(state)
     last = f"heads.{len(taps_of(module)) - 1}.classifier."
+    if head_kinds(module)[-1] != "linear":
+        last = classifier
     return {
         (last + key.removeprefix(classifier) if key.startswith(classifier) else prefix + key): value
         for key, value in state.items()

@@ -61,6 +61,7 @@ def carlini_wagner(
     del key
     perturbations.check_budget("C&W", None, cfg.steps)
     perturbations.check_pixels(x, cfg.low, cfg.high)
+    perturbations.check_mask(cfg.mask)
     if cfg.kappa < 0:
         raise ValueError(f"C&W: kappa must not be negative, got {cfg.kappa:g}")
     x = jnp.asarray(x)
@@ -147,6 +148,7 @@ def deepfool(
     del key
     perturbations.check_budget("DeepFool", None, cfg.steps)
     perturbations.check_pixels(x, cfg.low, cfg.high)
+    perturbations.check_mask(cfg.mask)
     x = jnp.asarray(x)
     classes = jax.eval_shape(apply_fn, x).shape[-1]
     perturbations.check_labels(y, classes)

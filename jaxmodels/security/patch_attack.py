@@ -103,8 +103,7 @@ def optimize_patch(
         )
     perturbations.check_pixels(images)
     perturbations.check_targets(None, y, cfg.targeted)
-    if not isinstance(mask, jax.core.Tracer):
-        perturbations.check_mask(mask)
+    perturbations.check_mask(mask)
     images, palette = jnp.asarray(images), printable_palette()
     batch, (height, width) = images.shape[0], patch.shape[:2]
     middle = Placement(

@@ -166,11 +166,14 @@ def check_targets(labels: Any, targets: Any, targeted: bool) -> None:
         raise ValueError(f"targets equal the true labels at rows {places.tolist()}")
 
 
-def check_mask(mask: Any, budget: float | None = None) -> float:
-    """The share of pixels a patch mask [.., H, W, 1] covers.
+def check_mask(mask: Any, budget: float | None = None) -> float | None:
+    """The share of pixels a patch mask [.., H, W, 1] covers; None of no mask or a traced one.
 
-    Raises ValueError for masks that are not of 0 and 1, empty, or larger than `budget`.
+    Raises ValueError for masks that are not of 0 and 1, empty, or larger than `budget`. Traced
+    masks pass: only their users know them.
     """
+    if mask is None or isinstance(mask, jax.core.Tracer):
+        return None
     mask = np.asarray(mask)
     if not np.isin(mask, (0, 1)).all():
         odd = float(mask[~np.isin(mask, (0, 1))].flat[0])

@@ -58,6 +58,7 @@ def nes_attack(key: jax.Array, apply_fn: Callable, x: jax.Array, y: Any, cfg: NE
     """Images within the ball around x, and how many questions each cost (one checks each step)."""
     perturbations.check_budget("NES", cfg.eps, cfg.steps, cfg.norm)
     perturbations.check_pixels(x, cfg.low, cfg.high, cfg.eps)
+    perturbations.check_mask(cfg.mask)
     if cfg.samples < 2 or cfg.samples % 2:
         raise ValueError(f"NES: samples must be even and at least 2, got {cfg.samples}")
     x = jnp.asarray(x)
@@ -130,6 +131,7 @@ def evolutionary_attack(
     """The adversarial images nearest to x in L2 that the walk met; x where none was found."""
     perturbations.check_budget("Evolutionary", None, cfg.queries)
     perturbations.check_pixels(x, cfg.low, cfg.high)
+    perturbations.check_mask(cfg.mask)
     x = jnp.asarray(x)
     batch, channels = x.shape[0], x.shape[-1]
     wide = lambda v: v[:, None, None, None]  # noqa: E731

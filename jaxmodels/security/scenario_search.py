@@ -15,6 +15,7 @@ from jaxmodels.security.driving_simulator import (
     Outcome,
     Scene,
     Traffic,
+    check_scene,
     forecast_errors,
     judge,
     objective,
@@ -52,8 +53,11 @@ def search(
 
     `forecaster` is the ego's (see `simulate`); `deception` then weighs the error of its forecasts
     in meters, which the adversary raises beside closing the gap.
+
+    Raises ValueError, outside `jit`, for vehicles that overlap at the start.
     """
     check_search(method, restarts, iterations)
+    check_scene(scene.states)
     knots, outcome = _search(
         key, scene, forecaster, traffic, method, restarts, iterations, learning_rate, deception
     )

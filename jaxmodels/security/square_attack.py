@@ -62,6 +62,7 @@ def square_attack(
     """Images within the ball around x, and how many questions each cost."""
     perturbations.check_budget("Square", cfg.eps, cfg.queries, cfg.norm)
     perturbations.check_pixels(x, cfg.low, cfg.high, cfg.eps)
+    perturbations.check_mask(cfg.mask)
     x = jnp.asarray(x)
     batch, height, width, _ = x.shape
     if cfg.norm == "l2" and min(height, width) < _SMALLEST:

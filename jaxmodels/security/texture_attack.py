@@ -44,6 +44,28 @@ class TextureAttack:
     diversity_rate: float = struct.field(pytree_node=False, default=0.75)
 
 
+def check_texture_attack(cfg: TextureAttack) -> None:
+    """Refuse unknown objectives and surfaces, empty runs, and weights out of their range."""
+    for name, value, known in (
+        ("objective", cfg.objective, OBJECTIVES),
+        ("surface", cfg.surface, renderer.SURFACES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}; known: {', '.join(known)}")
+    if cfg.steps < 1 or cfg.batch < 1:
+        raise ValueError(f"texture attack: steps and batch must be positive, got {cfg}")
+    if not (cfg.learning_rate > 0 and cfg.smoothness >= 0 and cfg.printability >= 0):
+        raise ValueError(
+            "texture attack: learning_rate must be positive, smoothness and printability not "
+            f"negative, got {cfg.learning_rate:g}, {cfg.smoothness:g} and {cfg.printability:g}"
+        )
+    if not (0 <= cfg.diversity <= 1 and 0 < cfg.diversity_rate <= 1):
+        raise ValueError(
+            "texture attack: diversity and diversity_rate are shares, got "
+            f"{cfg.diversity:g} and {cfg.diversity_rate:g}"
+        )
+
+
 def render_attack(
     backgrounds: jax.Array, texture: jax.Array, pose: renderer.Pose, surface: str = "rear"
 ) -> renderer.Rendered:
@@ -96,10 +118,7 @@ def optimize_in_scenes(
       victims: what a scene shows -> `Predictions`; their objectives are averaged.
       photograph: (key, texture [side, side, 3]) -> drawn scenes with the texture in them.
     """
-    if cfg.objective not in OBJECTIVES:
-        raise ValueError(f"objective {cfg.objective!r}; known: {', '.join(OBJECTIVES)}")
-    if cfg.steps < 1 or cfg.batch < 1:
-        raise ValueError(f"texture attack: steps and batch must be positive, got {cfg}")
+    check_texture_attack(cfg)
     optimizer = optax.adam(cfg.learning_rate)
     palette = printable_palette()
 

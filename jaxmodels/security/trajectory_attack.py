@@ -53,6 +53,18 @@ class AttackedTrack(NamedTuple):
     final: jax.Array
 
 
+def check_trajectory_attack(cfg: TrajectoryAttack) -> None:
+    """Refuse unknown objectives and searches, and departures of no size."""
+    if cfg.objective not in OBJECTIVES:
+        raise ValueError(f"objective {cfg.objective!r}; known: {', '.join(OBJECTIVES)}")
+    check_search(cfg.method, cfg.restarts, cfg.iterations)
+    if not (cfg.deviation > 0 and cfg.acceleration > 0 and cfg.knots >= 2):
+        raise ValueError(
+            "deviation and acceleration must be positive and knots at least 2, got "
+            f"{cfg.deviation:g}, {cfg.acceleration:g} and {cfg.knots}"
+        )
+
+
 def departures(
     knots: jax.Array, heading: jax.Array, steps: int, dt: float, cfg: TrajectoryAttack
 ) -> jax.Array:
@@ -84,14 +96,7 @@ def attack_track(
       forecast: tracks [A, To, 2] -> the target's next places [T, 2].
       tracks: as observed. truth: [T, 2], the target's future, the same with and without attack.
     """
-    if cfg.objective not in OBJECTIVES:
-        raise ValueError(f"objective {cfg.objective!r}; known: {', '.join(OBJECTIVES)}")
-    check_search(cfg.method, cfg.restarts, cfg.iterations)
-    if not (cfg.deviation > 0 and cfg.acceleration > 0 and cfg.knots >= 2):
-        raise ValueError(
-            "deviation and acceleration must be positive and knots at least 2, got "
-            f"{cfg.deviation:g}, {cfg.acceleration:g} and {cfg.knots}"
-        )
+    check_trajectory_attack(cfg)
     own = tracks[target]
     heading = target_heading(own)
 

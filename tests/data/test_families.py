@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from train.data import digits, faces, pipeline, preparation, textures
+from train.data import digits, faces, forgeries, pipeline, preparation, textures
 
 
 def options_of(name, **options):
@@ -47,6 +47,29 @@ def test_logistic_regression_reaches_the_stated_baselines(prepared_path):
     assert faces.baseline({"options": {"path": prepared_path}}) >= 0.94
 
 
+def test_noise_is_drawn_for_training_digits_alone_and_leaves_pixels_in_range(prepared_path):
+    options = {"path": prepared_path, "image_size": 8, "standardize": False, "noise": 0.2}
+    data = {"name": "digits", "options": options}
+    image = next(pipeline.train_batches(data, batch_size=64, seed=0))["image"]
+    assert image.min() == 0 and image.max() == 1
+    assert 0.05 < (image[..., 0] - image[..., 1]).std() < 0.3
+    clean = next(pipeline.eval_batches(data, "test", batch_size=64))["image"]
+    np.testing.assert_array_equal(clean[..., 0], clean[..., 1])
+
+
+def test_shuffled_labels_of_forgeries_say_nothing_about_the_tool(prepared_path):
+    found = {}
+    for shuffled in (False, True):
+        given = {"image_size": 16, "augment": False, "shuffled_labels": shuffled}
+        options = options_of("forgeries:attribution", path=prepared_path, **given)
+        draw = forgeries.train_transform(options)
+        rows = [draw({"index": i, "split": "train"}, np.random.default_rng(i)) for i in range(200)]
+        found[shuffled] = [np.stack([row[key] for row in rows]) for key in ("image", "label")]
+    (images, tools), (same_images, labels) = found[False], found[True]
+    np.testing.assert_array_equal(images, same_images)
+    assert set(labels) == set(range(5)) and 0.1 < (labels == tools).mean() < 0.3
+
+
 def test_texture_halves_share_no_pixel_and_cover_all_fifteen_images(prepared_path):
     from PIL import Image
     from skimage import data as skimage_data
@@ -79,6 +102,18 @@ def test_test_crops_are_fixed_and_training_crops_are_not(prepared_path):
     batch = next(pipeline.train_batches(data, batch_size=480, seed=0))
     assert len({image.tobytes() for image in batch["image"]}) > 400
     assert set(batch["label"]) == set(range(15))
+
+
+def test_textures_can_be_left_as_pixels(prepared_path):
+    options = {"path": prepared_path, "image_size": 16}
+    given = {"name": "textures", "options": options}
+    plain = {"name": "textures", "options": {**options, "standardize": False}}
+    a, b = (next(pipeline.eval_batches(data, "test", batch_size=480)) for data in (given, plain))
+    assert b["image"].min() >= 0 and 0.9 < b["image"].max() <= 1 and a["image"].min() < -0.5
+    np.testing.assert_array_equal(a["label"], b["label"])
+    for channel in range(3):
+        x, y = b["image"][..., channel].ravel(), a["image"][..., channel].ravel()
+        np.testing.assert_allclose((x - x.mean()) / x.std(), (y - y.mean()) / y.std(), atol=1e-3)
 
 
 def test_texture_baseline_is_above_chance_and_far_from_perfect(prepared_path):

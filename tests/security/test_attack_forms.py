@@ -81,6 +81,13 @@ def test_a_masked_l2_step_is_as_long_as_the_budget():
         np.testing.assert_allclose(lengths(images, x), 0.2, rtol=1e-4)
 
 
+def test_one_l2_step_along_a_tiny_gradient_is_whole():
+    x = np.full((2, SIDE, SIDE, 3), 0.5, np.float32)
+    faint = lambda v: 1e-9 * victim()(v)  # noqa: E731 - a gradient of 1e-9
+    images = run(make("fgsm", eps=0.2, norm="l2"), x, np.zeros(2, int), faint)
+    np.testing.assert_allclose(lengths(images, x), 0.2, rtol=1e-4)
+
+
 def test_the_neighbors_of_vmi_lie_in_the_ball_of_its_norm():
     point = jnp.full((4, SIDE, SIDE, 3), 0.5)
     for norm, most in (("l2", 1.5 * 0.4), ("linf", 1.5 * 0.4)):

@@ -98,6 +98,25 @@ def test_l2_budgets_of_each_image_hold_and_masks_leave_the_rest_bit_for_bit():
     np.testing.assert_array_equal(np.asarray(images)[outside], x[outside])
 
 
+def test_masks_are_checked_however_an_attack_is_made_and_may_be_traced():
+    x, y = data()
+    classes = (cls for cls, _ in attacks.ATTACKS.values())
+    for cls in dict.fromkeys(classes):
+        for bad, message in ((0.5, "only 0 and 1"), (0.0, "mask is empty")):
+            cfg = cls(mask=np.full((SIDE, SIDE, 1), bad))
+            with pytest.raises(ValueError, match=message):
+                attacks.attack(KEY, victim(), x, y, cfg)
+    corner = np.zeros((SIDE, SIDE, 1), np.float32)
+    corner[:4, :4] = 1
+
+    @jax.jit
+    def masked(mask):
+        return attacks.attack(KEY, victim(), x, y, attacks.make("fgsm", eps=0.1, mask=mask))
+
+    changed = np.asarray(masked(corner)) != x
+    assert changed[:, :4, :4].any() and not (changed & (corner == 0)).any()
+
+
 def test_targets_are_reached_and_iterating_is_no_worse_than_one_step():
     _, y = data()
     target = (y + 1) % CLASSES

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.interop.catalog import export, shapes
-from jaxmodels.interop.conversion import to_torch
+from jaxmodels.interop.conversion import CheckpointMismatch, to_torch
 from jaxmodels.security import mhui, uncertainty
 from jaxmodels.security.detection import detection_metrics
 from jaxmodels.security.mhui import MHUIVGG, MHUIResNet
@@ -61,9 +61,9 @@ def test_a_plain_classifier_becomes_the_backbone_and_the_last_linear_head():
     plain = random_state(ResNet(layers=(1, 1, 1, 1), width=4, num_classes=3))
     module, variables = jaxmodels.load(
         "security.mhui",
-        plain,
+        {f"module.{key}": value for key, value in plain.items()},  # as DataParallel saves it
         skip=r"heads\.[0-2]",
-        **TINY | {"head_kind": "linear", "leaky": 0.0},
+        **TINY | {"head_kind": ("mlp", "mlp", "conv", "linear"), "leaky": 0.0},
     )
     x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     want_module, want = jaxmodels.load(
@@ -71,6 +71,16 @@ def test_a_plain_classifier_becomes_the_backbone_and_the_last_linear_head():
     )
     got = jax.jit(module.apply)(variables, x)[:, -1]
     np.testing.assert_allclose(got, jax.jit(want_module.apply)(want, x), rtol=1e-6)
+
+
+def test_a_plain_classifier_is_dropped_by_name_or_not_at_all():
+    from jaxmodels.vision.resnet import ResNet
+
+    plain = random_state(ResNet(layers=(1, 1, 1, 1), width=4, num_classes=3))
+    with pytest.raises(CheckpointMismatch, match=r"linear\.weight"):
+        jaxmodels.load("security.mhui", plain, skip="heads", **TINY)
+    renamed = mhui.upgrade_checkpoint(plain, MHUIResNet(**TINY))
+    assert {"linear.weight", "linear.bias", "backbone.conv1.weight"} <= renamed.keys()
 
 
 def test_a_plain_vggs_classifier_becomes_the_last_linear_head():
@@ -186,6 +196,7 @@ BAD = {
         taps=("layer1", "layer5")
     ),
     "shallow to deep": lambda: MHUIResNet(taps=("layer2", "layer1")),
+    "head_kind names 2 kinds for 4 heads": lambda: MHUIResNet(head_kind=("mlp", "linear")),
     "head_kind 'mpl'": lambda: MHUIResNet(head_kind="mpl"),
     "at least 16x16, got 8x8": lambda: shape_of(MHUIResNet(**TINY), 1, 8, 8, 3),
     "multiples of 32 (at least 32), got 16x16": lambda: shape_of(VGG(), 1, 16, 16, 3),

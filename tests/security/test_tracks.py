@@ -380,8 +380,18 @@ def test_scenes_without_time_or_with_overlaps_are_refused():
     for traffic, message in ((Traffic(dt=0.0), "dt must be"), (Traffic(horizon=0.0), "horizon")):
         with pytest.raises(ValueError, match=message):
             driving_simulator.check_traffic(traffic)
-    with pytest.raises(ValueError, match="vehicles 0 and 1 overlap"):
-        driving_simulator.check_scene(scene_of((1.0, 5.25, 0.0, 1.0)).states)
+    overlapping = scene_of((1.0, 5.25, 0.0, 1.0), (40.0, 5.25, 0.0, 15.0))
+    for refused in (
+        lambda: driving_simulator.check_scene(overlapping.states),
+        lambda: simulate(overlapping, knots(2), STILL),
+        lambda: search(jax.random.key(0), overlapping, STILL, restarts=8, iterations=20),
+        lambda: jax.jit(lambda controls: simulate(overlapping, controls, STILL))(knots(2)),
+    ):
+        with pytest.raises(ValueError, match="vehicles 0 and 1 overlap"):
+            refused()
+    # Where a scene is traced nobody can refuse it, but it is nobody's success.
+    _, outcome = run_scene(scene_of((1.0, 5.25, 0.0, 1.0)), knots())
+    assert outcome.score == 0 and outcome.time == 0 and not outcome.collision
     for vehicles, message in ((40, r"no room for 40 vehicles .* on 3 lanes"), (0, "at least one")):
         with pytest.raises(ValueError, match=message):
             driving_simulator.sample_scene(0, vehicles=vehicles)

@@ -1,10 +1,13 @@
 """MH-UI and its rivals through the commands: published files, meshes, resuming, prediction."""
 
 import dataclasses
+import functools
 import json
 import pickle
+import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,8 @@ from jaxmodels.security.mhui import MHUIResNet
 from jaxmodels.vision.resnet import ResNet
 from train import predict
 from train.__main__ import main
-from train.command_line import load_config
+from train.building import build_task
+from train.command_line import load_config, read_flags
 from train.data import forgeries, forgery_folders, pipeline
 from train.naming import ConfigError
 from train.optimizers import make_schedule
@@ -191,6 +195,74 @@ def test_every_method_has_a_loss_predictions_and_scores(method):
         assert attacked.shape == (4, 16, 16, 3), name
 
 
+class Small(nn.Module):
+    """A smooth network with dropout before its classifier."""
+
+    @nn.compact
+    def __call__(self, x, train=False, sample_dropout=False):
+        x = jnp.tanh(nn.Dense(16)(x.reshape(len(x), -1)))
+        return 3 * nn.Dense(4)(nn.Dropout(0.5, deterministic=not (train or sample_dropout))(x))
+
+
+def small_task(method, **options):
+    """(task, its variables, images, labels as predicted)."""
+    task = AdversarialDetection(Small(), method, members=3, samples=8, **options)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.2, 0.8, (32, 4, 4, 3)).astype(np.float32)
+    params, extra = task.init(jax.random.key(0), {"image": x})
+    variables = {"params": params, **extra}
+    outputs = task.outputs(variables, x, jax.random.key(1))
+    return task, variables, x, task.probabilities(outputs).argmax(-1)
+
+
+@pytest.mark.parametrize("method", ["mc_dropout", "ensemble", "dpn_reverse"])
+def test_rivals_are_attacked_through_the_score_they_report(method):
+    task, variables, x, y = small_task(method, detector="mi", adaptive_weight=5.0)
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def reported(name):
+        images = task.attacked(variables, x, y, jax.random.key(2), 0.2, name)
+        scores = task.scores(task.outputs(variables, images, jax.random.key(3)))
+        return scores[task.reported_score(scores)].mean()
+
+    assert reported("adaptive") < 0.9 * reported("pgd")
+
+
+def test_what_an_adaptive_attack_lowers_goes_with_the_configured_score():
+    outputs = jnp.asarray(np.random.default_rng(0).normal(0, 2, (50, 3, 4)), jnp.float32)
+    for options in (
+        {},
+        {"estimator": "minka"},
+        {"detector": "mi", "estimator": "geo"},
+        {"detector": "d_ent"},
+        {"detector": "last_head"},
+        {"method": "ensemble", "detector": "ent"},
+        {"method": "dpn_forward"},
+    ):
+        task = AdversarialDetection(None, attacks=(), **options)
+        scores = task.scores(outputs)
+        own = np.asarray(scores[task.reported_score(scores)])
+        lowered = np.asarray(task.suspicion(outputs))
+        np.testing.assert_array_equal(np.argsort(own), np.argsort(lowered))
+
+
+def test_monte_carlo_dropout_is_attacked_with_its_dropout_on():
+    task, variables, x, y = small_task("mc_dropout", attacked_samples=1)
+    attack = jax.jit(task.attacked, static_argnames="name")
+    found = [attack(variables, x, y, jax.random.key(i), 0.1, name="fgsm") for i in (0, 0, 1)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (np.asarray(found[0]) != np.asarray(found[2])).mean() > 0.1
+
+
+def test_a_table_tells_how_many_an_attack_misled_and_how_far_they_were_moved():
+    task, variables, x, y = small_task("softmax", attacks=("pgd_l2:0.5", "cw"))
+    tables = task.detection(variables, x, np.asarray(y), batch_size=32)
+    assert tables["clean"]["accuracy"] == 1
+    far, near = tables["pgd_l2:0.5"], tables["cw"]
+    assert 0 < far["success"] <= 1 and far["l2"] <= 0.5 + 1e-5
+    assert near["success"] >= far["success"] and 0 < near["l2"] < far["l2"]
+
+
 def test_labels_beyond_the_networks_classes_are_refused():
     model = ResNet(layers=(1, 1, 1, 1), width=2, num_classes=4)
     task = AdversarialDetection(model, "softmax", attacks=())
@@ -204,22 +276,57 @@ def test_labels_beyond_the_networks_classes_are_refused():
 
 
 def test_options_that_do_not_fit_the_network_or_the_data_are_named():
-    from train.building import build_task
-    from train.command_line import load_config
-
     config = load_config(f"{MHUI}:paper")
     with config.unlocked():
         config.data.name = "cifar:cifar100"
     with pytest.raises(ConfigError, match=r"num_classes: 10, .* cifar:cifar100 has 100 classes"):
         build_task(config)
+    for name, options, message in (
+        ("textures", {}, "images of textures are standardized.*set config.data.options.standard"),
+        ("imagenet", {}, "images of imagenet are standardized.*it has no"),
+    ):
+        with config.unlocked():
+            config.data.name, config.data.options = name, options
+        with pytest.raises(ConfigError, match=message):
+            build_task(config)
     model = MHUIResNet(width=2, layers=(1, 1, 1, 1), head_features=3, num_classes=4)
-    task = AdversarialDetection(model, head_weights=(1.0,), attacks=())
-    batch = {"image": jnp.zeros((2, 16, 16, 3)), "label": jnp.zeros(2, jnp.int32)}
-    key = jax.random.key(0)
     with pytest.raises(ConfigError, match="head_weights: 1 for 4 heads"):
-        jax.eval_shape(task.loss, *jax.eval_shape(task.init, key, batch), batch, key)
+        AdversarialDetection(model, head_weights=(1.0,))
     with pytest.raises(ConfigError, match="prediction: 'final_head'; softmax knows: mean"):
         AdversarialDetection(model, "softmax", prediction="final_head")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"detector": "epk"}, "detector: 'epk'; did you mean 'epkl'"),
+        ({"detector": "expected_ent"}, "detector: 'expected_ent'"),
+        ({"detector": "last_head", "method": "softmax"}, "detector: 'last_head'"),
+        ({"estimator": "trase"}, "estimator: 'trase'; did you mean 'trace'"),
+        ({"target": "all"}, "target: 'all'"),
+        ({"steps": 0}, "steps: 0 is no count"),
+        ({"samples": 0}, "samples: 0 is no count"),
+        ({"members": 0}, "members: 0 is no count"),
+        ({"cw_steps": 2.5}, "cw_steps: 2.5 is no count"),
+    ],
+)
+def test_a_misspelled_or_empty_option_never_reports_something_else(wrong, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        AdversarialDetection(None, **wrong)
+
+
+def test_the_reported_score_is_the_configured_one_or_the_best_that_a_rival_has():
+    outputs = jax.nn.one_hot(jnp.array([[0, 1]]), 3)
+    for options, name in (
+        ({"detector": "mi", "estimator": "geo"}, "mi_geo"),
+        ({"detector": "ent"}, "ent"),
+        ({"detector": "last_head"}, "last_head"),
+        ({"method": "ensemble", "detector": "max_p"}, "max_p"),
+        ({"method": "ensemble"}, "mi"),
+        ({"method": "dpn_forward"}, "epkl"),
+    ):
+        task = AdversarialDetection(None, attacks=(), **options)
+        assert task.reported_score(task.scores(outputs)) == name
 
 
 def test_the_class_can_be_the_last_heads():
@@ -247,7 +354,26 @@ def test_the_learning_rate_goes_through_the_recipes_corners():
     assert float(rate(epoch)) == float(rate(2 * epoch - 1))
 
 
-@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2"])
+def test_claims_know_what_is_left_to_attack_and_every_preset_builds(tmp_path, monkeypatch):
+    from benchmarks import mhui_claims, runs
+
+    for name in ("RUNS", "SIZES"):
+        monkeypatch.setattr(mhui_claims, name, tmp_path / f"{name}.csv")
+    everything = (*mhui_claims.ATTACKS, *mhui_claims.ADAPTIVE)
+    assert mhui_claims.missing("mhui", 0) == everything
+    for attack in ("fgsm:0.05", "cw"):
+        row = dict.fromkeys(mhui_claims.COLUMNS, "")
+        runs.append(mhui_claims.RUNS, row | {"method": "mhui", "seed": 0, "attack": attack})
+    # A score without the length of the perturbation is half of what C&W is asked for.
+    assert mhui_claims.missing("mhui", 0) == everything[1:]
+    assert mhui_claims.missing("mhui", 1) == everything
+    for preset in {mhui_claims.PRESETS.get(m, m) for m in mhui_claims.KNOWN} - {
+        *mhui_claims.VARIANTS
+    }:
+        assert build_task(load_config(f"{MHUI}:{preset}")).model.num_classes in (10, 15)
+
+
+@pytest.mark.parametrize("spec", ["pdg:0.1", "pgd", "pgd:-1", "fgsm:x", "cw_l2", "cw:0.5"])
 def test_unknown_attacks_are_named(spec):
     with pytest.raises(ConfigError, match=r"config\.task_args\.attacks"):
         parse_attack(spec)
@@ -259,6 +385,30 @@ def test_sampled_centers_keep_every_class_of_the_batch():
     centers, places = sample_centers(jax.random.key(0), weight, labels, 0.1)
     assert centers.shape == (5, 1)
     np.testing.assert_array_equal(centers[places, 0], labels)
+
+
+def test_three_margins_can_be_given_on_the_command_line(tmp_path):
+    def margins(text):
+        config, _ = read_flags(
+            [
+                "train",
+                f"--config={SECURITY}:face",
+                f"--config.task_args.margin={text}",
+                f"--workdir={tmp_path}",
+            ],
+            need_workdir=True,
+        )
+        return face_recognition.margins_of(build_task(config).margin)
+
+    assert margins("cosface") == (1.0, 0.0, 0.4)
+    assert margins("(1,0.3,0)") == margins("1,0.3,0") == margins("[1, 0.3, 0]") == (1.0, 0.3, 0.0)
+    for text, message in (
+        ("arcfase", "margin: 'arcfase'; known: arcface"),
+        ("(1,0.3)", "margins (m1, m2, m3) need m3 > 0"),
+        ("(0.9,0.3,0)", "or m1 = 1 with m3 = 0; got (0.9, 0.3, 0.0)"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            margins(text)
 
 
 def tiny_images(root, names, count=5, size=32):

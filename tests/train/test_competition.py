@@ -18,12 +18,13 @@ from jaxmodels.security.attribution import cluster_accuracy, open_world_metrics
 from jaxmodels.security.face_track import face_mask
 from train.building import build_task
 from train.command_line import read_flags, stop_with_one_line
-from train.competition import driving, ego, face, street, submissions
+from train.competition import deepfake, driving, ego, face, street, submissions
 from train.competition.__main__ import main, read_rules
 from train.competition.deepfake import align_clusters
 from train.competition.roster import Member, member_config, train_members
 from train.competition.rules import check_rules
 from train.competition.submissions import SubmissionError
+from train.data import forgeries
 from train.naming import ConfigError
 
 SHAPE = (4, 5, 3)
@@ -167,6 +168,73 @@ def test_novel_clusters_are_aligned_and_known_ones_left():
     probs = rng.dirichlet(np.full(6, 0.1), 200)
     order = np.array([0, 1, 5, 3, 2, 4])
     np.testing.assert_allclose(align_clusters(probs, probs[:, order], 2), probs)
+
+
+SEEN = {"mean": forgeries.OPTIONS["mean"], "std": forgeries.OPTIONS["std"]}
+
+
+@pytest.fixture(scope="module")
+def forged(tmp_path_factory):
+    """Rules of the deepfake track over 45 images, and a member that is right about all of them."""
+    workdir = tmp_path_factory.mktemp("forged")
+    entry = {
+        "name": "m",
+        "config": "configs/ai_security.py:small",
+        "set": {"data.options.test_examples": 45, "data.options.image_size": 16},
+    }
+    rules = {**read_rules("configs/rules/deepfake.yaml"), "members": [entry]}
+    config = member_config(entry, workdir)
+    _, labels = deepfake.truth(rules, config)
+
+    def features(variables, config):
+        del variables, config
+        return np.eye(9)[labels], None, labels
+
+    member = Member("m", config, SimpleNamespace(features=features, known=5), None, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepfake, "train_members", lambda entries, workdir: [member])
+        yield rules, workdir, labels
+
+
+def test_the_deepfake_track_scores_what_is_submitted_under_the_images_names(forged):
+    rules, workdir, labels = forged
+    numbers = deepfake.attempt(rules, workdir, workdir / "right")
+    assert numbers["score"] == pytest.approx(100) and numbers["known_acc"] == 1
+    shown = sorted((workdir / "images").glob("*.png"))
+    assert [f.stem for f in shown] == [f"{i:05d}" for i in range(len(labels))]
+    # What a team sees is what the networks saw.
+    config = member_config(rules["members"][0], workdir)
+    names, _ = deepfake.truth(rules, config)
+    seen = next(deepfake._batches(config))["image"]
+    for name, image in list(zip(names, seen))[:3]:
+        own = forgeries.read_image(
+            workdir / "images" / f"{name}.png", {**config.data.options, **SEEN}
+        )
+        np.testing.assert_allclose(own, image, atol=1e-5)
+
+
+def test_clusters_that_say_nothing_of_the_images_score_nothing(forged, tmp_path):
+    rules, workdir, labels = forged
+    names = [f"{i:05d}" for i in range(len(labels))]
+
+    def scored(clusters):
+        submissions.write_head(tmp_path, "deepfake")
+        rows = "".join(f"{name},{cluster}\n" for name, cluster in zip(names, clusters))
+        (tmp_path / "clusters.csv").write_text("image,cluster\n" + rows)
+        return deepfake.score(rules, workdir, tmp_path)["score"]
+
+    with pytest.raises(SubmissionError, match="45 clusters, the rules allow 9"):
+        scored(range(45))
+    # The split goes round the tools: in its own order a number would be the answer.
+    assert scored(np.arange(45) % 9) < 60
+    chance = [scored(np.random.default_rng(i).permutation(labels)) for i in range(5)]
+    assert scored(np.arange(45) % 9) < np.mean(chance) + 15
+
+
+def test_a_member_with_more_classes_than_clusters_count_is_not_trained(forged):
+    rules, workdir, _ = forged
+    with pytest.raises(ConfigError, match="m tells 9 classes apart, clusters allows 8"):
+        deepfake.attempt({**rules, "clusters": 8}, workdir, workdir / "none")
 
 
 class Embed(nn.Module):
@@ -443,6 +511,14 @@ RULE_MISTAKES = {
     "recipes: [{name: a, steps: 2, transforms: [dim]}]": "recipes[0].transforms is 'dim'",
     "recipes: [{name: a, steps: 2, models: [white_iresnet_7]}]": "recipes[0].models is 'white_ire",
     "victims: [{name: v}]": "victims[0].config is missing",
+    "deadline: soon": "deadline: Invalid isoformat string: 'soon'",
+    "seed: one": "seed must be a number of at least 0, got 'one'",
+    "distance_weight: -3": "distance_weight must be a number from 0 to 1, got -3",
+    "budget: {kind: patch, mask: glasses, area: 0.01}": "budget.area: the patch mask covers 6.77",
+    "recipes: [{name: a, steps: 2, kernel: 0}]": "recipes[0].kernel must be a positive number",
+    "recipes: [{name: a, steps: 2, momentum: -1}]": "recipes[0].momentum must be a number of at",
+    "recipes: [{name: a, steps: 2, eot: maybe}]": "recipes[0].eot must be true or false",
+    "minimal: {models: [white_iresnet_0], largest: 16, steps: 0}": "minimal.steps must be a posi",
 }
 
 
@@ -468,8 +544,28 @@ def test_driving_and_deepfake_rules_name_their_mistakes():
         ({"traffic": {"horizons": 2.0}}, "traffic.horizons: no such key; did you mean 'horizon'"),
         ({"texture_attack": {"step": 3}}, "texture_attack.step: no such key"),
         ({"vehicles": 0}, "vehicles must be a positive number"),
+        ({"vehicles": 40}, "traffic: no room for 40 vehicles"),
+        ({"texture_attack": {"objective": "hidee"}}, "texture_attack: objective 'hidee'; known"),
+        ({"texture_attack": {"surface": "roof"}}, "texture_attack: surface 'roof'; known: rear"),
+        ({"texture_attack": {"steps": 0}}, "texture_attack: texture attack: steps and batch must"),
+        ({"texture_attack": {"diversity": 2}}, "diversity and diversity_rate are shares"),
+        ({"search": {"methods": ["cem"], "restarts": 0}}, "search.restarts must be a positive"),
+        ({"search": {"restarts": 4}}, "search.methods must be a list of at least one"),
+        ({"traffic": {"dt": 0}}, "traffic: dt must be positive, got 0"),
+        ({"traffic": {"lanes": 0}}, "traffic: lanes must be at least 1, got 0"),
+        ({"traffic": {"miss": 1.5}}, "traffic: miss must lie in [0, 1)"),
+        ({"paint": [2, 3]}, "paint: a color is three numbers of 0 to 1, got [2, 3]"),
+        ({"perception": {"confidence": 7}}, "perception.confidence must be a number from 0 to 1"),
+        ({"ego": {"replan": 0}}, "ego.replan must be a positive number, got 0"),
+        ({"trajectory_attack": {"methods": ["cem"]}}, "trajectory_attack.scenes must be a positi"),
+        (
+            {"trajectory_attack": {"scenes": 2, "objective": "up"}},
+            "trajectory_attack: objective 'up'; known: average",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_rules("driving", {**driving_rules, **change})
     with pytest.raises(ConfigError, match="metric is 'nmi'"):
         check_rules("deepfake", {**read_rules("configs/rules/deepfake.yaml"), "metric": "nmi"})
+    with pytest.raises(ConfigError, match="clusters must be a positive number, got 0"):
+        check_rules("deepfake", {**read_rules("configs/rules/deepfake.yaml"), "clusters": 0})

@@ -48,17 +48,20 @@ def read_head(folder: Path, track: str, deadline: Any) -> dict[str, Any]:
         raise SubmissionError(f"submission refused: no folder {folder}")
     try:
         head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
-        submitted = _time(head["submitted_at"])
+        submitted = read_time(head["submitted_at"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SubmissionError(f"submission refused: {HEAD} is unreadable ({error})") from None
     if head.get("track") != track:
         raise SubmissionError(f"submission refused: it is for track {head.get('track')!r}")
-    if deadline is not None and submitted > _time(deadline):
-        raise SubmissionError(f"submission refused: late, {submitted} is after {_time(deadline)}")
+    if deadline is not None and submitted > read_time(deadline):
+        raise SubmissionError(
+            f"submission refused: late, {submitted} is after {read_time(deadline)}"
+        )
     return head
 
 
-def _time(value: Any) -> datetime.datetime:
+def read_time(value: Any) -> datetime.datetime:
+    """An ISO date and time (or what YAML made of it), UTC where it names no zone."""
     found = value if isinstance(value, datetime.datetime) else None
     if found is None:
         found = datetime.datetime.fromisoformat(str(value))
@@ -141,8 +144,14 @@ def check_budget(
     return distances
 
 
-def read_clusters(folder: Path, wanted: Sequence[str], file: str = "clusters.csv") -> np.ndarray:
-    """int [N]: the cluster id of every wanted image, from rows (image, cluster)."""
+def read_clusters(
+    folder: Path, wanted: Sequence[str], file: str = "clusters.csv", *, most: int | None = None
+) -> np.ndarray:
+    """int [N]: the cluster id of every wanted image, from rows (image, cluster).
+
+    More than `most` different ids are refused: one cluster an image is no attribution, yet mutual
+    information pays it.
+    """
     check_files(folder, [file])
     found: dict[str, int] = {}
     problems = []
@@ -164,6 +173,9 @@ def read_clusters(folder: Path, wanted: Sequence[str], file: str = "clusters.csv
             found[row[0]] = int(row[1])
     problems += [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in sorted(set(found) - set(wanted))]
+    different = len(set(found.values()))
+    if most is not None and different > most:
+        problems.append(f"{different} clusters, the rules allow {most}")
     refuse(problems)
     return np.asarray([found[name] for name in wanted])
 

@@ -38,6 +38,7 @@ PUBLISHED_SIZES = {
     "svhn": {"train": 73257, "test": 26032},
 }
 SIDE = 32
+PIXELS = True  # images are pixels in [0, 1], as attacks want them
 _FILES = {
     "cifar10": {
         "train": tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)),

@@ -24,6 +24,7 @@ from train.data import array_source, image_augmentation, preparation
 OPTIONS: dict[str, Any] = {
     "image_size": 32,
     "augment": False,
+    "noise": 0.0,  # in training: standard deviation, in units of the images
     "standardize": True,
     "threads": 1,
 }
@@ -139,9 +140,14 @@ def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Optional small random rotation, scaling and shift, then three equal channels."""
+    """Optional small random rotation, scaling and shift, three equal channels, optional noise.
+
+    Noise is of every pixel and channel its own; `pixels` are kept in [0, 1].
+    """
 
     augment: bool
+    noise: float = 0.0
+    pixels: bool = False
 
     def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image = example["image"]
@@ -149,7 +155,11 @@ class TrainTransform:
             image = image_augmentation.random_affine(
                 rng, image, degrees=10.0, scale=(0.9, 1.1), shift=0.07, fill=float(image.min())
             )
-        return {"image": np.repeat(image[..., None], 3, axis=-1), "label": example["label"]}
+        image = np.repeat(image[..., None], 3, axis=-1)
+        if self.noise:
+            image = image + self.noise * rng.standard_normal(image.shape, dtype=np.float32)
+            image = image.clip(0, 1) if self.pixels else image
+        return {"image": image.astype(np.float32), "label": example["label"]}
 
 
 def eval_transform(options: Mapping[str, Any]):
@@ -160,7 +170,11 @@ def eval_transform(options: Mapping[str, Any]):
 
 def train_transform(options: Mapping[str, Any]) -> TrainTransform:
     """The training transform of these options."""
-    return TrainTransform(augment=bool(options["augment"]))
+    return TrainTransform(
+        augment=bool(options["augment"]),
+        noise=float(options.get("noise", 0.0)),  # faces share this transform, not all its options
+        pixels=not options.get("standardize", True),
+    )
 
 
 def _to_channels(example: Mapping[str, Any]) -> dict[str, Any]:

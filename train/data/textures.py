@@ -2,8 +2,9 @@
 
 The left half of each of the fifteen images trains, the right half tests, so that no test pixel is
 ever trained on. An epoch of training is `crops_per_image` random crops of each left half, with
-flips; the test set is `test_crops_per_image` crops of each right half at fixed places. The files
-are in scikit-image's wheel, so that nothing is downloaded.
+flips; the test set is `test_crops_per_image` crops of each right half at fixed places. Channels are
+standardized as the training halves are, or left as pixels in [0, 1] (`standardize` false, for
+attacks on pixels). The files are in scikit-image's wheel, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ NAMES = tuple(file.partition(".")[0] for file in FILES)
 OPTIONS: dict[str, Any] = {
     "image_size": 48,
     "augment": True,
+    "standardize": True,
     "crops_per_image": 64,
     "test_crops_per_image": 32,
     "threads": 1,
@@ -98,7 +100,7 @@ class CropSource:
     """Example i is image half `i % 15`; where its crop lies is the transform's business.
 
     Attributes:
-      halves: by label, float32 [H, W, 3], standardized.
+      halves: by label, float32 [H, W, 3].
       crops_per_image: how many examples each half counts for.
     """
 
@@ -114,7 +116,7 @@ class CropSource:
 
 
 def element_spec(options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """`image` float32 [S, S, 3], standardized per channel; `label` int32 [], the source image."""
+    """`image` float32 [S, S, 3], standardized or of [0, 1]; `label` int32 [], its source."""
     size = options["image_size"]
     if not isinstance(size, int) or not 1 <= size <= SMALLEST_SIDE:
         raise ValueError(
@@ -135,9 +137,9 @@ def split_sizes(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def source(split: str, options: Mapping[str, Any]) -> CropSource:
-    """The standardized halves of one split."""
+    """The halves of one split, standardized if asked."""
     directory = str(preparation.data_directory(options["path"]))
-    mean, std = _statistics(directory)
+    mean, std = _scale(directory, options)
     halves = tuple((half - mean) / std for half in _halves(directory)[split])
     return CropSource(halves, split_sizes(options)[split] // NUM_CLASSES)
 
@@ -166,6 +168,13 @@ def _statistics(directory: str) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(second - mean**2)
 
 
+def _scale(directory: str, options: Mapping[str, Any]):
+    """What is taken off a pixel of 0..255, and what it is then divided by."""
+    if options["standardize"]:
+        return _statistics(directory)
+    return np.float32(0), np.float32(255)
+
+
 def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarray:
     """The central crop of one image file as evaluation sees it, float32 [S, S, 3].
 
@@ -179,7 +188,7 @@ def read_image(path: str | os.PathLike, options: Mapping[str, Any]) -> np.ndarra
     if min(height, width) < size:
         raise OSError(f"{width}x{height} pixels are fewer than data.options.image_size {size}")
     top, left = (height - size) // 2, (width - size) // 2
-    mean, std = _statistics(str(preparation.data_directory(options["path"])))
+    mean, std = _scale(str(preparation.data_directory(options["path"])), options)
     crop = pixels[top : top + size, left : left + size]
     return ((crop - mean) / std).astype(np.float32)
 

@@ -19,15 +19,16 @@ from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.security import attacks, prior_networks, uncertainty
 from jaxmodels.security.detection import PROTOCOLS, detect_adversarial
 from jaxmodels.security.ensembles import each_member
-from jaxmodels.security.mhui import attack_loss, head_losses
+from jaxmodels.security.mhui import ATTACK_TARGETS, attack_loss, head_losses, taps_of
 from jaxmodels.security.perturbations import check_labels
 from train.building import build_model, check_classes
-from train.naming import ConfigError
+from train.naming import ConfigError, nearest
 
 METHODS = ("mhui", "softmax", "mc_dropout", "ensemble", "dpn_forward", "dpn_reverse")
 BOUNDED = ("fgsm", "bim", "pgd", "mi", "ni", "apgd_ce", "apgd_dlr", "square", "adaptive")
 SMALLEST = ("cw", "deepfool")
 PREDICTIONS = ("mean", "final_head")
+DETECTORS = (*uncertainty.SCORES, "last_head")
 SUSPICION = 0.05  # share of natural images that `predict` may call suspicious
 
 
@@ -46,9 +47,12 @@ class AdversarialDetection:
         (no eps).
       steps: of iterated attacks. queries: of square.
       target: what gradient attacks look at, `final`, `sum` or `mean`; of an ensemble always the
-        mean of its members' logits.
-      adaptive_weight: lambda of the adaptive attack's uncertainty.
-      estimator, detector: the fit and the measure of the reported detector.
+        mean of its members' logits, of MC dropout that of `attacked_samples` dropout masks, other
+        ones at every step of a gradient attack (EOT).
+      adaptive_weight: lambda of the adaptive attack, which also lowers the reported score.
+      estimator, detector: the fit and the measure of the reported detector, of `uncertainty`'s
+        ESTIMATORS and SCORES or, of `mhui`, `last_head`. Methods that have no such score report
+        their `mi` or else `max_p`.
       samples: forward passes of MC dropout.
       cw_steps, cw_c: of C&W.
     """
@@ -60,6 +64,7 @@ class AdversarialDetection:
     label_smoothing: float = 0.0
     members: int = 5
     samples: int = 20
+    attacked_samples: int = 4
     attacks: tuple[str, ...] = ("fgsm:0.1", "pgd:0.05", "adaptive:0.05")
     steps: int = 10
     queries: int = 200
@@ -81,6 +86,26 @@ class AdversarialDetection:
             )
         for spec in self.attacks:
             parse_attack(spec)
+        for name, known in (
+            ("detector", DETECTORS if self.method == "mhui" else uncertainty.SCORES),
+            ("estimator", uncertainty.ESTIMATORS),
+            ("target", ATTACK_TARGETS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"config.task_args.{name}: {value!r}; {nearest(str(value), known)}"
+                )
+        for name in ("members", "samples", "attacked_samples", "steps", "queries", "cw_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"config.task_args.{name}: {value!r} is no count of at least 1")
+        if self.head_weights:
+            heads = len(taps_of(self.model)) if self.method == "mhui" else 0
+            if len(self.head_weights) != heads:
+                raise ConfigError(
+                    f"config.task_args.head_weights: {len(self.head_weights)} for {heads} heads"
+                )
 
     def init(self, rng, batch):
         """Parameters and batch statistics; the ensemble's have a leading axis of members."""
@@ -121,10 +146,6 @@ class AdversarialDetection:
         if self.method == "mhui":
             losses = head_losses(logits, labels, self.label_smoothing)
             weights = jnp.asarray(self.head_weights or (1.0,) * len(losses))
-            if len(weights) != len(losses):
-                raise ConfigError(
-                    f"config.task_args.head_weights: {len(weights)} for {len(losses)} heads"
-                )
             mean = jax.nn.softmax(logits).mean(1)
             metrics = {f"head{m}_loss": value for m, value in enumerate(losses)}
             metrics |= _accuracy(mean, labels)
@@ -141,8 +162,11 @@ class AdversarialDetection:
             rngs={"dropout": key},
         )
 
-    def outputs(self, variables, pixels, key=None):
-        """What the method predicts from, [B, M, K] logits of heads, members, samples, or one."""
+    def outputs(self, variables, pixels, key=None, samples=None):
+        """What the method predicts from, [B, M, K] logits of heads, members, samples, or one.
+
+        `samples` passes of MC dropout, its own number when None; without a key no dropout.
+        """
         x = _scaled(pixels)
         if self.method == "mhui":
             return self.model.apply(variables, x)
@@ -153,7 +177,9 @@ class AdversarialDetection:
             def sample(k):
                 return self.model.apply(variables, x, sample_dropout=True, rngs={"dropout": k})
 
-            return jax.lax.map(sample, jax.random.split(key, self.samples)).swapaxes(0, 1)
+            return jax.lax.map(sample, jax.random.split(key, samples or self.samples)).swapaxes(
+                0, 1
+            )
         return self.model.apply(variables, x)[:, None]
 
     def probabilities(self, outputs):
@@ -207,22 +233,26 @@ class AdversarialDetection:
 
     def attacked(self, variables, x, y, key, eps, name: str):
         """Adversarial images of the attack `name` within eps, for one batch."""
-        adaptive = name.startswith("adaptive")
-        loss = attack_loss(self.target, self._spread if adaptive else None, self.adaptive_weight)
+        masks = None
+        if self.method == "mc_dropout":
+            key, masks = jax.random.split(key)
 
-        def apply(pixels):
-            outputs = self.outputs(variables, pixels)
-            if self.method == "ensemble":
-                # The mean of the members' logits, not of the probabilities it predicts from: once
-                # one confident member is wrong, the others' gradients vanish in the latter.
-                outputs = outputs.mean(1, keepdims=True)
+        def view(pixels, masks=masks):
+            return self.outputs(variables, pixels, masks, self.attacked_samples)
+
+        def logits(outputs):
+            if self.method in ("ensemble", "mc_dropout"):
+                # The mean of the logits, not of the probabilities it predicts from: once one
+                # confident member is wrong, the others' gradients vanish in the latter.
+                return outputs.mean(1, keepdims=True)
             return outputs
 
         if name == "cw":
             cfg = attacks.make("cw", steps=self.cw_steps, c=self.cw_c)
-            chosen = (lambda z: apply(z)[:, -1]) if self.target == "final" else self._mean_of(apply)
-            return attacks.attack(key, chosen, x, y, cfg)
-        last = lambda z: apply(z)[:, -1]  # noqa: E731
+            if self.target == "final":
+                return attacks.attack(key, lambda z: logits(view(z))[:, -1], x, y, cfg)
+            return attacks.attack(key, self._mean_of(lambda z: logits(view(z))), x, y, cfg)
+        last = lambda z: logits(view(z))[:, -1]  # noqa: E731
         if name == "deepfool":
             return attacks.attack(key, last, x, y, attacks.make(name, steps=self.steps))
         method = name.removesuffix("_l2")
@@ -235,23 +265,45 @@ class AdversarialDetection:
         if method.startswith("apgd"):
             # APGD's own losses look at one logit vector.
             return attacks.attack(key, last, x, y, attacks.make(method, **options))
-        method = {"adaptive": "pgd"}.get(method, method)
-        return attacks.attack(key, apply, x, y, attacks.make(method, loss=loss, **options))
+        misled, adaptive = attack_loss(self.target), method == "adaptive"
+
+        def loss(outputs, labels):
+            value = misled(logits(outputs), labels)
+            if adaptive:
+                value = value - self.adaptive_weight * self.suspicion(outputs)
+            return value
+
+        apply = view
+        if self.method == "mc_dropout":
+            # Every step's key becomes its dropout masks.
+            options["transform"] = lambda step, z: (z, step)
+            apply = lambda seen: view(*seen)  # noqa: E731
+        cfg = attacks.make("pgd" if adaptive else method, loss=loss, **options)
+        return attacks.attack(key, apply, x, y, cfg)
 
     def _mean_of(self, apply) -> Callable:
         return lambda z: jnp.log(jnp.maximum(jax.nn.softmax(apply(z)).mean(1), 1e-30))
 
-    def _spread(self, outputs):
-        """1 / (alpha0 + 1) by the trace: monotone in the detector's EPKL, and bounded."""
-        if outputs.shape[1] < 2:
-            return 1 - jax.nn.softmax(outputs[:, 0]).max(-1)
-        mean, variance = uncertainty.moments(outputs, from_logits=True)
-        return variance.sum(-1) / jnp.maximum(1 - jnp.square(mean).sum(-1), 1e-6)
+    def suspicion(self, outputs):
+        """What the adaptive attack lowers [B]: the score that is reported.
+
+        EPKL, which has no bound, as 1 / (alpha0 + 1), which rises and falls with it.
+        """
+        if self.method == "mhui" and (self.detector, self.estimator) == ("epkl", "trace"):
+            # From the moments: with alpha0 at its limits there would be no gradient.
+            mean, variance = uncertainty.moments(outputs, from_logits=True)
+            return variance.sum(-1) / jnp.maximum(1 - jnp.square(mean).sum(-1), 1e-6)
+        scores = self.scores(outputs)
+        own = self.reported_score(scores)
+        value = scores[own]
+        return value / (value + outputs.shape[-1] - 1) if own.startswith("epkl") else value
 
     def detection(self, variables, images, labels, *, batch_size: int, seed: int = 0):
-        """Every attack's table: `{spec: {"accuracy", protocol: {score: Detection}}}`.
+        """Every attack's table: `{spec: {"accuracy", ..., protocol: {score: Detection}}}`.
 
-        Also the entry `clean` with the accuracy. Under a protocol that leaves no image (no attack
+        `success` is the share of rightly classified images that are misled, `l2` the mean length of
+        these's perturbations (NaN where there are none). Also the entry `clean` with the accuracy.
+        Under a protocol that leaves no image (no attack
         succeeded) the scores are absent.
         """
         look_at = jax.eval_shape(self.outputs, variables, images[:1], jax.random.key(0))
@@ -294,14 +346,18 @@ class AdversarialDetection:
             )
             fooled = predicted != labels
             attacked_last = outputs[:, -1].argmax(-1) if self.method == "mhui" else predicted
+            # An attack on the last head succeeds where that head is misled.
+            misled = attacked_last != labels if self.target == "final" else fooled
+            won = correct & misled
+            sizes = np.sqrt(np.square(adversarial - images).sum((1, 2, 3)))
             table: dict[str, Any] = {
                 "accuracy": float(1 - fooled.mean()),
                 "last_accuracy": float((attacked_last == labels).mean()),
+                "success": float(won.sum() / max(correct.sum(), 1)),
+                "l2": float(sizes[won].mean()) if won.any() else float("nan"),
             }
-            # An attack on the last head succeeds where that head is misled.
-            misled = attacked_last != labels if self.target == "final" else fooled
             for protocol in PROTOCOLS:
-                if protocol == "successful" and not (correct & misled).any():
+                if protocol == "successful" and not won.any():
                     continue
                 table[protocol] = detect_adversarial(
                     clean_scores, scores, correct=correct, fooled=misled, protocol=protocol
@@ -319,6 +375,9 @@ class AdversarialDetection:
         for spec in self.attacks:
             table = tables[spec]
             numbers[f"{spec}/accuracy"] = table["accuracy"]
+            numbers[f"{spec}/success"] = table["success"]
+            if table["success"]:
+                numbers[f"{spec}/l2"] = table["l2"]
             for protocol in PROTOCOLS:
                 if protocol not in table:
                     continue
@@ -337,12 +396,10 @@ class AdversarialDetection:
 
     def reported_score(self, found) -> str:
         """The configured score under the name the method has for it."""
-        for name in (f"{self.detector}_{self.estimator}", self.detector, "mi", "max_p"):
-            if name in found:
-                return name
-        raise ConfigError(
-            f"config.task_args.detector: {self.detector!r}; known: {', '.join(found)}"
-        )
+        wanted = (f"{self.detector}_{self.estimator}", self.detector)
+        # A single prediction has no measure of disagreement.
+        others = () if self.method == "mhui" else ("mi", "max_p")
+        return next(name for name in (*wanted, *others) if name in found)
 
     def predict(self, variables, path, config):
         """Class, probability and scores of every image; suspicious beyond 95 % of natural ones.
@@ -388,6 +445,8 @@ def parse_attack(spec: str) -> tuple[str, float]:
         known = f"{', '.join(BOUNDED)} (also with _l2), {', '.join(SMALLEST)}"
         raise ConfigError(f"config.task_args.attacks: {spec!r}; known: {known}")
     if name in SMALLEST:
+        if eps:
+            raise ConfigError(f"config.task_args.attacks: {spec!r}: {name} has no eps")
         return name, 0.0
     try:
         value = float(eps)
@@ -437,4 +496,12 @@ def from_config(config) -> AdversarialDetection:
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
     task = AdversarialDetection(model=build_model(config), **args)
     check_classes(config, task.model)
+    family, options = pipeline.resolve(config.data)
+    # Found out by the attacks themselves, it would be after training.
+    if not getattr(family, "PIXELS", not options.get("standardize", True)):
+        how = "set" if "standardize" in options else "it has no"
+        raise ConfigError(
+            f"config.data: images of {config.data.name} are standardized, attacks are on pixels in "
+            f"[0, 1]; {how} config.data.options.standardize=False"
+        )
     return task

@@ -6,6 +6,7 @@ Recipe after deepinsight/insightface@7fadd42, `recognition/arcface_torch`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 from typing import Any
@@ -36,7 +37,7 @@ class FaceRecognition:
     Attributes:
       classes: training identities.
       margin: `arcface`, `cosface`, `normalized_softmax`, `softmax` (plain linear logits, the
-        baseline) or three numbers (m1, m2, m3).
+        baseline) or three numbers (m1, m2, m3), as text too: "(1,0.3,0)".
       scale: s. gradient: `straight_through` (official) or `exact`.
       filter_above: threshold of inter-class filtering, 0 for none.
       sample_rate: share of the class centers in each step's softmax (Partial FC): all of the
@@ -54,9 +55,8 @@ class FaceRecognition:
     pairs: int = 2000
 
     def __post_init__(self):
-        if isinstance(self.margin, str) and self.margin not in (*MARGINS, "softmax"):
-            known = ", ".join((*MARGINS, "softmax"))
-            raise ConfigError(f"config.task_args.margin: {self.margin!r}; known: {known}")
+        if self.margin != "softmax":
+            margins_of(self.margin)
         if not 0 < self.sample_rate <= 1:
             raise ConfigError("config.task_args.sample_rate: must lie in (0, 1]")
 
@@ -87,12 +87,11 @@ class FaceRecognition:
             cosines = logits = embeddings @ weight.T
         else:
             cosines = margin_losses.cosine_logits(embeddings, weight)
-            margins = MARGINS[self.margin] if isinstance(self.margin, str) else self.margin
             logits = margin_losses.margin_logits(
                 cosines,
                 labels,
                 scale=self.scale,
-                margins=tuple(margins),
+                margins=margins_of(self.margin),
                 filter_above=self.filter_above,
                 gradient=self.gradient,
             )
@@ -147,6 +146,28 @@ class FaceRecognition:
             found = np.asarray(embed(images))[: len(names)]
             rows += [(name, *map(float, e)) for name, e in zip(names, found)]
         return [("file", *(f"e{i}" for i in range(len(rows[0]) - 1))), *rows]
+
+
+def margins_of(margin: Any) -> tuple[float, float, float]:
+    """(m1, m2, m3) of a name, of three numbers, or of the text of three numbers.
+
+    The command line keeps text where a config's default is one.
+    """
+    found = MARGINS.get(margin, margin) if isinstance(margin, str) else margin
+    try:
+        if isinstance(found, str):
+            found = ast.literal_eval(found)
+        found = tuple(map(float, found))
+    except (ValueError, SyntaxError, TypeError):
+        known = ", ".join((*MARGINS, "softmax"))
+        raise ConfigError(
+            f"config.task_args.margin: {margin!r}; known: {known}, or three numbers, as (1,0.3,0)"
+        ) from None
+    try:
+        margin_losses.check_margins(found)
+    except ValueError as error:
+        raise ConfigError(f"config.task_args.margin: {error}") from None
+    return found
 
 
 def _network(params):
