@@ -493,6 +493,8 @@ def _evaluation_images(config) -> tuple[np.ndarray, np.ndarray]:
 
 def from_config(config) -> AdversarialDetection:
     """The task of a config: its model and `task_args`."""
+    from train.data import pipeline
+
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
     task = AdversarialDetection(model=build_model(config), **args)
     check_classes(config, task.model)
