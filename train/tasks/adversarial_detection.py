@@ -497,7 +497,6 @@ def from_config(config) -> AdversarialDetection:
 
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config.task_args).items()}
     task = AdversarialDetection(model=build_model(config), **args)
-    check_classes(config, task.model)
     family, options = pipeline.resolve(config.data)
     # Found out by the attacks themselves, it would be after training.
     if not getattr(family, "PIXELS", not options.get("standardize", True)):
@@ -506,4 +505,5 @@ def from_config(config) -> AdversarialDetection:
             f"config.data: images of {config.data.name} are standardized, attacks are on pixels in "
             f"[0, 1]; {how} config.data.options.standardize=False"
         )
+    check_classes(config, task.model)
     return task
