@@ -110,7 +110,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     identities: list = []
     fps = edit.fps or video_files.frame_rate(source) or 25
     with video_files.frame_writer(output, fps) as write:
-        for frame, encoded in stream(model, own, crops, edit.refresh, edit.every):
+        for frame, encoded in stream(model, own, crops, edit.refresh, edit.every, print):
             codes = encoded if control is None else control(frame, encoded)
             # As the generator makes it, and as measures see it.
             whole_image, image = map(np.asarray, draw(variables, codes, edit.alpha))
@@ -326,7 +326,7 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
         ffhq_quads,
         smooth_quads,
     )
-    from jaxmodels.video.video_encoder import check_frames, check_range
+    from jaxmodels.video.video_encoder import check_frames
     from train import video_files
 
     quads = None
@@ -351,8 +351,6 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
                 check_landmarks(landmarks, t + 1)
             quad, whole = Quad(*(part[t] for part in quads)), unit
             crop = np.asarray(crop_quad(unit, quad, size))
-        if t == 0:
-            check_range(crop, print)
         yield crop, quad, whole
     if quads is not None:
         check_landmarks(landmarks, t + 1)

@@ -12,6 +12,7 @@ high part is equal bit for bit over a clip.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -126,8 +127,11 @@ class VideoEncoder(nn.Module):
 
         For the published encoders: `stage` is how many of e4e's deltas are on (None: all), `train`
         takes the batch's own statistics and moves the running ones.
+
+        Raises ValueError for frames of another size, and outside `jit` for bytes (`check_range`).
         """
         check_frames(frames, self.image_size)
+        check_range(frames)
         average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
         if self.backbone != "vit":
             offsets = self._ir_se(frames, count, stage, train)
@@ -221,19 +225,34 @@ def check_frames(frames: jax.Array, size: int) -> None:
         raise ValueError(f"frames must be floats in [-1, 1], got {frames.dtype}; x / 127.5 - 1")
 
 
-def check_range(frames: np.ndarray, warn: Callable[[str], None] | None = None) -> None:
-    """Refuse frames that are not in [-1, 1]; call it on the first batch, outside `jit`.
+def check_range(frames: np.ndarray, warn: Callable[[str], None] | None = None) -> float:
+    """Refuse frames that cannot be in [-1, 1]; gives their minimum.
 
-    Raises ValueError for a maximum above 1.5 (bytes); says so through `warn` when nothing is
-    negative, as in images in [0, 1].
+    `frames` is one frame or a whole clip, about which `warn` is told when nothing in it is negative
+    (images in [0, 1]). Under `jit` values are not known: nothing is checked, the minimum is NaN.
+
+    Raises ValueError for a maximum above 1.5 (bytes).
     """
-    low, high = float(np.min(frames)), float(np.max(frames))
+    if isinstance(frames, jax.core.Tracer):
+        return float("nan")
+    frames = np.asarray(frames)
+    low, high = float(frames.min()), float(frames.max())
     if high > 1.5:
         raise ValueError(
             f"frames reach {high:g}; wanted are floats in [-1, 1] (bytes: x / 127.5 - 1)"
         )
-    if low >= 0 and warn is not None:
+    if warn is not None:
+        _warn_of_unit_range(low, warn)
+    return low
+
+
+def _warn_of_unit_range(low: float, warn: Callable[[str], None]) -> None:
+    if low >= 0:
         warn(f"no frame is negative (minimum {low:g}): are they in [0, 1]? wanted is [-1, 1]")
+
+
+def _python_warning(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 class ClipState(NamedTuple):
@@ -279,7 +298,11 @@ def encode_key(
     state: ClipState | None = None,
     refresh: str = "first",
 ) -> tuple[jax.Array, ClipState]:
-    """(W+ [B, n, D], state) of key frames, one clip a row."""
+    """(W+ [B, n, D], state) of key frames, one clip a row.
+
+    Raises ValueError for bytes, and warns of frames in [0, 1], outside `jit` (`check_range`).
+    """
+    check_range(frames, _python_warning)
     codes = module.apply(variables, frames, method="encode_key")
     return codes, take_key(state or start_clip(), codes[:, module.split :], refresh)
 
@@ -297,7 +320,11 @@ def encode_frame(
 def encode_clip(
     module: VideoEncoder, variables: Mapping[str, Any], frames: jax.Array, key: int = 0
 ) -> jax.Array:
-    """Offline: W+ [T, n, D] of a clip [T, S, S, 3] in one batch, high codes of frame `key`."""
+    """Offline: W+ [T, n, D] of a clip [T, S, S, 3] in one batch, high codes of frame `key`.
+
+    Raises ValueError for bytes, and warns of a clip in [0, 1], outside `jit` (`check_range`).
+    """
+    check_range(frames, _python_warning)
     high = module.apply(variables, frames[key : key + 1], method="encode_key")[:, module.split :]
     return join_codes(module.apply(variables, frames, method="encode_frame"), high)
 
@@ -308,11 +335,15 @@ def stream(
     frames: Iterable[np.ndarray],
     refresh: str = "first",
     every: int = 0,
+    warn: Callable[[str], None] = _python_warning,
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """Online: (frame, W+ [1, n, D]) for every frame [S, S, 3], one at a time.
 
     A key is taken at the first frame, and with "every" and "mean" at each `every`-th. The key's own
     low codes come from the frame path as well, as all others do.
+
+    Raises ValueError at a frame of bytes. A clip of which no frame is negative is in [0, 1]: `warn`
+    is told at its end, for a bright frame alone says nothing.
     """
     if refresh not in REFRESH:
         raise ValueError(f"refresh is one of {', '.join(REFRESH)}, got {refresh!r}")
@@ -320,12 +351,15 @@ def stream(
         raise ValueError(f"refresh {refresh!r} needs every >= 1, got {every}")
     key = jax.jit(lambda v, x: module.apply(v, x, method="encode_key")[:, module.split :])
     low = jax.jit(lambda v, x: module.apply(v, x, method="encode_frame"))
-    state = start_clip()
+    state, lowest = start_clip(), np.inf
     for t, frame in enumerate(frames):
+        lowest = min(lowest, check_range(frame))
         batch = jnp.asarray(frame)[None]
         if t == 0 or (refresh != "first" and t % every == 0):
             state = take_key(state, key(variables, batch), refresh)
         yield frame, join_codes(low(variables, batch), state.high)
+    if np.isfinite(lowest):
+        _warn_of_unit_range(lowest, warn)
 
 
 MODEL = VideoEncoder

@@ -1,6 +1,7 @@
 """High codes are reused bit for bit, and control moves nothing when nothing is asked."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +204,30 @@ def test_mistakes_are_named():
         VideoEncoder(backbone="resnet")
     with pytest.raises(ValueError, match="timm's names"):
         jaxmodels.load("video.vit", {"blocks.0.attn.qkv.weight": np.zeros(1)})
+
+
+def test_bytes_are_refused_and_a_clip_in_0_to_1_is_warned_of_wherever_frames_come_in():
+    module, variables = encoder()
+    frames = (np.asarray(clip(3)) + 1) / 2
+    ways = {
+        "apply": lambda x: module.apply(variables, x),
+        "key": lambda x: video_encoder.encode_key(module, variables, x),
+        "clip": lambda x: video_encoder.encode_clip(module, variables, x),
+        "stream": lambda x: list(video_encoder.stream(module, variables, x)),
+    }
+    for name, way in ways.items():
+        with pytest.raises(ValueError, match="frames reach 25"):
+            way(255 * frames)
+        if name != "apply":
+            with pytest.warns(UserWarning, match=r"in \[0, 1\]\?"):
+                way(frames)
+    # A bright frame alone is no sign of it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ways["stream"](np.concatenate([frames, -frames]))
+    said = []
+    list(video_encoder.stream(module, variables, frames, warn=said.append))
+    assert len(said) == 1
 
 
 FACE = face_mesh.synthetic_face_model(shape=4, expression=5, vertices=300)

@@ -300,11 +300,8 @@ class VideoInversion:
         draw = jax.jit(lambda v, codes: self.synthesize(v, codes)[0])
         frames = (video_files.to_unit(f) for f in video_files.read_frames(path))
         rows, before = [("frame", "mse", "psnr", "flicker")], None
-        for t, (frame, codes) in enumerate(
-            stream(self.model, encoder_variables(variables), frames)
-        ):
-            if t == 0:
-                check_range(frame, print)
+        clip = stream(self.model, encoder_variables(variables), frames, warn=print)
+        for t, (frame, codes) in enumerate(clip):
             made = np.asarray(draw(variables, codes))
             target = np.asarray(pool(jnp.asarray(frame)[None])[0])
             error = float(np.square(made - target).mean())
