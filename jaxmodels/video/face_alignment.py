@@ -15,6 +15,8 @@ from jax.scipy.ndimage import map_coordinates
 
 from jaxmodels.video.landmarks import LEFT_EYE, MOUTH_CORNERS, RIGHT_EYE
 
+_SMALLEST = 1e-3  # pixels; equal points differ by rounding
+
 
 class Quad(NamedTuple):
     """Square crops: centers and half axes in pixels, each [T, 2] (x, y).
@@ -54,6 +56,8 @@ def ffhq_quads(landmarks: np.ndarray) -> Quad:
 
     With e = right eye - left eye and m = mouth - middle of the eyes: x = e - rot90(m), as long as
     max(2 |e|, 1.8 |m|); y = rot90(x); center = middle of the eyes + 0.1 m.
+
+    Raises ValueError with the frame's number where eyes and mouth give no direction.
     """
     points = np.asarray(landmarks, np.float64)
     left, right = points[:, LEFT_EYE].mean(1), points[:, RIGHT_EYE].mean(1)
@@ -61,9 +65,14 @@ def ffhq_quads(landmarks: np.ndarray) -> Quad:
     middle, eyes = (left + right) / 2, right - left
     down = mouth - middle
     x = eyes - np.stack([-down[:, 1], down[:, 0]], -1)
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     lengths = np.linalg.norm(eyes, axis=1) * 2, np.linalg.norm(down, axis=1) * 1.8
-    x = x * np.maximum(*lengths)[:, None]
+    norms, sides = np.linalg.norm(x, axis=1), np.maximum(*lengths)
+    sizes = np.minimum(norms, sides)
+    if (sizes < _SMALLEST).any():
+        raise ValueError(
+            f"landmarks of frame {int(np.argmin(sizes))} make no crop: eyes and mouth are one point"
+        )
+    x = x * (sides / norms)[:, None]
     return Quad(middle + 0.1 * down, x, np.stack([-x[:, 1], x[:, 0]], -1))
 
 

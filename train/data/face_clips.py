@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,15 @@ def _landmarks_of(path: Path, required: bool) -> np.ndarray | None:
         if required:
             raise ConfigError(f"{path}: needs landmarks [frames, 68, 2] in {file.name}")
         return None
-    arrays = arrays_of(file)
+    return read_landmarks(file)
+
+
+def read_landmarks(file: Path) -> np.ndarray:
+    """`landmarks` [T, 68, 2] of an npz file, checked; ConfigError where it has none."""
+    try:
+        arrays = arrays_of(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file}: not a readable npz file ({error})") from None
     if "landmarks" not in arrays:
         raise ConfigError(f"{file}: no array `landmarks`; it has {list(arrays)}")
     landmarks = np.asarray(arrays["landmarks"], np.float64)
