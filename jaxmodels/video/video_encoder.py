@@ -380,7 +380,7 @@ def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     drops = [r"(pooler|classifier)\..*", r"decoder\..*"]
     if module.backbone != "vit":
         return {"drops": drops, "names": [("w_avg", "latent_avg")]}
-    return {"spellings": list(vit.SPELLINGS), "drops": drops}
+    return {"spellings": list(vit.SPELLINGS), "prefixes": vit.PREFIXES, "drops": drops}
 
 
 def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

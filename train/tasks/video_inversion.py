@@ -102,9 +102,10 @@ class VideoInversion:
         if not vit and any(k.startswith("output_layer.") for k in state):
             state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
             skip = (r"encoder\.styles", r"encoder\.latlayer[12]", "w_avg")
-        given, _ = catalog.import_state(
+        given, done = catalog.import_state(
             catalog.find(self.model_name), self.model, state, skip, source=self.encoder_from
         )
+        catalog.log_what_was_taken(self.encoder_from, "", done)
         taken = {
             name: jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given[name], tree)
             for name, tree in own.items()
@@ -344,9 +345,10 @@ def load_generator(path: str, module: nn.Module, like) -> Any:
         given = {"params": tree["gan"]["average"], "buffers": tree["buffers"]}
     else:
         require(path, "config.task_args.generator_from=''")
-        given, _ = catalog.import_state(
+        given, done = catalog.import_state(
             catalog.find("video.stylegan2"), module, read_state(path), source=path
         )
+        catalog.log_what_was_taken(path, "", done)
     # Buffers that travel along (resampling filters) are no part of the model.
     return jax.tree_util.tree_map_with_path(lambda p, x: _taken(given, p, x), like)
 
