@@ -488,6 +488,27 @@ def test_the_third_stage_runs_on_folders_of_frames_and_its_network_edits_a_clip(
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("preset", ["small", "regressor"])
+def test_a_run_on_the_synthetic_face_says_so_once(preset, capsys):
+    build_task(read_flags(["train", f"--config={POSE}:{preset}"], need_workdir=False)[0])
+    assert capsys.readouterr().out.count("the synthetic one stands in") == 1
+
+
+def test_clips_of_the_photograph_say_whose_landmarks_they_have(capsys):
+    face_clips._say_once.cache_clear()
+    options = pipeline.resolve({"name": "face_clips:astronaut", "options": {}})[1]
+    for split in face_clips.SPLITS:
+        face_clips.source(split, options)
+    assert capsys.readouterr().out.count("synthetic face") == 1
+
+
+def test_an_unknown_term_of_pose_control_is_named():
+    config = read_flags(["train", f"--config={POSE}"], need_workdir=False)[0]
+    config.task_args.parts = {"codez": 1.0}
+    with pytest.raises(ValueError, match=r"parts: no term 'codez'; did you mean 'codes'"):
+        build_task(config)
+
+
 MISTAKES = {
     "--config.task_args.generator_args.w_dim=16": "takes [6, 16]",
     "--config.model_args.n_low=6": "n_low must lie within 1 .. 5",

@@ -98,6 +98,7 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[Any]:
     """Clips of a split. Raises ConfigError where the folder holds none, or clips of one frame."""
     element_spec(options)
     if options["kind"] == "astronaut":
+        _say_once("face_clips: landmarks are those of the synthetic face (no real anatomy)")
         count = options["clips" if split == "train" else "eval_clips"]
         return Clips(tuple((SPLITS.index(split), i) for i in range(count)))
     path = options["path"]
@@ -251,6 +252,11 @@ def _cropped(frame: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
 
 
 # The photograph, moved.
+
+
+@functools.lru_cache(maxsize=1)
+def _say_once(text: str) -> None:
+    print(text)
 
 
 @functools.lru_cache(maxsize=1)
