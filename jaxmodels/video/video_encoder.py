@@ -12,6 +12,7 @@ high part is equal bit for bit over a clip.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,11 +24,12 @@ import numpy as np
 
 from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.video import vit
+from jaxmodels.video.query_decoder import FrozenMapping, StyleTransformerEncoder
 from jaxmodels.video.style_encoders import Encoder4Editing, GradualStyleEncoder
 from jaxmodels.video.stylegan2 import num_latents
 from jaxmodels.vision.ir_se import narrowed
 
-BACKBONES = ("vit", "ir_se50", "e4e")
+BACKBONES = ("vit", "ir_se50", "e4e", "style_transformer")
 LARGEST_LOW = 8
 EPSILON = 1e-6
 REFRESH = ("first", "every", "mean")
@@ -41,8 +43,10 @@ def default_n_low(layers: int) -> int:
 class VideoEncoder(nn.Module):
     """Frames [B, S, S, 3] in [-1, 1] -> W+ codes [B, n, w_dim] (n = 18 for `stylegan_size` 1024).
 
-    `backbone` "vit" is ours; "ir_se50" (pSp) and "e4e" put the published encoders behind the same
-    interface, where `ir_layers` is their depth, and `width_divisor` and `se_reduction` narrow them.
+    `backbone` "vit" is ours; "ir_se50" (pSp), "e4e" and "style_transformer" put the published
+    encoders behind the same interface, where `ir_layers` is their depth, and `width_divisor` and
+    `se_reduction` narrow them. The last one's queries pass through the generator's mapping network
+    of `mapping_layers` layers, which lies in the buffers.
     `n_low` codes follow the frame.
     `scan_layers` compiles one block for all, `remat` keeps no activations of blocks. The mean
     latent, to which everything is added, is the buffer `w_avg` [w_dim].
@@ -63,6 +67,7 @@ class VideoEncoder(nn.Module):
     ir_layers: int = 50
     width_divisor: int = 1
     se_reduction: int = 16
+    mapping_layers: int = 8
     scan_layers: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -175,8 +180,8 @@ class VideoEncoder(nn.Module):
         return Heads(layers, self.w_dim, name="heads", **types)(x)
 
     def _ir_se(self, frames: jax.Array, count: int, stage, train: bool) -> jax.Array:
-        kind = GradualStyleEncoder if self.backbone == "ir_se50" else Encoder4Editing
-        encoder = kind(
+        kinds = {"ir_se50": GradualStyleEncoder, "e4e": Encoder4Editing}
+        encoder = kinds.get(self.backbone, StyleTransformerEncoder)(
             num_layers=self.ir_layers,
             stylegan_size=self.stylegan_size,
             width_divisor=self.width_divisor,
@@ -185,6 +190,13 @@ class VideoEncoder(nn.Module):
             param_dtype=self.param_dtype,
             name="encoder",
         )
+        if self.backbone == "style_transformer":
+            if stage is not None:
+                raise ValueError("progressive stages belong to backbone e4e")
+            mapping = FrozenMapping(
+                self.mapping_layers, param_dtype=self.param_dtype, name="decoder"
+            )
+            return encoder(frames, mapping, train)[:, :count]
         # All styles are made (their parameters must exist); XLA drops those that nobody reads.
         return encoder(frames, stage, train)[:, :count]
 
@@ -370,16 +382,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "video2stylegan_base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
     "video_psp": {"backbone": "ir_se50"},
     "video_e4e": {"backbone": "e4e"},
+    "video_style_transformer": {"backbone": "style_transformer"},
 }
 
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
-    """Blocks take ViT weights in both spellings; pSp and e4e files keep their own names."""
+    """Blocks take ViT weights in both spellings; published encoders keep their own names."""
     if not isinstance(module, VideoEncoder):
         return {}
+    names = [("w_avg", "latent_avg")]
+    if module.backbone == "style_transformer":
+        # Of the generator in the same file the mapping network alone is the encoder's.
+        names += [(f"{part}.", f"{part}.module.") for part in ("encoder", "decoder")]
+        return {"drops": [r"decoder\.module\.(?!style\.).*"], "names": names}
     drops = [r"(pooler|classifier)\..*", r"decoder\..*"]
     if module.backbone != "vit":
-        return {"drops": drops, "names": [("w_avg", "latent_avg")]}
+        return {"drops": drops, "names": names}
     return {"spellings": list(vit.SPELLINGS), "prefixes": vit.PREFIXES, "drops": drops}
 
 
@@ -391,6 +409,10 @@ def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str,
     if module.backbone != "vit":
         if not any(k.startswith("encoder.") for k in state):
             state = {k if k == "latent_avg" else f"encoder.{k}": v for k, v in state.items()}
+        if module.backbone == "style_transformer":
+            # Officially both parts are wrapped for several GPUs.
+            part = r"^(encoder|decoder)\.(?!module\.)"
+            state = {re.sub(part, r"\1.module.", k): v for k, v in state.items()}
         average = np.asarray(state.get("latent_avg", np.zeros(module.w_dim, np.float32)))
         state["latent_avg"] = average.reshape(-1, average.shape[-1])[0]
         return state

@@ -502,6 +502,22 @@ def test_clips_of_the_photograph_say_whose_landmarks_they_have(capsys):
     assert capsys.readouterr().out.count("synthetic face") == 1
 
 
+def test_a_style_transformer_takes_its_mapping_from_the_generator_that_it_inverts():
+    flags = [f"--config={CONFIG}", "--config.model_args.backbone=style_transformer"]
+    flags += ["--config.model_args.ir_layers=18", "--config.model_args.width_divisor=16"]
+    flags.append("--config.model_args.se_reduction=2")
+    with pytest.raises(ValueError, match="mapping network, of 4 layers for latents of 32"):
+        build_task(read_flags(["train", *flags], need_workdir=False)[0])
+    flags += ["--config.model_args.mapping_layers=4"]
+    task = build_task(read_flags(["train", *flags], need_workdir=False)[0])
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), None))
+    _, extra = task.start(*shapes)
+    found, wanted = extra["buffers"], shapes[1]["buffers"]
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
+    first = extra["generator"]["params"]["mapping"]["fc0"]["kernel"]
+    np.testing.assert_array_equal(found["decoder"]["style.1"]["weight"], first.T)
+
+
 def test_an_unknown_term_of_pose_control_is_named():
     config = read_flags(["train", f"--config={POSE}"], need_workdir=False)[0]
     config.task_args.parts = {"codez": 1.0}
