@@ -5,6 +5,9 @@ PRESET]` trains each, beginning with the weights of another preset where one is 
 row to `results/compressed_sr_runs.csv`; `... table` writes
 `results/compressed_sr_claims.md`. `swapped_gain` is what remains of the gain when every test
 picture's input is replaced by that of the next: with leakage of targets it would survive.
+
+`... seams [--seeds 0 1 2]` trains the small preset and restores its test pictures as a whole and in
+tiles: rows of `results/compressed_sr_seams.csv`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown
 
 CSV = RESULTS / "compressed_sr_runs.csv"
+SEAMS = RESULTS / "compressed_sr_seams.csv"
+# (tile, overlap) in input pixels; the test pictures are 96 x 96 and padded by 8.
+TILES = ((32, 8), (48, 16), (64, 32))
 CONFIG = Path(__file__).parents[1] / "configs" / "compressed_sr.py"
 
 
@@ -83,6 +89,86 @@ def swapped_gain(task, variables, config) -> float:
     return float(np.mean(gains))
 
 
+def seams(seed: int) -> list[dict]:
+    """What tiles change: PSNR (dB) of whole and tiled pictures to the original and to each other,
+    and the mean step that tiling adds where a tile begins or ends, elsewhere, and what the picture
+    itself has from pixel to pixel (in 255ths)."""
+    import dataclasses
+
+    from jaxmodels.restoration import inference, metrics
+    from train.checkpoints import load_params
+    from train.command_line import read_flags
+    from train.data import pipeline
+    from train.loop import Plan, fit
+    from train.process import prepare_process
+
+    prepare_process()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [f"--config={CONFIG}:small", f"--config.seed={seed}", f"--workdir={folder}"]
+        config, _ = read_flags(["claims", *flags], need_workdir=True)
+        fit(config, folder)
+        params = load_params(folder, ema=config.ema.decay > 0)
+    task = Plan(config).task
+    family, options = pipeline.resolve(config.data)
+    rows = []
+    pictures = list(family.eval_images(options))
+    wholes = [task.restore(params, lr / np.float32(255)) for _, lr, _ in pictures]
+    for tile, overlap in TILES:
+        pieces = dataclasses.replace(task, tile=tile, tile_overlap=overlap)
+        for (name, lr, hr), whole in zip(pictures, wholes):
+            tiled = pieces.restore(params, lr / np.float32(255))
+            # As `restore` pads them: to the next multiple of the window.
+            side = lr.shape[1] + task.window - lr.shape[1] % task.window
+            starts = inference.tile_starts(side, tile, overlap)
+            edges = {p * task.scale - 1 for start in starts for p in (start, start + tile)}
+            steps = [255 * np.abs(np.diff(x, axis=1)).mean((0, 2)) for x in (tiled - whole, whole)]
+            at = sorted(e for e in edges if 0 <= e < len(steps[0]))
+            bytes_of = [metrics.to_uint8(x) for x in (whole, tiled)]
+            rows.append(
+                {
+                    "seed": seed,
+                    "picture": name,
+                    "tile": tile,
+                    "overlap": overlap,
+                    "whole_psnr": round(metrics.psnr(bytes_of[0], hr), 3),
+                    "tiled_psnr": round(metrics.psnr(bytes_of[1], hr), 3),
+                    "between": round(metrics.psnr(bytes_of[1], bytes_of[0]), 2),
+                    "step_at_edges": round(float(steps[0][at].mean()), 3),
+                    "step_elsewhere": round(float(np.delete(steps[0], at).mean()), 3),
+                    "picture_step": round(float(steps[1].mean()), 3),
+                }
+            )
+    return rows
+
+
+def _seam_table() -> str:
+    groups = defaultdict(list)
+    for row in runs.read(SEAMS):
+        groups[(row["tile"], row["overlap"])].append(row)
+    names = (
+        "whole_psnr",
+        "tiled_psnr",
+        "between",
+        "step_at_edges",
+        "step_elsewhere",
+        "picture_step",
+    )
+    lines = [
+        [tile, overlap, len(own), *(f"{np.mean([float(r[n]) for r in own]):.3f}" for n in names)]
+        for (tile, overlap), own in groups.items()
+    ]
+    if not lines:
+        return ""
+    header = ["tile", "overlap", "pictures", "whole dB", "tiled dB", "between dB", "step at edges",
+              "step elsewhere", "the picture's own"]  # fmt: skip
+    return (
+        "\n## Seams\n\n`... seams`: the small network on whole pictures and in tiles (input "
+        "pixels). Steps are mean absolute changes from column to column in 255ths: of what tiling "
+        "adds, where a tile begins or ends and elsewhere, and of the picture.\n\n"
+        + markdown(header, lines)
+    )
+
+
 def table() -> Path:
     """Means over seeds, with the range of single runs."""
     groups = defaultdict(list)
@@ -106,19 +192,22 @@ def table() -> Path:
         "dB; every single run is in compressed_sr_runs.csv. CPU seconds include compilation and "
         "evaluation.\n\n"
     )
-    path.write_text(text + markdown(header, rows))
+    path.write_text(text + markdown(header, rows) + _seam_table())
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("preset")
+    parser.add_argument("preset", help="a preset, `seams` or `table`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--after", default="", metavar="PRESET")
     arguments = parser.parse_args()
     if arguments.preset != "table":
         for seed in arguments.seeds:
+            if arguments.preset == "seams":
+                runs.append(SEAMS, *seams(seed))
+                continue
             row = one(arguments.preset, seed, arguments.set, arguments.after)
             runs.append(CSV, row)
             print(row, flush=True)

@@ -62,23 +62,28 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def environment_of(threads: int) -> dict[str, str]:
+    """This process's environment with so many threads for XLA and PyTorch, on the CPU."""
+    flags = (
+        f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} "
+        f"intra_op_parallelism_threads={threads}"
+    )
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "BENCHMARK_THREADS": str(threads),
+    }
+
+
 class Worker:
     """A contender's process, pinned to `threads` processors, answering one request at a time."""
 
     def __init__(self, contender: Contender, threads: int) -> None:
         self.name = contender.name
         processors = sorted(os.sched_getaffinity(0))[:threads]
-        flags = (
-            f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} "
-            f"intra_op_parallelism_threads={threads}"
-        )
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": flags,
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "BENCHMARK_THREADS": str(threads),
-        }
+        environment = environment_of(threads)
         self.process = subprocess.Popen(
             [
                 contender.python,

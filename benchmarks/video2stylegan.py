@@ -1,15 +1,36 @@
-"""Video2StyleGAN on a CPU: StyleGAN2-256 and IR-SE50 against PyTorch, frames/s of the pipeline."""
+"""Video2StyleGAN on a CPU: StyleGAN2-256 and IR-SE50 against PyTorch, frames/s of the pipeline.
+
+`python -m benchmarks.video2stylegan` measures the row of the whole command alone, and prints it:
+`train.edit_video` from a video file to a video file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import TORCH_PYTHON, Contender, markdown, measure, ratio, write_report
+from benchmarks.measure import (
+    TORCH_PYTHON,
+    Contender,
+    Samples,
+    environment_of,
+    markdown,
+    measure,
+    ratio,
+    write_report,
+)
 
 SIZE = 256
 HERE = "benchmarks.video2stylegan"
+COMMAND = "the whole command: decode 640x480, align, encode, synthesize, paste, write H.264"
+STAGE_HEADER = ["stage", "CPU time", "frames/s by its minimum"]
 STAGES = (
     ("encode a key", "key"),
     ("encode a frame", "frame"),
@@ -94,6 +115,83 @@ def jax_stage(stage: str) -> Callable[[], None]:
     return lambda: jax.block_until_ready(run(own, other, frame, high))
 
 
+def whole_command(folder: str, frames: int) -> dict[str, list[float]]:
+    """Wall and CPU seconds of every frame but the first of `train.edit_video`: a clip of 640x480
+    decoded, aligned by landmarks, encoded, synthesized at 256 pixels, pasted back and written.
+
+    The weights are random; the encoder is the small one.
+    """
+    import numpy as np
+
+    import jaxmodels
+    from jaxmodels.video.video_encoder import VideoEncoder
+    from train import edit_video, video_files
+    from train.command_line import read_flags
+    from train.process import prepare_process
+
+    prepare_process()
+    place = Path(folder)
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 255, (15, 20, 3)), np.ones((32, 32, 1))).astype(np.uint8)
+    with video_files.frame_writer(place / "in.mp4") as write:
+        for t in range(frames):
+            write(np.roll(picture, 2 * t, 1))
+    points = np.full((frames, 68, 2), 240.0) + np.arange(frames)[:, None, None]
+    points[:, 36:42] += [-40, -30]
+    points[:, 42:48] += [40, -30]
+    points[:, [48, 54]] += [[-25, 50], [25, 50]]
+    np.savez(place / "landmarks.npz", landmarks=points)
+    encoder = VideoEncoder(stylegan_size=SIZE)
+    jaxmodels.save(
+        place / "encoder.safetensors", "video.video_encoder", encoder, _variables(encoder)
+    )
+    flags = [f"--config={Path(__file__).parents[1] / 'configs' / 'video2stylegan.py'}:paper"]
+    flags += ["--config.model_args.scan_layers=False", "--config.precision=float32"]
+    flags += [f"--config.model_args.stylegan_size={SIZE}"]
+    flags += [f"--config.task_args.generator_args.img_resolution={SIZE}"]
+    flags += [f"--config.task_args.weights.{t}=0.0" for t in ("lpips", "identity", "landmarks")]
+    flags += ["--config.task_args.weights.mesh=0.0", f"--config.data.options.path={folder}"]
+    flags += [f"--config.edit.landmarks={place / 'landmarks.npz'}"]
+    config, _ = read_flags(["edit_video", *flags], need_workdir=False)
+
+    stamps = []
+    own = video_files.frame_writer
+
+    @contextlib.contextmanager
+    def stamped(*arguments):
+        with own(*arguments) as write:
+
+            def written(frame):
+                write(frame)
+                stamps.append((time.perf_counter(), time.process_time()))
+
+            yield written
+
+    video_files.frame_writer = stamped
+    files = (place / name for name in ("encoder.safetensors", "in.mp4", "out.mp4"))
+    edit_video.edit_clip(config, *map(str, files))
+    return {k: list(np.diff([s[i] for s in stamps])) for i, k in enumerate(("wall", "cpu"))}
+
+
+def command_samples(frames: int) -> Samples:
+    """`whole_command` in a process of its own with one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = (
+            "import json; from benchmarks.video2stylegan import whole_command; "
+            f"print(json.dumps(whole_command({folder!r}, {frames})))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment_of(1),
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Samples(found["wall"], found["cpu"])
+
+
 def torch_forward(what: str, size: int = SIZE, mode: str = "eager") -> Callable[[], None]:
     """The same in PyTorch, without gradients."""
     import torch
@@ -135,10 +233,9 @@ def run(quick: bool = False) -> Path:
         body += markdown(header, rows)
         if stages:
             body += "\nThe pipeline (small encoder, 256 pixels, generator of 256 pixels), ours:\n\n"
-            body += markdown(["stage", "CPU time", "frames/s by its minimum"], stages)
+            body += markdown(STAGE_HEADER, stages)
         return write_report("video2stylegan", "Video2StyleGAN: speed on a CPU", body)
 
-    path = None
     for name, ours, arguments in (
         (f"StyleGAN2-{SIZE} synthesis", f"{HERE}:jax_synthesis", {"what": "synthesis"}),
         ("IR-SE50, 112 pixels", f"{HERE}:jax_ir_se", {"what": "ir_se"}),
@@ -151,12 +248,20 @@ def run(quick: bool = False) -> Path:
         others = [found["eager"], found["channels_last"]]
         cells = [found[n].cell("cpu") for n in ("ours", "eager", "channels_last")]
         rows.append([name, *cells, ratio(found["ours"], others, "cpu")])
-        path = report()
+        report()
     for name, stage in STAGES:
         found = measure(
             [Contender("ours", f"{HERE}:jax_stage", {"stage": stage})], 1, rounds, steps
         )
-        cpu = found["ours"].cpu
-        stages.append([name, found["ours"].cell("cpu"), f"{1 / min(cpu):.1f}" if cpu else "-"])
-        path = report()
-    return path
+        stages.append(_stage_row(name, found["ours"]))
+        report()
+    stages.append(_stage_row(COMMAND, command_samples(4 if quick else 13)))
+    return report()
+
+
+def _stage_row(name: str, found: Samples) -> list[str]:
+    return [name, found.cell("cpu"), f"{1 / min(found.cpu):.1f}" if found.cpu else "-"]
+
+
+if __name__ == "__main__":
+    print(markdown(STAGE_HEADER, [_stage_row(COMMAND, command_samples(13))]))

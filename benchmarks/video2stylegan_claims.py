@@ -31,6 +31,10 @@ TABLES = {
         ("inversion",),
         ("relative_mse", "flicker_static_reuse", "flicker_static_full", "static_clips_steadier"),
     ),
+    "Flicker of moving clips without noise (no gain is claimed)": (
+        ("inversion",),
+        ("flicker_moving_reuse", "flicker_moving_full"),
+    ),
     "Control (item 7: correlation above 0.8)": (
         ("control",),
         ("yaw_correlation_codes", "yaw_mean_error_codes", "relative_codes"),

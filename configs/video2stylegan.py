@@ -66,6 +66,8 @@ def get_config(preset: str = "small"):
         {
             "direction": "",  # an npy or npz file with a vector [w_dim]
             "alpha": 0.0,
+            "absolute": False,  # alpha is the distance from the boundary, not a step
+            "conditions": (),  # directions that the edit leaves alone
             "layers": (),  # (first, one past the last); empty: all
             "style": "",  # an image or clip whose high codes replace the clip's
             "yaw": 0.0,  # degrees, added to the face's own; needs control_from

@@ -37,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         "--prefer", action="append", default=[], metavar="KEY",
         help="weight set to take where the file holds several, as state_dict_ema",
     )  # fmt: skip
+    reading.add_argument(
+        "--prefix", metavar="TEXT",
+        help="what stands before the model's names in the file, where it is no usual prefix",
+    )  # fmt: skip
     comparing = commands.add_parser(
         "compare", parents=[model, reading], help="activations against a PyTorch recording"
     )
@@ -93,9 +97,11 @@ def _load(arguments: argparse.Namespace, file: str):
     found = catalog.find(arguments.name)
     module = found.build(**dict(arguments.set))
     read = catalog.read_weights(found, file, arguments.prefer)
-    variables, done = catalog.import_state(found, module, read.tensors, source=file)
-    taken = ", ".join(t for t in (read.taken, done.prefix and f"prefix {done.prefix}") if t)
-    print(f"{file}: {len(read.tensors)} tensors" + (f", taken from {taken}" if taken else ""))
+    variables, done = catalog.import_state(
+        found, module, read.tensors, source=file, prefix=arguments.prefix
+    )
+    said = catalog.what_was_taken(read.taken, done)
+    print(", ".join([f"{file}: {len(read.tensors)} tensors", *said[:1]]))
     if read.others:
         print(f"also in the file: {', '.join(read.others)} (choose with --prefer)")
     if done.dropped:

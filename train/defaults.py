@@ -91,6 +91,7 @@ def default_config() -> ConfigDict:
             "probe": ConfigDict({"rank": ()}),  # parameter paths whose spectra are logged
             "init_from": placeholder(str),  # a checkpoint of ours or of PyTorch
             "init_skip": "",  # regular expression: parameters left at their initialization
+            "init_prefix": "",  # before the names of a PyTorch file, where it is no usual one
             "order": (),  # names of `stages` to run one after the other (train/progression.py)
             "stages": ConfigDict(),
             "eval_only": False,

@@ -74,7 +74,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     params, extra = starting_variables(config, plan.abstract, task, plan.make)
     variables = {"params": params, **extra}
     own, model = encoder_variables(variables), task.model
-    direction = _direction(edit, model.w_dim) if edit.direction else None
+    direction = _direction(edit, model.w_dim)
     layers = tuple(edit.layers) or None
     size = model.image_size
 
@@ -98,7 +98,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
         if style is not None:
             codes = latent_editing.mix_styles(codes, style, model.split)
         if direction is not None:
-            codes = latent_editing.move(codes, direction, alpha, layers)
+            codes = latent_editing.move(codes, direction, alpha, layers, edit.absolute)
         images = task.draw(variables, codes)
         return images[0], pool(images)[0]
 
@@ -110,7 +110,7 @@ def edit_clip(config, checkpoint: str, source: str, output: str) -> dict[str, An
     identities: list = []
     fps = edit.fps or video_files.frame_rate(source) or 25
     with video_files.frame_writer(output, fps) as write:
-        for frame, encoded in stream(model, own, crops, edit.refresh, edit.every):
+        for frame, encoded in stream(model, own, crops, edit.refresh, edit.every, print):
             codes = encoded if control is None else control(frame, encoded)
             # As the generator makes it, and as measures see it.
             whole_image, image = map(np.asarray, draw(variables, codes, edit.alpha))
@@ -201,7 +201,11 @@ def asked_for(edit) -> str:
     said = []
     if edit.direction:
         layers = f" of layers {edit.layers[0]} to {edit.layers[1] - 1}" if edit.layers else ""
-        said.append(f"{Path(edit.direction).name} x {edit.alpha:g}{layers}")
+        name = Path(edit.direction).name
+        if edit.conditions:
+            name += f" without {', '.join(Path(c).name for c in edit.conditions)}"
+        amount = f"to {edit.alpha:g}" if edit.absolute else f"x {edit.alpha:g}"
+        said.append(f"{name} {amount}{layers}")
     if edit.style:
         said.append(f"style of {Path(edit.style).name}")
     said += [f"{name} {edit[name]:+g} degrees" for name in ("yaw", "pitch", "roll") if edit[name]]
@@ -242,7 +246,7 @@ class _Control:
         asked = {k: edit[k] or None for k in ("yaw", "pitch", "roll")}
         expression = None
         if edit.expression:
-            expression = _vector(edit, "expression")
+            expression = _vector(edit.expression, "expression")
             wanted = task.face.expression_size
             if expression.shape != (wanted,):
                 raise ConfigError(
@@ -299,20 +303,49 @@ def _run_config(run: str):
 
 
 def _direction(edit, width: int):
-    from jaxmodels.video.latent_editing import check_direction
+    """The unit vector to edit along, orthogonal to the conditions; None without one."""
+    from jaxmodels.video.latent_editing import check_direction, project_boundary
 
-    return check_direction(_vector(edit, "direction"), width)
+    if not edit.direction:
+        for key in ("conditions", "absolute"):
+            if edit[key]:
+                raise ConfigError(
+                    f"config.edit.{key}: it is of an edit along config.edit.direction"
+                )
+        return None
+
+    def unit(file: str, key: str):
+        try:
+            return check_direction(_vector(file, key), width)
+        except ValueError as error:
+            raise ConfigError(f"config.edit.{key}: {file}: {error}") from None
+
+    wanted = unit(edit.direction, "direction")
+    others = [unit(file, "conditions")[None] for file in edit.conditions]
+    try:
+        return project_boundary(wanted[None], *others)[0]
+    except ValueError as error:
+        raise ConfigError(f"config.edit.conditions: {error}") from None
 
 
-def _vector(edit, key: str):
+def _vector(file: str, key: str):
     """The array of an npy file, or the first one of an npz file."""
     import numpy as np
 
-    path = Path(edit[key])
+    from jaxmodels.interop.checkpoint import read_npz
+
+    path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"config.edit.{key}: no file {edit[key]!r}")
-    loaded = np.load(path, allow_pickle=False)
-    return loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
+        raise FileNotFoundError(f"config.edit.{key}: no file {file!r}")
+    if path.suffix == ".npz":
+        arrays = read_npz(path)
+        if not arrays:
+            raise ConfigError(f"config.edit.{key}: {file} holds no array")
+        return next(iter(arrays.values()))
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"config.edit.{key}: {file} is no npy file ({error})") from None
 
 
 def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
@@ -326,15 +359,15 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
         ffhq_quads,
         smooth_quads,
     )
-    from jaxmodels.video.video_encoder import check_frames, check_range
+    from jaxmodels.video.video_encoder import check_frames
     from train import video_files
+    from train.data.face_clips import read_landmarks
 
     quads = None
     if edit.landmarks:
         if not Path(edit.landmarks).is_file():
             raise FileNotFoundError(f"config.edit.landmarks: no file {edit.landmarks!r}")
-        with np.load(edit.landmarks, allow_pickle=False) as arrays:
-            landmarks = arrays["landmarks"]
+        landmarks = read_landmarks(Path(edit.landmarks))
         # Of a video the number of frames is known at its end.
         folder = Path(source).is_dir()
         known = len(video_files.frame_files(source)) if folder else len(landmarks)
@@ -351,8 +384,6 @@ def _aligned(edit, source: str, size: int) -> Iterator[tuple[Any, Any, Any]]:
                 check_landmarks(landmarks, t + 1)
             quad, whole = Quad(*(part[t] for part in quads)), unit
             crop = np.asarray(crop_quad(unit, quad, size))
-        if t == 0:
-            check_range(crop, print)
         yield crop, quad, whole
     if quads is not None:
         check_landmarks(landmarks, t + 1)

@@ -20,9 +20,10 @@ def starting_variables(config, shapes, task, fresh):
     `shapes` is the abstract state; `fresh()` makes a state, and is called only when it is needed.
 
     `init_skip` is a regular expression over dotted parameter paths; what it matches stays at its
-    initialization (a new classifier, say). Anything else that is missing or mis-shaped is an error,
-    but for the collections that `task.frozen` names, networks that never train: what the checkpoint
-    lacks of them is what `task.start` loads.
+    initialization (a new classifier, say); `init_prefix` is what stands before the names of a
+    PyTorch file, where it is no usual prefix (those are found and logged). Anything else that is
+    missing or mis-shaped is an error, but for the collections that `task.frozen` names, networks
+    that never train: what the checkpoint lacks of them is what `task.start` loads.
     """
     wanted = {"params": shapes.params, **shapes.extra}
     frozen = getattr(task, "frozen", ())
@@ -45,6 +46,7 @@ def starting_variables(config, shapes, task, fresh):
         skip_key="config.init_skip",
         check=getattr(task, "check_loaded", None),
         frozen=frozen,
+        prefix=config.get("init_prefix") or None,
     )
     return merged["params"], {k: v for k, v in merged.items() if k != "params"}
 
@@ -63,6 +65,7 @@ def variables_from(
     skip_of=None,
     check=None,
     frozen=(),
+    prefix=None,
 ):
     """The variables `wanted` (`{collection: tree of shapes}`) of a run directory or a PyTorch file.
 
@@ -74,6 +77,7 @@ def variables_from(
       skip_of: `state dict -> skip`, where the file decides.
       check: given {dotted path: array} of what was read; raises where it does not fit the run.
       frozen: collections of which a run directory may lack parts; they come from `fresh()`.
+      prefix: of the names in a PyTorch file; None: a usual one is found.
     """
     path = Path(source)
     if not path.exists():
@@ -83,14 +87,18 @@ def variables_from(
         from jaxmodels.interop import catalog, conversion
 
         found = catalog.find(name)
-        tensors = catalog.read_weights(found, path).tensors
+        read = catalog.read_weights(found, path)
+        tensors = read.tensors
         skip = skip_of(tensors) if skip_of else skip
     skips = (skip,) if skip else ()
     if tensors is None:
         loaded = load_params(path, ema=True)
     else:
         tensors = prepare(tensors) if prepare else tensors
-        loaded, _ = catalog.import_state(found, module, tensors, skips, source=str(path))
+        loaded, done = catalog.import_state(
+            found, module, tensors, skips, source=str(path), prefix=prefix
+        )
+        catalog.log_what_was_taken(str(path), read.taken, done)
         # A PyTorch file has no other collections (a graph, say): the run's own stand.
         others = [name for name in wanted if name not in ("params", *conversion.COLLECTIONS)]
         skips = (*skips, *(f"^{name}\\." for name in others))

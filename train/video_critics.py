@@ -32,6 +32,10 @@ MODELS = {
 # Sizes at which the published networks look at a face.
 LANDMARK_SIZE, MESH_SIZE, IMAGE_SIZE = 256, 224, 256
 WEIGHTS = {"l2": 1.0, "lpips": 0.8, "identity": 0.1, "landmarks": 1.0, "mesh": 1.0, "w_norm": 0.005}
+SYNTHETIC_FACE = (
+    "face model: none is given (task_args.face_model_from), the synthetic one stands in (no real "
+    "anatomy)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +75,10 @@ class Critics:
                 continue
             require(path, f"config.task_args.weights.{name}=0")
             state = read_state(path)
-            given, _ = catalog.import_state(
+            given, done = catalog.import_state(
                 catalog.find(MODELS[name]), module, state, source=os.fspath(path)
             )
+            catalog.log_what_was_taken(os.fspath(path), "", done)
             loaded[name] = {
                 collection: jax.tree.map(
                     lambda x, like: jnp.asarray(x, like.dtype), given[collection], tree
@@ -179,9 +184,13 @@ def read_state(path: str) -> dict[str, np.ndarray]:
     return state
 
 
-def load_face_model(path: str, switch: str, expression: int = face_mesh.EXPRESSION) -> FaceModel:
-    """The mesh model of an npz file (FLAME's arrays by their own names), or the synthetic one."""
+def load_face_model(
+    path: str, switch: str, expression: int = face_mesh.EXPRESSION, say=print
+) -> FaceModel:
+    """The mesh model of an npz file (FLAME's arrays by their own names), or the synthetic one, of
+    which `say` is told."""
     if not path:
+        say(SYNTHETIC_FACE)
         return face_mesh.synthetic_face_model(expression=expression)
     require(path, switch)
     if not str(path).endswith(".npz"):
@@ -230,7 +239,5 @@ def build_critics(args: dict[str, Any], say=print, provided: tuple[str, ...] = (
         modules[name] = catalog.find(model).build(**dict(networks.get(name, {})))
     face = None
     if "mesh" in modules:
-        face = load_face_model(face_from, "config.task_args.weights.mesh=0")
-        if not face_from:
-            say("mesh term: no face model given, the synthetic one stands in (no real anatomy)")
+        face = load_face_model(face_from, "config.task_args.weights.mesh=0", say=say)
     return Critics(weights, modules, files, face, sizes)

@@ -10,6 +10,7 @@ import builtins
 import importlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from jaxmodels.interop import checkpoint, conversion
 from jaxmodels.spelling import did_you_mean
 
 CONFIG = "config.json"
+LOGGER = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _NOT_FAMILIES = {"layers", "interop"}
@@ -189,6 +191,7 @@ def load(
     seed: int = 0,
     skip: str | Iterable[str] = (),
     prefer: Iterable[str] = (),
+    prefix: str | None = None,
     inputs: Any = None,
     **overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -204,6 +207,8 @@ def load(
       skip: regular expressions of names neither read nor required, as `"classifier"`.
       prefer: nestings to take first where a file holds several, as `("state_dict_ema",)`; by
         default those that published numbers are of, where the model's module says which.
+      prefix: what stands before the model's names in the file, where it is none of the usual ones
+        (`conversion.USUAL_PREFIXES`), which are found and logged; what has other names is left out.
       inputs: shapes for initialization, for classes without `example_inputs()`.
       **overrides: constructor arguments over the variant's own; `param_dtype` also casts the file's
         floating-point arrays, which otherwise keep their dtype.
@@ -219,15 +224,16 @@ def load(
         return module, initialize(module, seed, inputs)
     arguments = {}
     if isinstance(weights, Mapping):
-        state, source = weights, "the state dict"
+        state, source, taken = weights, "the state dict", ""
     else:
-        state = read_weights(found, weights, prefer).tensors
-        source = os.fspath(weights)
+        read = read_weights(found, weights, prefer)
+        state, source, taken = read.tensors, os.fspath(weights), read.taken
         reader = getattr(found.python_module, "arguments_of_config", None)
         if reader is not None and (Path(weights) / CONFIG).is_file():
             arguments = reader(read_config(weights), state)
     module = found.build(**{**arguments, **overrides})
-    variables, _ = import_state(found, module, state, skip, seed, inputs, source)
+    variables, done = import_state(found, module, state, skip, seed, inputs, source, prefix)
+    log_what_was_taken(source, taken, done)
     if "param_dtype" in overrides:
         variables = {
             collection: jax.tree.map(lambda x: _cast(x, overrides["param_dtype"]), tree)
@@ -236,6 +242,26 @@ def load(
             for collection, tree in variables.items()
         }
     return module, variables
+
+
+def what_was_taken(taken: str, done: conversion.Conversion) -> builtins.list[str]:
+    """In words: nestings and prefixes that were removed, and what a prefix left out."""
+    said = []
+    removed = ", ".join(t for t in (taken, done.prefix and f"prefix {done.prefix}") if t)
+    if removed:
+        said.append(f"taken from {removed}")
+    if done.outside:
+        said.append(f"left out: {len(done.outside)} entries, first {done.outside[0]}")
+    return said
+
+
+def log_what_was_taken(source: str, taken: str, done: conversion.Conversion) -> None:
+    """Say through `logging` what a file's weights were found under; a warning where that decided
+    what was left out."""
+    said = what_was_taken(taken, done)
+    if said:
+        level = logging.WARNING if done.prefix else logging.INFO
+        LOGGER.log(level, "%s: weights %s", source, "; ".join(said))
 
 
 def read_weights(
@@ -279,6 +305,7 @@ def import_state(
     seed: int = 0,
     inputs: Any = None,
     source: str = "the state dict",
+    prefix: str | None = None,
 ) -> tuple[dict[str, Any], conversion.Conversion]:
     """`conversion.from_torch` with the rules, check and upgrade that stand beside the model."""
     hook = getattr(found.python_module, "check_checkpoint", None)
@@ -290,7 +317,7 @@ def import_state(
     rules = conversion.resolve_rules(getattr(found.python_module, "TORCH_RULES", None), module)
     fresh = initialize(module, seed, inputs) if skip else None
     return conversion.from_torch(
-        state, shapes(module, inputs), rules, skip=skip, fresh=fresh, source=source
+        state, shapes(module, inputs), rules, skip=skip, fresh=fresh, source=source, prefix=prefix
     )
 
 

@@ -22,6 +22,7 @@ PyTorch key:
 - `drops`: [pattern]: keys that are ignored in files and never written.
 - `names`: [(ours, theirs)]: pairs of key prefixes renamed on the way (ours <-> theirs).
 - `spellings`: [(pattern, replacement)]: other names of files, rewritten by `re.sub` on the way in.
+- `prefixes`: [name]: what else than `USUAL_PREFIXES` may stand before every name of a file.
 - `arrays`: [(pattern, to_flax, to_torch)]: layout of the matching entries instead of the table's;
   the functions take and return NumPy arrays and only move axes (export is byte for byte).
   `(pattern, *TRANSPOSED_CONVOLUTION)` and `(pattern, *UNCHANGED)` use the ready pairs.
@@ -50,6 +51,13 @@ _LEAF_NAMES = {
 # Left behind in published files by FLOP counters; never part of a model.
 _PROFILER_LEFTOVER = re.compile(r"(.*\.)?total_(ops|params)")
 TRAVELLING_LEAF = "num_batches_tracked"
+# What training scripts put before every name of a network: wrappers, and the attribute that held it
+# beside heads, losses and other networks. Anything else before the names is more likely a file of
+# something else that resembles the model.
+USUAL_PREFIXES = (
+    *("module", "_orig_mod", "_forward_module", "state_dict", "model", "net", "network"),
+    *("backbone", "encoder", "generator", "student", "teacher"),
+)
 
 
 class CheckpointMismatch(CheckpointError):
@@ -115,6 +123,7 @@ class Conversion:
     aliases: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     prefix: str = ""
+    outside: list[str] = field(default_factory=list)  # of `dropped`, what the prefix left out
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -144,7 +153,7 @@ def resolve_rules(rules: Any, module: Any = None) -> dict[str, Any]:
     if rules is None:
         return {}
     resolved = dict(rules(module)) if callable(rules) else dict(rules)
-    known = {"aliases", "travels", "drops", "fresh", "names", "spellings", "arrays"}
+    known = {"aliases", "travels", "drops", "fresh", "names", "spellings", "arrays", "prefixes"}
     for name in resolved:
         if name not in known:
             raise ValueError(
@@ -215,7 +224,7 @@ def is_skipped(skip: Iterable[str], key: str) -> bool:
 
 
 def common_prefix(keys: Iterable[str], wanted: Iterable[str]) -> str:
-    """The prefix that every wanted name bears in a file, "" when they match as they are."""
+    """The prefix that most wanted names bear in a file, "" when they match as they are."""
     keys = list(keys)
     present, wanted = set(keys), list(wanted)
     best, score = "", sum(name in present for name in wanted)
@@ -227,6 +236,12 @@ def common_prefix(keys: Iterable[str], wanted: Iterable[str]) -> str:
         if hits > score:
             best, score = prefix, hits
     return best
+
+
+def is_usual(prefix: str, rules: Mapping[str, Any]) -> bool:
+    """Whether every part of a prefix is one of `USUAL_PREFIXES`, or of those of the model."""
+    known = {*USUAL_PREFIXES, *rules.get("prefixes", ())}
+    return all(part in known for part in prefix.rstrip(".").split("."))
 
 
 def _nearest(name: str, shape: tuple[int, ...], candidates: Mapping[str, tuple[int, ...]]) -> str:
@@ -245,6 +260,7 @@ def _mismatch(
     unexpected: Mapping[str, tuple[int, ...]],
     misshaped: list[str],
     source: str,
+    hint: str,
 ) -> CheckpointMismatch:
     # Nearest names cost a quadratic search; the first hundred say what went wrong.
     lines = []
@@ -263,7 +279,7 @@ def _mismatch(
     lines += [f"  shape      {text}" for text in misshaped]
     head = (
         f"{source} does not fit the model: {len(missing)} missing, {len(unexpected)} unexpected, "
-        f"{len(misshaped)} mis-shaped entries"
+        f"{len(misshaped)} mis-shaped entries{hint}"
     )
     return CheckpointMismatch("\n".join([head, *lines]))
 
@@ -276,6 +292,7 @@ def from_torch(
     skip: Iterable[str] = (),
     fresh: Mapping[str, Any] | None = None,
     source: str = "the checkpoint",
+    prefix: str | None = None,
 ) -> tuple[dict[str, Any], Conversion]:
     """Variables of a model from a PyTorch state dict.
 
@@ -286,6 +303,8 @@ def from_torch(
       skip: names (regular expressions) neither taken from the file nor required, as
         `("classifier",)` when fine-tuning; `fresh` then must hold initialized variables.
       source: how errors call the checkpoint.
+      prefix: what stands before the model's names in the file (`"detector."`); what has other
+        names is left out. None finds one made of `USUAL_PREFIXES` and the model's own.
 
     Returns: (variables, what was done). Arrays keep the file's dtype.
 
@@ -302,10 +321,23 @@ def from_torch(
     wanted = {e.key for e in table}
     # Travelling keys lie beside their module's own leaves, so that no two paths join to one name.
     homes = {e.key.rpartition(".")[0]: e.path[:-1] for e in table if not e.stack}
-    done.prefix = common_prefix(state, [e.key for e in table])
-    if done.prefix:
+    found = common_prefix(state, [e.key for e in table]) if prefix is None else prefix
+    hint = ""
+    if found and prefix is None and not is_usual(found, rules):
+        hint = (
+            f"; names as the model's stand behind {found!r}, which is no usual prefix: where that "
+            f"is the network, prefix={found!r} takes it (--prefix, config.init_prefix)"
+        )
+    elif found:
+        done.prefix = found
         inside = {k for k in state if k.startswith(done.prefix)}
-        done.dropped += [k for k in state if k not in inside]
+        if not inside:
+            raise CheckpointMismatch(
+                f"{source}: no name begins with the prefix {found!r}; the first is "
+                f"{next(iter(state), None)!r}"
+            )
+        done.outside = [k for k in state if k not in inside]
+        done.dropped += done.outside
         state = {k[len(done.prefix) :]: v for k, v in state.items() if k in inside}
 
     remaining = dict(state)
@@ -377,7 +409,7 @@ def from_torch(
             done.converted += 1
             del missing[key]
     if missing or unexpected or misshaped:
-        raise _mismatch(missing, unexpected, misshaped, source)
+        raise _mismatch(missing, unexpected, misshaped, source, hint)
     variables = {c: unflatten(leaves) for c, leaves in flat.items() if leaves}
     return variables, done
 

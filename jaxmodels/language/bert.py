@@ -443,6 +443,8 @@ SPELLINGS = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
 )
+# The encoder's name within pre-training models, and the towers of dual encoders.
+PREFIXES = ("bert", "ernie", "distilbert", "roberta", "question_model", "ctx_model")
 
 
 def torch_rules(module: EncoderFields) -> dict[str, Any]:
@@ -450,6 +452,7 @@ def torch_rules(module: EncoderFields) -> dict[str, Any]:
     rules = {
         "travels": [POSITION_IDS],
         "spellings": SPELLINGS,
+        "prefixes": PREFIXES,
         "drops": [
             r"cls\..*",
             r"vocab_(transform|layer_norm|projector)\..*",

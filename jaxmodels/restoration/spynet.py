@@ -80,3 +80,6 @@ def _buffer(values: tuple[float, ...]) -> np.ndarray:
 
 
 MODEL = SPyNet
+
+# Its name within BasicVSR++'s files.
+TORCH_RULES = {"prefixes": ["spynet"]}

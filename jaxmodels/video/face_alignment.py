@@ -6,6 +6,7 @@ sigmas of centers and axes are separate.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from jaxmodels.video.landmarks import LEFT_EYE, MOUTH_CORNERS, RIGHT_EYE
+
+_SMALLEST = 1e-3  # pixels; equal points differ by rounding
 
 
 class Quad(NamedTuple):
@@ -54,6 +57,8 @@ def ffhq_quads(landmarks: np.ndarray) -> Quad:
 
     With e = right eye - left eye and m = mouth - middle of the eyes: x = e - rot90(m), as long as
     max(2 |e|, 1.8 |m|); y = rot90(x); center = middle of the eyes + 0.1 m.
+
+    Raises ValueError with the frame's number where eyes and mouth give no direction.
     """
     points = np.asarray(landmarks, np.float64)
     left, right = points[:, LEFT_EYE].mean(1), points[:, RIGHT_EYE].mean(1)
@@ -61,9 +66,14 @@ def ffhq_quads(landmarks: np.ndarray) -> Quad:
     middle, eyes = (left + right) / 2, right - left
     down = mouth - middle
     x = eyes - np.stack([-down[:, 1], down[:, 0]], -1)
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     lengths = np.linalg.norm(eyes, axis=1) * 2, np.linalg.norm(down, axis=1) * 1.8
-    x = x * np.maximum(*lengths)[:, None]
+    norms, sides = np.linalg.norm(x, axis=1), np.maximum(*lengths)
+    sizes = np.minimum(norms, sides)
+    if (sizes < _SMALLEST).any():
+        raise ValueError(
+            f"landmarks of frame {int(np.argmin(sizes))} make no crop: eyes and mouth are one point"
+        )
+    x = x * (sides / norms)[:, None]
     return Quad(middle + 0.1 * down, x, np.stack([-x[:, 1], x[:, 0]], -1))
 
 
@@ -89,15 +99,21 @@ def crop_quad(frame: jax.Array, quad: Quad, size: int) -> jax.Array:
     center, x, y = (jnp.asarray(a, jnp.float32) for a in quad)
     # Samples a pixel and axis, so that large crops do not alias.
     fine = int(np.clip(np.ceil(2 * float(np.linalg.norm(np.asarray(quad.x))) / size), 1, 8))
+    return _cropped(frame, center, x, y, size, fine)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "fine"))
+def _cropped(frame, center, x, y, size: int, fine: int) -> jax.Array:
     place = (jnp.arange(size * fine) + 0.5) / (size * fine) * 2 - 1
     points = center + place[None, :, None] * x + place[:, None, None] * y
-    coordinates = [points[..., 1] - 0.5, points[..., 0] - 0.5]
-    channels = [
-        map_coordinates(frame[..., c].astype(jnp.float32), coordinates, 1, mode="nearest")
-        for c in range(frame.shape[-1])
-    ]
-    crop = jnp.stack(channels, -1)
+    crop = _sampled(frame, points[..., 1] - 0.5, points[..., 0] - 0.5)
     return crop.reshape(size, fine, size, fine, -1).mean((1, 3))
+
+
+def _sampled(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """image [H, W, C] at places [...] in pixels -> [..., C]: bilinear, edges repeat."""
+    at = functools.partial(map_coordinates, coordinates=[rows, columns], order=1, mode="nearest")
+    return jax.vmap(at, -1, -1)(image.astype(jnp.float32))
 
 
 def paste_quad(frame: jax.Array, crop: jax.Array, quad: Quad, feather: float = 0.05) -> jax.Array:
@@ -107,11 +123,16 @@ def paste_quad(frame: jax.Array, crop: jax.Array, quad: Quad, feather: float = 0
     than its place in the frame is averaged down first.
     """
     center, x, y = (jnp.asarray(a, jnp.float32) for a in quad)
-    height, width = frame.shape[:2]
     size = crop.shape[0]
     shrink = max(int(size / (2 * float(np.linalg.norm(np.asarray(quad.x))))), 1)
     shrink = next(n for n in range(shrink, 0, -1) if size % n == 0)
-    size //= shrink
+    return _pasted(frame, crop, center, x, y, feather, shrink)
+
+
+@functools.partial(jax.jit, static_argnames="shrink")
+def _pasted(frame, crop, center, x, y, feather, shrink: int) -> jax.Array:
+    height, width = frame.shape[:2]
+    size = crop.shape[0] // shrink
     crop = crop.reshape(size, shrink, size, shrink, -1).mean((1, 3))
     rows, columns = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
     offset = jnp.stack([columns, rows], -1) - center
@@ -119,11 +140,7 @@ def paste_quad(frame: jax.Array, crop: jax.Array, quad: Quad, feather: float = 0
     determinant = x[0] * y[1] - x[1] * y[0]
     u = (offset[..., 0] * y[1] - offset[..., 1] * y[0]) / determinant
     v = (x[0] * offset[..., 1] - x[1] * offset[..., 0]) / determinant
-    coordinates = [(v + 1) / 2 * size - 0.5, (u + 1) / 2 * size - 0.5]
-    channels = [
-        map_coordinates(crop[..., c].astype(jnp.float32), coordinates, 1, mode="nearest")
-        for c in range(crop.shape[-1])
-    ]
+    placed = _sampled(crop, (v + 1) / 2 * size - 0.5, (u + 1) / 2 * size - 0.5)
     inside = 1 - jnp.maximum(jnp.abs(u), jnp.abs(v))
-    alpha = jnp.clip(inside / max(feather, 1e-6), 0, 1)[..., None]
-    return frame * (1 - alpha) + jnp.stack(channels, -1).astype(frame.dtype) * alpha
+    alpha = jnp.clip(inside / jnp.maximum(feather, 1e-6), 0, 1)[..., None]
+    return frame * (1 - alpha) + placed.astype(frame.dtype) * alpha

@@ -126,4 +126,7 @@ VARIANTS: dict[str, dict[str, Any]] = {"deca_coarse": {}}
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     """deca_model.tar also holds a detail encoder and decoder, which are not used here."""
-    return {"drops": [r"(E_detail|D_detail|E_flame\.encoder\.fc)\..*"]}
+    return {
+        "prefixes": ["E_flame"],
+        "drops": [r"(E_detail|D_detail|E_flame\.encoder\.fc)\..*"],
+    }

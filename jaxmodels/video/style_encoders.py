@@ -65,6 +65,31 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("qw,bpwc->bpqc", weights(x.shape[2], size[1]).astype(x.dtype), x)
 
 
+def feature_pyramid(
+    x: jax.Array,
+    num_layers: int,
+    mode: str,
+    width_divisor: int,
+    se_reduction: int,
+    train: bool,
+    types: dict[str, Any],
+) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    """(output of every unit, (c3, p2, p1): maps of one width, coarse to fine).
+
+    Call it inside a compact method: the trunk and `latlayer1`, `latlayer2` are named there.
+    """
+    outputs = body(x, num_layers, mode, width_divisor, se_reduction, train, types)
+    c1, c2, c3 = (outputs[i] for i in TAPS[num_layers])
+    width = narrowed(512, width_divisor)
+
+    def add_up(coarse, fine, name):
+        lateral = Conv(width, use_bias=True, name=name, **types)(fine)
+        return resize_aligned(coarse, lateral.shape[1:3]) + lateral
+
+    p2 = add_up(c3, c2, "latlayer1")
+    return outputs, (c3, p2, add_up(p2, c1, "latlayer2"))
+
+
 class GradualStyleEncoder(nn.Module):
     """pSp: images [B, 256, 256, 3] in [-1, 1] -> W+ offsets [B, n, 512], to which w_avg is added.
 
@@ -110,16 +135,8 @@ class GradualStyleEncoder(nn.Module):
             raise ValueError(f"images must be [batch, 256, 256, 3], got {x.shape}")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         args = (self.num_layers, self.mode, self.width_divisor, self.se_reduction)
-        outputs = body(x, *args, train, types)
-        c1, c2, c3 = (outputs[i] for i in TAPS[self.num_layers])
+        outputs, (c3, p2, p1) = feature_pyramid(x, *args, train, types)
         width = narrowed(512, self.width_divisor)
-
-        def add_up(coarse, fine, name):
-            lateral = Conv(width, use_bias=True, name=name, **types)(fine)
-            return resize_aligned(coarse, lateral.shape[1:3]) + lateral
-
-        p2 = add_up(c3, c2, "latlayer1")
-        p1 = add_up(p2, c1, "latlayer2")
         codes = []
         for i in range(self.num_styles):
             features = c3 if i < MIDDLE else p2 if i < FINE else p1

@@ -12,6 +12,8 @@ high part is equal bit for bit over a clip.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,11 +24,12 @@ import numpy as np
 
 from jaxmodels.layers.normalization import LayerNorm
 from jaxmodels.video import vit
+from jaxmodels.video.query_decoder import FrozenMapping, StyleTransformerEncoder
 from jaxmodels.video.style_encoders import Encoder4Editing, GradualStyleEncoder
 from jaxmodels.video.stylegan2 import num_latents
 from jaxmodels.vision.ir_se import narrowed
 
-BACKBONES = ("vit", "ir_se50", "e4e")
+BACKBONES = ("vit", "ir_se50", "e4e", "style_transformer")
 LARGEST_LOW = 8
 EPSILON = 1e-6
 REFRESH = ("first", "every", "mean")
@@ -40,8 +43,10 @@ def default_n_low(layers: int) -> int:
 class VideoEncoder(nn.Module):
     """Frames [B, S, S, 3] in [-1, 1] -> W+ codes [B, n, w_dim] (n = 18 for `stylegan_size` 1024).
 
-    `backbone` "vit" is ours; "ir_se50" (pSp) and "e4e" put the published encoders behind the same
-    interface, where `ir_layers` is their depth, and `width_divisor` and `se_reduction` narrow them.
+    `backbone` "vit" is ours; "ir_se50" (pSp), "e4e" and "style_transformer" put the published
+    encoders behind the same interface, where `ir_layers` is their depth, and `width_divisor` and
+    `se_reduction` narrow them. The last one's queries pass through the generator's mapping network
+    of `mapping_layers` layers, which lies in the buffers.
     `n_low` codes follow the frame.
     `scan_layers` compiles one block for all, `remat` keeps no activations of blocks. The mean
     latent, to which everything is added, is the buffer `w_avg` [w_dim].
@@ -62,6 +67,7 @@ class VideoEncoder(nn.Module):
     ir_layers: int = 50
     width_divisor: int = 1
     se_reduction: int = 16
+    mapping_layers: int = 8
     scan_layers: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -126,8 +132,11 @@ class VideoEncoder(nn.Module):
 
         For the published encoders: `stage` is how many of e4e's deltas are on (None: all), `train`
         takes the batch's own statistics and moves the running ones.
+
+        Raises ValueError for frames of another size, and outside `jit` for bytes (`check_range`).
         """
         check_frames(frames, self.image_size)
+        check_range(frames)
         average = self.variable("buffers", "w_avg", jnp.zeros, (self.w_dim,), self.param_dtype)
         if self.backbone != "vit":
             offsets = self._ir_se(frames, count, stage, train)
@@ -171,8 +180,8 @@ class VideoEncoder(nn.Module):
         return Heads(layers, self.w_dim, name="heads", **types)(x)
 
     def _ir_se(self, frames: jax.Array, count: int, stage, train: bool) -> jax.Array:
-        kind = GradualStyleEncoder if self.backbone == "ir_se50" else Encoder4Editing
-        encoder = kind(
+        kinds = {"ir_se50": GradualStyleEncoder, "e4e": Encoder4Editing}
+        encoder = kinds.get(self.backbone, StyleTransformerEncoder)(
             num_layers=self.ir_layers,
             stylegan_size=self.stylegan_size,
             width_divisor=self.width_divisor,
@@ -181,6 +190,13 @@ class VideoEncoder(nn.Module):
             param_dtype=self.param_dtype,
             name="encoder",
         )
+        if self.backbone == "style_transformer":
+            if stage is not None:
+                raise ValueError("progressive stages belong to backbone e4e")
+            mapping = FrozenMapping(
+                self.mapping_layers, param_dtype=self.param_dtype, name="decoder"
+            )
+            return encoder(frames, mapping, train)[:, :count]
         # All styles are made (their parameters must exist); XLA drops those that nobody reads.
         return encoder(frames, stage, train)[:, :count]
 
@@ -221,19 +237,34 @@ def check_frames(frames: jax.Array, size: int) -> None:
         raise ValueError(f"frames must be floats in [-1, 1], got {frames.dtype}; x / 127.5 - 1")
 
 
-def check_range(frames: np.ndarray, warn: Callable[[str], None] | None = None) -> None:
-    """Refuse frames that are not in [-1, 1]; call it on the first batch, outside `jit`.
+def check_range(frames: np.ndarray, warn: Callable[[str], None] | None = None) -> float:
+    """Refuse frames that cannot be in [-1, 1]; gives their minimum.
 
-    Raises ValueError for a maximum above 1.5 (bytes); says so through `warn` when nothing is
-    negative, as in images in [0, 1].
+    `frames` is one frame or a whole clip, about which `warn` is told when nothing in it is negative
+    (images in [0, 1]). Under `jit` values are not known: nothing is checked, the minimum is NaN.
+
+    Raises ValueError for a maximum above 1.5 (bytes).
     """
-    low, high = float(np.min(frames)), float(np.max(frames))
+    if isinstance(frames, jax.core.Tracer):
+        return float("nan")
+    frames = np.asarray(frames)
+    low, high = float(frames.min()), float(frames.max())
     if high > 1.5:
         raise ValueError(
             f"frames reach {high:g}; wanted are floats in [-1, 1] (bytes: x / 127.5 - 1)"
         )
-    if low >= 0 and warn is not None:
+    if warn is not None:
+        _warn_of_unit_range(low, warn)
+    return low
+
+
+def _warn_of_unit_range(low: float, warn: Callable[[str], None]) -> None:
+    if low >= 0:
         warn(f"no frame is negative (minimum {low:g}): are they in [0, 1]? wanted is [-1, 1]")
+
+
+def _python_warning(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 class ClipState(NamedTuple):
@@ -279,7 +310,11 @@ def encode_key(
     state: ClipState | None = None,
     refresh: str = "first",
 ) -> tuple[jax.Array, ClipState]:
-    """(W+ [B, n, D], state) of key frames, one clip a row."""
+    """(W+ [B, n, D], state) of key frames, one clip a row.
+
+    Raises ValueError for bytes, and warns of frames in [0, 1], outside `jit` (`check_range`).
+    """
+    check_range(frames, _python_warning)
     codes = module.apply(variables, frames, method="encode_key")
     return codes, take_key(state or start_clip(), codes[:, module.split :], refresh)
 
@@ -297,7 +332,11 @@ def encode_frame(
 def encode_clip(
     module: VideoEncoder, variables: Mapping[str, Any], frames: jax.Array, key: int = 0
 ) -> jax.Array:
-    """Offline: W+ [T, n, D] of a clip [T, S, S, 3] in one batch, high codes of frame `key`."""
+    """Offline: W+ [T, n, D] of a clip [T, S, S, 3] in one batch, high codes of frame `key`.
+
+    Raises ValueError for bytes, and warns of a clip in [0, 1], outside `jit` (`check_range`).
+    """
+    check_range(frames, _python_warning)
     high = module.apply(variables, frames[key : key + 1], method="encode_key")[:, module.split :]
     return join_codes(module.apply(variables, frames, method="encode_frame"), high)
 
@@ -308,11 +347,15 @@ def stream(
     frames: Iterable[np.ndarray],
     refresh: str = "first",
     every: int = 0,
+    warn: Callable[[str], None] = _python_warning,
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """Online: (frame, W+ [1, n, D]) for every frame [S, S, 3], one at a time.
 
     A key is taken at the first frame, and with "every" and "mean" at each `every`-th. The key's own
     low codes come from the frame path as well, as all others do.
+
+    Raises ValueError at a frame of bytes. A clip of which no frame is negative is in [0, 1]: `warn`
+    is told at its end, for a bright frame alone says nothing.
     """
     if refresh not in REFRESH:
         raise ValueError(f"refresh is one of {', '.join(REFRESH)}, got {refresh!r}")
@@ -320,12 +363,15 @@ def stream(
         raise ValueError(f"refresh {refresh!r} needs every >= 1, got {every}")
     key = jax.jit(lambda v, x: module.apply(v, x, method="encode_key")[:, module.split :])
     low = jax.jit(lambda v, x: module.apply(v, x, method="encode_frame"))
-    state = start_clip()
+    state, lowest = start_clip(), np.inf
     for t, frame in enumerate(frames):
+        lowest = min(lowest, check_range(frame))
         batch = jnp.asarray(frame)[None]
         if t == 0 or (refresh != "first" and t % every == 0):
             state = take_key(state, key(variables, batch), refresh)
         yield frame, join_codes(low(variables, batch), state.high)
+    if np.isfinite(lowest):
+        _warn_of_unit_range(lowest, warn)
 
 
 MODEL = VideoEncoder
@@ -336,17 +382,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "video2stylegan_base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
     "video_psp": {"backbone": "ir_se50"},
     "video_e4e": {"backbone": "e4e"},
+    "video_style_transformer": {"backbone": "style_transformer"},
 }
 
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
-    """Blocks take ViT weights in both spellings; pSp and e4e files keep their own names."""
+    """Blocks take ViT weights in both spellings; published encoders keep their own names."""
     if not isinstance(module, VideoEncoder):
         return {}
+    names = [("w_avg", "latent_avg")]
+    if module.backbone == "style_transformer":
+        # Of the generator in the same file the mapping network alone is the encoder's.
+        names += [(f"{part}.", f"{part}.module.") for part in ("encoder", "decoder")]
+        return {"drops": [r"decoder\.module\.(?!style\.).*"], "names": names}
     drops = [r"(pooler|classifier)\..*", r"decoder\..*"]
     if module.backbone != "vit":
-        return {"drops": drops, "names": [("w_avg", "latent_avg")]}
-    return {"spellings": list(vit.SPELLINGS), "drops": drops}
+        return {"drops": drops, "names": names}
+    return {"spellings": list(vit.SPELLINGS), "prefixes": vit.PREFIXES, "drops": drops}
 
 
 def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
@@ -357,6 +409,10 @@ def upgrade_checkpoint(state: Mapping[str, Any], module: nn.Module) -> dict[str,
     if module.backbone != "vit":
         if not any(k.startswith("encoder.") for k in state):
             state = {k if k == "latent_avg" else f"encoder.{k}": v for k, v in state.items()}
+        if module.backbone == "style_transformer":
+            # Officially both parts are wrapped for several GPUs.
+            part = r"^(encoder|decoder)\.(?!module\.)"
+            state = {re.sub(part, r"\1.module.", k): v for k, v in state.items()}
         average = np.asarray(state.get("latent_avg", np.zeros(module.w_dim, np.float32)))
         state["latent_avg"] = average.reshape(-1, average.shape[-1])[0]
         return state

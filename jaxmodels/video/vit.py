@@ -23,6 +23,8 @@ from jaxmodels.layers.normalization import LayerNorm
 
 # Published files -> our names; applied to whole keys on the way in.
 _LAYER = r"^(?:vit\.)?encoder\.layer\.(\d+)\."
+# The backbone's name within classifiers.
+PREFIXES = ("vit", "deit")
 SPELLINGS = (
     (_LAYER + r"attention\.attention\.query\.", r"layers.\1.attention.q_proj."),
     (_LAYER + r"attention\.attention\.key\.", r"layers.\1.attention.k_proj."),
@@ -251,7 +253,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def TORCH_RULES(module: nn.Module) -> dict[str, Any]:
     """Both spellings; poolers and classifiers are not part of the backbone."""
-    return {"spellings": list(SPELLINGS), "drops": [r"(pooler|classifier)\..*"]}
+    return {
+        "spellings": list(SPELLINGS),
+        "prefixes": PREFIXES,
+        "drops": [r"(pooler|classifier)\..*"],
+    }
 
 
 def check_checkpoint(keys: Iterable[str], module: nn.Module) -> None:

@@ -133,7 +133,7 @@ def test_pairs_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"scale must be one of"):
         batch_of({"path": str(tmp_path), "scale": 5})
     with pytest.raises(ValueError, match="quality must be numbers from 1 to 100"):
-        batch_of({"path": str(tmp_path), "quality": 0})
+        batch_of({"path": str(tmp_path), "quality": 101})
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,28 @@ def test_a_prefix_on_every_name_is_found_and_other_parts_are_left_out():
     np.testing.assert_array_equal(variables["params"]["gamma"], state()["gamma"])
 
 
+def test_a_usual_prefix_is_reported_and_an_unknown_one_refused_until_it_is_named(caplog):
+    def behind(prefix):
+        return {f"{prefix}{k}": v for k, v in state().items()} | {"head.weight": np.zeros(3)}
+
+    with caplog.at_level("INFO"):
+        jaxmodels.load(NAME, behind("module.encoder."))
+    said = "taken from prefix module.encoder.; left out: 1 entries, first head.weight"
+    assert said in caplog.text
+    with pytest.raises(CheckpointMismatch) as error:
+        jaxmodels.load(NAME, behind("foo."))
+    text = str(error.value)
+    assert "'foo.', which is no usual prefix" in text and "prefix='foo.' takes it" in text
+    assert all(f"unexpected {key}" in text for key in behind("foo."))
+    _, variables = jaxmodels.load(NAME, behind("foo."), prefix="foo.")
+    np.testing.assert_array_equal(variables["params"]["gamma"], state()["gamma"])
+    with pytest.raises(CheckpointMismatch, match=r"no name begins with the prefix 'bar\.'"):
+        jaxmodels.load(NAME, behind("foo."), prefix="bar.")
+    template = catalog.shapes(catalog.find(NAME).build())
+    _, done = conversion.from_torch(behind("foo."), template, {"prefixes": ["foo"]})
+    assert done.prefix == "foo."
+
+
 def test_scanned_layers_are_numbered_in_the_checkpoint():
     r = np.random.default_rng(1)
     layers = {}

@@ -1,6 +1,7 @@
 """Deformable convolution, warping, flows and BasicVSR++: what they reduce to, and mistakes."""
 
 import functools
+import importlib.resources
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxmodels.restoration import ivl, resampling
 from jaxmodels.restoration.basicvsrpp import BasicVSRPlusPlus
 from jaxmodels.restoration.deformable import modulated_deform_conv2d
 from tests.restoration import tiny
+from train.data import compressed_images
 
 TINY = {
     "mid_channels": 8,
@@ -86,6 +88,25 @@ def test_a_constant_flow_is_a_shift_with_zeros_or_clamped_edges():
     for border, mode in (("zeros", "constant"), ("border", "edge")):
         wanted = np.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), mode=mode)[:, :6, 2:]
         np.testing.assert_allclose(resampling.flow_warp(x, flow, border), wanted, atol=1e-6)
+
+
+def test_the_measured_disparity_of_a_stereo_pair_warps_one_picture_onto_the_other():
+    data = importlib.resources.files("skimage") / "data"
+    left, right = (
+        compressed_images.photograph(f"motorcycle_{side}.png")[100:228] / np.float32(255)
+        for side in ("left", "right")
+    )
+    with (data / "motorcycle_disp.npz").open("rb") as file:
+        disparity = np.load(file)["arr_0"][100:228].astype(np.float32)
+    # A point at x of the left picture stands at x - d of the right one; d is unknown in places.
+    known = np.isfinite(disparity) & (np.arange(left.shape[1]) >= np.nan_to_num(disparity))
+    flow = np.stack([-np.where(known, disparity, 0), np.zeros_like(disparity)], -1)
+    warped = np.asarray(resampling.flow_warp(jnp.asarray(right)[None], flow[None], "border"))[0]
+    before, after, opposite = (
+        np.abs(x - left)[known].mean()
+        for x in (right, warped, resampling.flow_warp(jnp.asarray(right)[None], -flow[None])[0])
+    )
+    assert known.mean() > 0.7 and after < before / 2.5 and opposite > before / 1.5
 
 
 def test_deformable_convolution_names_sizes_that_do_not_fit():

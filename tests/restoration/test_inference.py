@@ -58,6 +58,26 @@ def test_tiles_cover_the_picture_once_on_average_and_leave_no_seam():
     np.testing.assert_allclose(large, whole, atol=1e-6)
 
 
+def test_tiles_of_a_transformer_meet_in_smaller_steps_than_the_picture_itself_has():
+    network = tiny.swin2sr(embed_dim=8)
+    coarse = tiny.image(6, 10, 3)
+    x = np.asarray(jax.image.resize(coarse, (24, 40, 3), "linear"))
+    tile = jnp.zeros((1, 16, 16, 3))
+    variables = tiny.compiled(network.init, jax.random.key(0), tile)
+    whole = np.asarray(tiny.compiled(network.apply, variables, x[None]))[0]
+    apply = tiny.quickly(network.apply, variables, tile)
+    joined = inference.tiled(
+        lambda part: apply(variables, part), x, tile=16, scale=3, window=4, overlap=8
+    )
+    # Places where a tile begins or ends, against all others.
+    starts = inference.tile_starts(40, 16, 8)
+    places = sorted({3 * p - 1 for s in starts for p in (s, s + 16)} - {-1, 119})
+    wrong, own = (np.abs(np.diff(y, axis=1)).mean((0, 2)) for y in (joined - whole, whole))
+    assert np.abs(joined - whole).max() > 0
+    assert wrong[places].mean() < own.mean() / 3
+    assert np.delete(wrong, places).mean() < own.mean() / 6
+
+
 def test_tiles_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="tile 20 must be a multiple of the window 8"):
         inference.tiled(upscaling, tiny.image(32, 32, 3), tile=20)

@@ -1,5 +1,6 @@
 """What must hold for checkpoints: round trips, damage, retention, errors in one line."""
 
+import functools
 import json
 import resource
 import shutil
@@ -509,3 +510,23 @@ def test_the_manifest_describes_leaves_and_metrics(three):
     assert manifest["step"] == 40 and manifest["metrics"] == {"loss": 0.5}
     assert manifest["tree"]["w"] == {"dtype": "float32", "shape": [5]}
     assert manifest["tree"]["rng"]["prng"] == "threefry2x32"
+
+
+def test_a_file_behind_an_unusual_prefix_begins_a_run_only_where_it_is_named(tmp_path, caplog):
+    from jaxmodels.interop import catalog, checkpoint, conversion
+    from train.initialization import variables_from
+
+    name = "video.style_encoders:LatentCodesDiscriminator"
+    module = catalog.find(name).build(style_dim=4, n_mlp=2)
+    own = catalog.initialize(module)
+    state = {f"judge.{k}": v for k, v in catalog.export(name, module, own).items()}
+    file = tmp_path / "judge.safetensors"
+    checkpoint.write_safetensors(file, {**state, "other.weight": np.zeros(2, np.float32)})
+    begin = functools.partial(
+        variables_from, file, name, module, catalog.shapes(module), key="config.init_from"
+    )
+    with pytest.raises(conversion.CheckpointMismatch, match=r"'judge\.', which is no usual prefix"):
+        begin()
+    found = begin(prefix="judge.")
+    jax.tree.map(np.testing.assert_array_equal, found["params"], own["params"])
+    assert "prefix judge.; left out: 1 entries, first other.weight" in caplog.text

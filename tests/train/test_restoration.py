@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -242,6 +243,9 @@ MISTAKES = {
     "--config.data.options.scale=2": "config.data.options.scale: 2, but the model has upscale 4",
     "--config.data.options.gray=True": "but the model has in_chans 3",
     "--config.task_args.tile=20": "20 must be a multiple of the window 8",
+    "--config.task_args.tile=16": "tile_overlap: 32 must be at least 0 and less than tile 16",
+    "--config.task_args.border=-3": "config.task_args.border: -3 is no number of pixels",
+    "--config.task_args.border=190": "leaves no 11x11 pixels of a test picture whose shorter side",
     "--config.task_args.pixel=l2": "config.task_args.pixel: 'l2'; known:",
     "--config.model_args.num_heads=(5,2)": "embed_dim 24 must divide by num_heads 5",
     "--config.data.options.patch=4": "data.options.patch must be an integer of at least 8",
@@ -267,10 +271,40 @@ def test_a_mistake_gets_one_line(flag, tmp_path, capsys):
     assert error[-1].startswith("error: ") and MISTAKES[flag] in error[-1]
 
 
-def test_every_preset_builds_its_task_and_wrong_ones_are_named():
+def test_the_classical_recipe_trains_on_pictures_that_nobody_compressed(div2k):
     from train.building import build_task
 
-    for preset in ("small", "long", "jpeg", "video", "ivl", "paper", "paper_jpeg", "paper_video"):
+    config = load_config(f"{CONFIG}:paper_classical_x4_from_x2")
+    assert (config.steps, config.schedule.peak, config.init_skip) == (250_000, 1e-4, r"upsample\.2")
+    config = load_config(f"{CONFIG}:paper_lightweight")
+    config.update(model="restoration.swin2sr", model_args={**IMAGE_MODEL, "upscale": 2})
+    config.model_args.upsampler = "pixelshuffledirect"
+    config.data.options.update(path=str(div2k), patch=16, workers=0)
+    task, data = build_task(config), config.data
+    batches = pipeline.train_batches(data, batch_size=2, seed=0)
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    # Uncompressed, so that shrinking the target by another filter comes near the input.
+    shrunk = batch["hr"].reshape(2, 16, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(shrunk - batch["lr"]).mean() < 0.02
+    params = tiny.variables_of(task.model, scale=0.05)["params"]
+    rng = jax.random.key(0)
+    step = jax.value_and_grad(lambda p: task.loss(p, {}, batch, rng), has_aux=True)
+    run, losses = tiny.quickly(step, params), []
+    for _ in range(2):
+        (loss, (_, terms)), gradient = run(params)
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)
+        losses.append(float(loss))
+    assert losses[1] < losses[0] and set(terms) == {"pixel"}
+
+
+def test_every_preset_builds_its_task_and_wrong_ones_are_named():
+    from configs.compressed_sr import PRESETS
+    from train.building import build_task
+
+    for preset in PRESETS:
         config = load_config(f"{CONFIG}:{preset}")
         assert build_task(config).scale == config.data.options.get("scale", 4)
     with pytest.raises(ValueError, match="no preset 'papper'"):

@@ -255,6 +255,13 @@ def test_videos_with_landmarks_are_aligned_and_pasted_back(tmp_path, small_run, 
     assert stop_with_one_line(edit_video.main, ["edit_video", *flags, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "4 sets of landmarks for 3 frames; frame 3 has no counterpart" in error
+    for wrong, message in (
+        ({"points": points}, "talk.npz: no array `landmarks`; it has ['points']"),
+        ({"landmarks": 0.1 + np.zeros((3, 68, 2))}, "frame 0 make no crop: eyes and mouth are one"),
+    ):
+        np.savez(tmp_path / "talk.npz", **wrong)
+        assert stop_with_one_line(edit_video.main, ["edit_video", *flags, *arguments]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_flips_mirror_both_frames_and_their_landmarks():
@@ -380,6 +387,7 @@ def test_prediction_draws_the_averaged_generator_by_official_seeds(gan_run, tmp_
     grid = np.asarray(Image.open(tmp_path / "drawn" / "grid.png"))
     assert grid.shape == (8, 24, 3)
     np.testing.assert_array_equal(grid[:, 8:16], picture)
+    assert np.load(tmp_path / "drawn" / "codes.npy").shape == (3, 8)
     (tmp_path / "seeds.txt").write_text("3 three\n")
     with pytest.raises(ValueError, match="wanted seeds, whole numbers, not three"):
         predict.main(["predict", *given, f"--input={tmp_path / 'seeds.txt'}"])
@@ -480,6 +488,43 @@ def test_the_third_stage_runs_on_folders_of_frames_and_its_network_edits_a_clip(
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("preset", ["small", "regressor"])
+def test_a_run_on_the_synthetic_face_says_so_once(preset, capsys):
+    build_task(read_flags(["train", f"--config={POSE}:{preset}"], need_workdir=False)[0])
+    assert capsys.readouterr().out.count("the synthetic one stands in") == 1
+
+
+def test_clips_of_the_photograph_say_whose_landmarks_they_have(capsys):
+    face_clips._say_once.cache_clear()
+    options = pipeline.resolve({"name": "face_clips:astronaut", "options": {}})[1]
+    for split in face_clips.SPLITS:
+        face_clips.source(split, options)
+    assert capsys.readouterr().out.count("synthetic face") == 1
+
+
+def test_a_style_transformer_takes_its_mapping_from_the_generator_that_it_inverts():
+    flags = [f"--config={CONFIG}", "--config.model_args.backbone=style_transformer"]
+    flags += ["--config.model_args.ir_layers=18", "--config.model_args.width_divisor=16"]
+    flags.append("--config.model_args.se_reduction=2")
+    with pytest.raises(ValueError, match="mapping network, of 4 layers for latents of 32"):
+        build_task(read_flags(["train", *flags], need_workdir=False)[0])
+    flags += ["--config.model_args.mapping_layers=4"]
+    task = build_task(read_flags(["train", *flags], need_workdir=False)[0])
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), None))
+    _, extra = task.start(*shapes)
+    found, wanted = extra["buffers"], shapes[1]["buffers"]
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
+    first = extra["generator"]["params"]["mapping"]["fc0"]["kernel"]
+    np.testing.assert_array_equal(found["decoder"]["style.1"]["weight"], first.T)
+
+
+def test_an_unknown_term_of_pose_control_is_named():
+    config = read_flags(["train", f"--config={POSE}"], need_workdir=False)[0]
+    config.task_args.parts = {"codez": 1.0}
+    with pytest.raises(ValueError, match=r"parts: no term 'codez'; did you mean 'codes'"):
+        build_task(config)
+
+
 MISTAKES = {
     "--config.task_args.generator_args.w_dim=16": "takes [6, 16]",
     "--config.model_args.n_low=6": "n_low must lie within 1 .. 5",
@@ -533,16 +578,50 @@ def test_editing_refuses_wrong_inputs_in_one_line(small_run, tmp_path, capsys):
     workdir, flags = small_run
     Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
     np.save(tmp_path / "short.npy", np.ones(3))
+    np.save(tmp_path / "up.npy", np.eye(8)[0])
+    np.savez(tmp_path / "empty.npz")
+    up = f"--config.edit.direction={tmp_path / 'up.npy'}"
     base = ["edit_video", *flags, f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}"]
     for more, message in [
         ([f"--input={tmp_path}"], "frames are 20x20, the encoder takes 16x16"),
         (["--input=nowhere"], "--input nowhere: no such file"),
         ([f"--input={tmp_path}", f"--config.edit.direction={tmp_path / 'short.npy'}"], "width 8"),
+        ([f"--input={tmp_path}", f"--config.edit.direction={tmp_path / 'empty.npz'}"], "no array"),
+        (
+            [f"--input={tmp_path}", up, f"--config.edit.conditions={tmp_path / 'up.npy'}"],
+            "config.edit.conditions: the boundary lies in the span of its conditions",
+        ),
+        ([f"--input={tmp_path}", "--config.edit.absolute=True"], "config.edit.absolute: it is of"),
         ([f"--input={tmp_path}", "--config.edit.yaw=10.0"], "config.edit.control_from"),
         ([f"--input={tmp_path}", "--config.edit.strip=no/s.png"], "no folder for 'no/s.png'"),
     ]:
         assert stop_with_one_line(edit_video.main, [*base, *more]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_direction_is_found_by_one_command_and_edits_by_another(tmp_path, capsys):
+    from train import edit_direction
+    from train.edit_video import _direction, asked_for
+
+    rng = np.random.default_rng(0)
+    codes, truth = rng.normal(size=(1000, 8)).astype(np.float32), np.eye(8)[2]
+    np.save(tmp_path / "codes.npy", codes)
+    np.savetxt(tmp_path / "scores.txt", codes @ truth)
+    np.save(tmp_path / "other.npy", np.eye(8)[5] + np.eye(8)[2])
+    command = ["edit_direction", f"--codes={tmp_path / 'codes.npy'}", f"--output={tmp_path}/n.npy"]
+    assert edit_direction.main([*command, f"--scores={tmp_path / 'scores.txt'}"]) == 0
+    assert "direction of width 8, accuracy" in capsys.readouterr().out
+    found = np.load(tmp_path / "n.npy")
+    assert float(found[0] @ truth) > 0.9
+    assert stop_with_one_line(edit_direction.main, [*command, "--scores=nowhere.txt"]) == 2
+    assert "--scores: no file 'nowhere.txt'" in capsys.readouterr().err
+    flags = [f"--config={CONFIG}", f"--config.edit.direction={tmp_path / 'n.npy'}"]
+    flags += [f"--config.edit.conditions={tmp_path / 'other.npy'}", "--config.edit.absolute=True"]
+    edit = read_flags(["edit", *flags], need_workdir=False)[0].edit
+    unit = np.asarray(_direction(edit, 8))
+    assert abs(float(unit @ (np.eye(8)[5] + np.eye(8)[2]))) < 1e-5
+    np.testing.assert_allclose(np.linalg.norm(unit), 1, atol=1e-5)
+    assert asked_for(edit) == "n.npy without other.npy to 0"
 
 
 def test_broken_videos_and_odd_sizes_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """High codes are reused bit for bit, and control moves nothing when nothing is asked."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import pytest
 import jaxmodels
 from jaxmodels.cost import count_cost
 from jaxmodels.interop import catalog
-from jaxmodels.video import face_mesh, latent_editing, video_encoder, vit
+from jaxmodels.video import face_mesh, latent_editing, query_decoder, video_encoder, vit
 from jaxmodels.video.face_mesh import MeshCode
 from jaxmodels.video.pose_control import PoseControl, PoseEditor
+from jaxmodels.video.stylegan2 import MappingNetwork
 from jaxmodels.video.video_encoder import VideoEncoder
+from tests.restoration import tiny
 
 TINY = dict(
     image_size=16, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, stylegan_size=32,
@@ -181,6 +184,46 @@ def test_published_encoders_stand_behind_the_same_interface():
     assert "encoder" in shapes["params"] and "batch_stats" in shapes
 
 
+def test_the_style_transformer_reads_its_files_and_the_generators_mapping_stays_as_it_is():
+    # Against the official code: 6e-6 of values up to 5.5, at full width on 64 pixels.
+    module = VideoEncoder(
+        image_size=32, patch_size=16, backbone="style_transformer", ir_layers=18, width_divisor=64,
+        se_reduction=1, stylegan_size=16, w_dim=8, mapping_layers=2,
+    )  # fmt: skip
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
+    variables = tiny.random_like(dict(shapes), scale=0.3)
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+    assert not any(leaf.startswith("style.") for leaf in variables["params"])
+    state = catalog.export("video.video_encoder", module, variables)
+    for key in (
+        "latent_avg", "encoder.module.z", "encoder.module.body.0.res_layer.0.weight",
+        "encoder.module.transformerlayer_coarse.multihead_attn.in_proj_weight",
+        "decoder.module.style.2.bias",
+    ):  # fmt: skip
+        assert key in state
+    file = {**state, "decoder.module.conv1.conv.weight": np.zeros(3)}
+    bare = {k.replace(".module", ""): v for k, v in file.items()}
+    for given in (file, bare):
+        loaded = catalog.import_state(catalog.find("video.video_encoder"), module, given)[0]
+        again = catalog.export("video.video_encoder", module, loaded)
+        assert all(np.array_equal(again[k], state[k]) for k in state)
+
+    frames = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), minval=-1)
+    both = tiny.compiled(
+        lambda v, x: [module.apply(v, x, method=f"encode_{m}") for m in ("key", "frame")],
+        variables, frames,
+    )  # fmt: skip
+    assert both[0].shape == (1, 6, 8) and module.split == 4
+    np.testing.assert_array_equal(both[1], both[0][:, :4])
+
+    mapping = MappingNetwork(w_dim=8, num_layers=2)
+    z = jax.random.normal(jax.random.key(2), (5, 8))
+    wanted, own = mapping.init_with_output(jax.random.key(3), z)
+    frozen = {"buffers": query_decoder.frozen_mapping(own["params"])}
+    found = query_decoder.FrozenMapping(num_layers=2).apply(frozen, z)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_mistakes_are_named():
     module, variables = encoder()
     with pytest.raises(ValueError, match="8x8, the encoder takes 16x16"):
@@ -203,6 +246,30 @@ def test_mistakes_are_named():
         VideoEncoder(backbone="resnet")
     with pytest.raises(ValueError, match="timm's names"):
         jaxmodels.load("video.vit", {"blocks.0.attn.qkv.weight": np.zeros(1)})
+
+
+def test_bytes_are_refused_and_a_clip_in_0_to_1_is_warned_of_wherever_frames_come_in():
+    module, variables = encoder()
+    frames = (np.asarray(clip(3)) + 1) / 2
+    ways = {
+        "apply": lambda x: module.apply(variables, x),
+        "key": lambda x: video_encoder.encode_key(module, variables, x),
+        "clip": lambda x: video_encoder.encode_clip(module, variables, x),
+        "stream": lambda x: list(video_encoder.stream(module, variables, x)),
+    }
+    for name, way in ways.items():
+        with pytest.raises(ValueError, match="frames reach 25"):
+            way(255 * frames)
+        if name != "apply":
+            with pytest.warns(UserWarning, match=r"in \[0, 1\]\?"):
+                way(frames)
+    # A bright frame alone is no sign of it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ways["stream"](np.concatenate([frames, -frames]))
+    said = []
+    list(video_encoder.stream(module, variables, frames, warn=said.append))
+    assert len(said) == 1
 
 
 FACE = face_mesh.synthetic_face_model(shape=4, expression=5, vertices=300)

@@ -23,7 +23,8 @@ from train.data import degradation, image_pairs, preparation
 from train.data.image_pairs import Pair, Reader
 
 # hr, lr, val_hr, val_lr: folders below `path` (hr may be several, separated by commas; an empty
-# lr means on the fly). quality: a number, or several of which each example draws one. patch, grid:
+# lr means on the fly). quality: a number, or several of which each example draws one; 0 is no JPEG
+# (classical super-resolution). patch, grid:
 # side and grid of training crops in low-resolution pixels (JPEG's blocks are 8). scale 1: artifact
 # removal. kept: pictures held decoded in memory. crops: examples a picture counts for in an epoch.
 OPTIONS: dict[str, Any] = {
@@ -192,8 +193,10 @@ class TrainTransform:
 
 def _qualities(value: Any) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
-    if not values or not all(isinstance(q, int) and 1 <= q <= 100 for q in values):
-        raise ValueError(f"data.options.quality must be numbers from 1 to 100, not {value!r}")
+    if not values or not all(isinstance(q, int) and 0 <= q <= 100 for q in values):
+        raise ValueError(
+            f"data.options.quality must be numbers from 1 to 100, or 0 for no JPEG, not {value!r}"
+        )
     return values
 
 
@@ -232,6 +235,20 @@ def eval_images(options: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray, n
             lr = reader.low(pair.lr)
         image_pairs.check_pair(lr, hr, scale, pair.stem)
         yield pair.stem, lr, hr
+
+
+def shortest_side(options: Mapping[str, Any]) -> int | None:
+    """Pixels of the shortest side of a test picture, from the files' heads; None without files."""
+    if options["bundled"]:
+        return HELD_OUT_SIDE
+    folder = options["path"] and image_pairs.option_path(options, "val_hr")
+    if not folder or not folder.is_dir():
+        return None
+    sides = []
+    for file in image_pairs.files_by_stem(folder, "data.options.val_hr").values():
+        with Image.open(file) as image:
+            sides.append(min(image.size))
+    return min(sides) // options["scale"] * options["scale"]
 
 
 def read_image(path, options: Mapping[str, Any]) -> np.ndarray:

@@ -75,9 +75,12 @@ def quantization_tables(encoded: bytes) -> list[np.ndarray]:
 def degrade_image(
     image: np.ndarray, scale: int = SCALE, quality: int = JPEG_QUALITY, what: str = "image"
 ) -> np.ndarray:
-    """Track 1: bicubic / scale, then JPEG; uint8 [H, W, 3] -> [H / s, W / s, 3]."""
+    """Track 1: bicubic / scale, then JPEG; uint8 [H, W, 3] -> [H / s, W / s, 3].
+
+    Quality 0 is no JPEG: classical super-resolution.
+    """
     small = downsample(image, scale, what) if scale > 1 else image
-    return jpeg(small, quality)
+    return jpeg(small, quality) if quality else small
 
 
 def _av():

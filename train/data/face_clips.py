@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def source(split: str, options: Mapping[str, Any]) -> Sequence[Any]:
     """Clips of a split. Raises ConfigError where the folder holds none, or clips of one frame."""
     element_spec(options)
     if options["kind"] == "astronaut":
+        _say_once("face_clips: landmarks are those of the synthetic face (no real anatomy)")
         count = options["clips" if split == "train" else "eval_clips"]
         return Clips(tuple((SPLITS.index(split), i) for i in range(count)))
     path = options["path"]
@@ -214,7 +216,15 @@ def _landmarks_of(path: Path, required: bool) -> np.ndarray | None:
         if required:
             raise ConfigError(f"{path}: needs landmarks [frames, 68, 2] in {file.name}")
         return None
-    arrays = arrays_of(file)
+    return read_landmarks(file)
+
+
+def read_landmarks(file: Path) -> np.ndarray:
+    """`landmarks` [T, 68, 2] of an npz file, checked; ConfigError where it has none."""
+    try:
+        arrays = arrays_of(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file}: not a readable npz file ({error})") from None
     if "landmarks" not in arrays:
         raise ConfigError(f"{file}: no array `landmarks`; it has {list(arrays)}")
     landmarks = np.asarray(arrays["landmarks"], np.float64)
@@ -242,6 +252,11 @@ def _cropped(frame: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
 
 
 # The photograph, moved.
+
+
+@functools.lru_cache(maxsize=1)
+def _say_once(text: str) -> None:
+    print(text)
 
 
 @functools.lru_cache(maxsize=1)

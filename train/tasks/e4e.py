@@ -289,8 +289,10 @@ def from_config(config, say=print) -> ImageEncoding:
         raise ConfigError("config: e4e runs under jit, without accumulation")
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     task = ImageEncoding(optimizer=optimizer, **video_inversion.task_fields(config))
-    if task.model.backbone == "vit":
-        raise ConfigError("config.model: e4e trains backbones e4e and ir_se50 (pSp), not vit")
+    if task.model.backbone not in ("e4e", "ir_se50"):
+        raise ConfigError(
+            f"config.model: e4e trains backbones e4e and ir_se50 (pSp), not {task.model.backbone}"
+        )
     for name in ("adversarial", "gamma", "r1_every", "pool_size", "delta_norm"):
         if getattr(task, name) < 0:
             raise ConfigError(f"config.task_args.{name}: {getattr(task, name)} is negative")

@@ -27,6 +27,7 @@ from train.parallel import local_copy
 from train.restoration_files import save_strip, write_picture
 
 PIXEL_LOSSES = ("l1", "charbonnier")
+_SSIM_WINDOW = 11  # pixels a side that the report's SSIM needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,8 @@ class ImageRestoration:
 
         state = checkpoint.read(self.first_checkpoint).tensors
         found = catalog.find(self.first_name)
-        loaded, _ = catalog.import_state(found, self.first, state, source=self.first_checkpoint)
+        loaded, done = catalog.import_state(found, self.first, state, source=self.first_checkpoint)
+        catalog.log_what_was_taken(self.first_checkpoint, "", done)
         window = self.first.window_size
         before = dataclasses.replace(
             self, model=self.first, first=None, tile=self.tile // window * window
@@ -265,7 +267,13 @@ def from_config(config) -> ImageRestoration:
         raise ConfigError(
             f"config.task_args.tile: {task.tile} must be a multiple of the window {task.window}"
         )
-    options = pipeline.resolve(config.data)[1]
+    if task.tile and not 0 <= task.tile_overlap < task.tile:
+        raise ConfigError(
+            f"config.task_args.tile_overlap: {task.tile_overlap} must be at least 0 and less than "
+            f"tile {task.tile}"
+        )
+    family, options = pipeline.resolve(config.data)
+    _check_border(task.border, family, options)
     if options["scale"] != task.scale:
         raise ConfigError(
             f"config.data.options.scale: {options['scale']}, but the model has upscale {task.scale}"
@@ -277,3 +285,15 @@ def from_config(config) -> ImageRestoration:
             f"{model.in_chans}"
         )
     return task
+
+
+def _check_border(border, family, options) -> None:
+    """Refuse a border that leaves less of a test picture than SSIM's window."""
+    if not isinstance(border, int) or border < 0:
+        raise ConfigError(f"config.task_args.border: {border!r} is no number of pixels")
+    side = family.shortest_side(options)
+    if border and side is not None and side - 2 * border < _SSIM_WINDOW:
+        raise ConfigError(
+            f"config.task_args.border: {border} leaves no {_SSIM_WINDOW}x"
+            f"{_SSIM_WINDOW} pixels of a test picture whose shorter side has {side}"
+        )

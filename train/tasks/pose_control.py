@@ -22,7 +22,7 @@ from jaxmodels.video.pose_control import PoseControl, PoseEditor, apply_control
 from jaxmodels.video.video_encoder import VideoEncoder, join_codes
 from train.building import build_model, build_named
 from train.checkpoints import load_params
-from train.naming import ConfigError
+from train.naming import ConfigError, nearest
 from train.tasks.mesh_regression import Drive, build_drive, driven_frames, split_control
 from train.tasks.video_inversion import encoder_variables, load_generator
 from train.video_critics import Critics, build_critics, load_face_model, pool
@@ -269,8 +269,12 @@ def from_config(config) -> PoseControlTraining:
         args["weights"] = {**dict(args.get("weights", {}))}
         args["weights"]["mesh"] = args["weights"].get("mesh", 1.0) or 1.0
         provided = ("mesh",)
-    critics = build_critics(args, provided=provided)
+    # The face model was spoken of above.
+    critics = build_critics(args, say=lambda text: None, provided=provided)
     parts = {**WEIGHTS, **dict(args.pop("parts", {}))}
+    for name in parts:
+        if name not in WEIGHTS:
+            raise ConfigError(f"config.task_args.parts: no term {name!r}; {nearest(name, WEIGHTS)}")
     drive = build_drive(config, args, generator)
     model = build_model(config)
     if not config.data.name.startswith("latent_walks"):

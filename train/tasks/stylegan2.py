@@ -21,6 +21,7 @@ import optax
 
 from jaxmodels.layers.partitioning import over_rows
 from jaxmodels.video import stylegan2_losses as losses
+from jaxmodels.video.stylegan2 import truncate
 from train.building import build_model, build_named
 from train.naming import ConfigError
 from train.parallel import local_copy
@@ -224,7 +225,8 @@ class StyleGAN2:
         }
 
     def predict_files(self, variables, source, output: Path, config) -> str:
-        """Pictures of the averaged generator, `seedNNNN.png`, and `grid.png`, eight in a row.
+        """Pictures of the averaged generator, `seedNNNN.png`, and `grid.png`, eight in a row; their
+        latents `codes.npy` [N, w_dim], for `train.edit_direction`.
 
         `source` is a text file of seeds; "test" stands for 0 to 31. A seed's latent is that of
         the official `generate.py`, noise maps are the constant ones.
@@ -238,18 +240,27 @@ class StyleGAN2:
             seeds = [int(w) for w in words]
         output.mkdir(parents=True, exist_ok=True)
         variables = {"params": variables["gan"]["average"], "buffers": variables["buffers"]}
-        draw = jax.jit(lambda v, z: self.model.apply(v, z, self.truncation))
-        pictures = []
+
+        @jax.jit
+        def draw(v, z):
+            w = self.model.apply(v, z, method="to_w")
+            w = truncate(w, v["buffers"]["mapping"]["w_avg"], self.truncation)
+            return self.model.apply(v, z, self.truncation), w
+
+        pictures, codes = [], []
         for seed in seeds:
             z = np.random.RandomState(seed).randn(1, self.model.z_dim).astype(np.float32)
-            picture = to_bytes(draw(variables, z)[0])
+            image, w = draw(variables, z)
+            picture = to_bytes(image[0])
+            codes.append(np.asarray(w[0]))
             write_picture(output / f"seed{seed:04d}.png", picture)
             pictures.append(picture)
+        np.save(output / "codes.npy", np.stack(codes))
         width = min(_COLUMNS, len(pictures))
         pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % width)
         rows = np.stack(pictures).reshape(-1, width, *pictures[0].shape)
         write_picture(output / "grid.png", np.concatenate(np.concatenate(rows, 1), 1))
-        return f"{len(seeds)} pictures and grid.png in {output}"
+        return f"{len(seeds)} pictures, grid.png and codes.npy in {output}"
 
     def _real(self, config, split: str = "") -> np.ndarray:
         from train.data import pipeline

@@ -22,6 +22,7 @@ import numpy as np
 from jaxmodels.interop import catalog
 from jaxmodels.video import video_metrics
 from jaxmodels.video.latent_editing import latent_norm
+from jaxmodels.video.query_decoder import frozen_mapping
 from jaxmodels.video.stylegan2 import truncate
 from jaxmodels.video.video_encoder import VideoEncoder, check_range, encode_clip, join_codes
 from train.building import build_model, build_named
@@ -44,7 +45,8 @@ class VideoInversion:
     Attributes:
       model, generator: the encoder and the generator it inverts. critics: terms and networks.
       generator_from: a StyleGAN2 checkpoint of either naming, or a run directory of the task
-        `stylegan2`. encoder_from: a ViT, pSp or e4e file to begin with, or "".
+        `stylegan2`. encoder_from: a ViT, pSp, e4e or style-transformer
+        file to begin with, or "".
       psi: how far latents of made-up clips keep from the mean (1: no truncation).
       steps: length of the run. report_clips: clips on which flicker is reported; 0: none.
     """
@@ -88,6 +90,9 @@ class VideoInversion:
             extra |= given
         average = extra["generator"]["buffers"]["mapping"]["w_avg"]
         extra["buffers"] = {**extra["buffers"], "w_avg": jnp.copy(average)}
+        if "decoder" in extra["buffers"]:
+            own = frozen_mapping(extra["generator"]["params"]["mapping"])
+            extra["buffers"]["decoder"] = own
         return params, extra
 
     def _pretrained(self, own):
@@ -101,10 +106,12 @@ class VideoInversion:
         skip = ("queries", "layer_embeddings", "heads", "w_avg") if vit else ()
         if not vit and any(k.startswith("output_layer.") for k in state):
             state = {k: v for k, v in state.items() if not k.startswith("output_layer.")}
-            skip = (r"encoder\.styles", r"encoder\.latlayer[12]", "w_avg")
-        given, _ = catalog.import_state(
+            skip = (r"encoder\.styles", r"encoder(\.module)?\.latlayer[12]", "w_avg")
+            skip += (r"encoder\.module\.(z|transformerlayer_\w+)", r"decoder\.module")
+        given, done = catalog.import_state(
             catalog.find(self.model_name), self.model, state, skip, source=self.encoder_from
         )
+        catalog.log_what_was_taken(self.encoder_from, "", done)
         taken = {
             name: jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given[name], tree)
             for name, tree in own.items()
@@ -115,7 +122,8 @@ class VideoInversion:
             taken["params"][name] = own["params"][name]
         if skip and not vit:
             mine = own["params"]["encoder"]
-            heads = {k: v for k, v in mine.items() if k.startswith(("styles.", "latlayer"))}
+            fresh = ("styles.", "latlayer", "transformerlayer_", "z")
+            heads = {k: v for k, v in mine.items() if k.startswith(fresh)}
             taken["params"]["encoder"] |= heads
         return taken
 
@@ -300,11 +308,8 @@ class VideoInversion:
         draw = jax.jit(lambda v, codes: self.synthesize(v, codes)[0])
         frames = (video_files.to_unit(f) for f in video_files.read_frames(path))
         rows, before = [("frame", "mse", "psnr", "flicker")], None
-        for t, (frame, codes) in enumerate(
-            stream(self.model, encoder_variables(variables), frames)
-        ):
-            if t == 0:
-                check_range(frame, print)
+        clip = stream(self.model, encoder_variables(variables), frames, warn=print)
+        for t, (frame, codes) in enumerate(clip):
             made = np.asarray(draw(variables, codes))
             target = np.asarray(pool(jnp.asarray(frame)[None])[0])
             error = float(np.square(made - target).mean())
@@ -347,9 +352,10 @@ def load_generator(path: str, module: nn.Module, like) -> Any:
         given = {"params": tree["gan"]["average"], "buffers": tree["buffers"]}
     else:
         require(path, "config.task_args.generator_from=''")
-        given, _ = catalog.import_state(
+        given, done = catalog.import_state(
             catalog.find("video.stylegan2"), module, read_state(path), source=path
         )
+        catalog.log_what_was_taken(path, "", done)
     # Buffers that travel along (resampling filters) are no part of the model.
     return jax.tree_util.tree_map_with_path(lambda p, x: _taken(given, p, x), like)
 
@@ -377,6 +383,16 @@ def task_fields(config) -> dict[str, Any]:
     generator = build_named(
         config, "video.stylegan2", generator_args, "config.task_args.generator_args"
     )
+    wanted = (model.w_dim, model.mapping_layers)
+    if model.backbone == "style_transformer" and wanted != (
+        generator.z_dim,
+        generator.mapping_layers,
+    ):
+        raise ConfigError(
+            f"config.model_args: queries pass through the generator's mapping network, of "
+            f"{generator.mapping_layers} layers for latents of {generator.z_dim}; the encoder has "
+            f"mapping_layers {model.mapping_layers} and codes of {model.w_dim}"
+        )
     if generator.num_latents != model.num_latents or generator.w_dim != model.w_dim:
         raise ConfigError(
             f"config.model_args: codes [{model.num_latents}, {model.w_dim}] "
