@@ -1,14 +1,17 @@
 """GanLM: pre-training with three losses, fine-tuning to generate and to understand.
 
 small       python -m train --config configs/ganlm.py --workdir runs/ganlm
-            docstrings of installed packages, encoder 2 x 128, generator 2, discriminator 1 layer.
+            docstrings of installed packages, encoder 2 x 128, generator 2, discriminator 1 layer:
+            ten minutes of a core, 6.28 bits a target (unigram entropy 8.23), denoising 6.42,
+            detection accuracy .955 (always "replaced": .955).
 summaries   python -m train --config configs/ganlm.py:summaries --workdir runs/summaries
                 --config.init_from=runs/ganlm
             the first sentence of a docstring from the rest (strategy "generator"); `both` trains
             the three passes with label smoothing instead; `reversal` is a toy task with exact
             answers, short docstring sentences written backwards.
 functions   python -m train --config configs/ganlm.py:functions --workdir runs/functions
-            the three losses on functions of Python's library, which are easier to complete.
+            the three losses on functions of Python's library, which are easier to complete: eight
+            minutes of a core, detection accuracy .926 (always "replaced": .923).
 messages    python -m train --config configs/ganlm.py:messages --workdir runs/messages
             the three losses on English and German messages of installed programs; `translation`
             with --config.init_from=runs/messages translates them. To French:
