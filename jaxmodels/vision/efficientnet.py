@@ -62,7 +62,7 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class EfficientNet(nn.Module):
-    """Images [B, H, W, 3] -> logits [B, num_classes].
+    """Images [B, H, W, in_chans] -> logits [B, num_classes].
 
     Attributes:
       num_classes: 0 leaves the classifier out.
@@ -76,6 +76,7 @@ class EfficientNet(nn.Module):
     channel_multiplier: float = 1.0
     depth_multiplier: float = 1.0
     num_classes: int = 1000
+    in_chans: int = 3
     dropout: float = 0.2
     drop_path_rate: float = 0.0
     divisor: int = 8
@@ -87,8 +88,8 @@ class EfficientNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes that generic code initializes with: images [1, 64, 64, 3]."""
-        return (jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),)
+        """Shapes that generic code initializes with: images [1, 64, 64, in_chans]."""
+        return (jax.ShapeDtypeStruct((1, 64, 64, self.in_chans), jnp.float32),)
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits [B, num_classes], or the mean [B, C] of the last map without a classifier."""
@@ -98,7 +99,7 @@ class EfficientNet(nn.Module):
     @nn.compact
     def intermediates(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """`stem`, `blocks.0` .. `blocks.6`, `head` (map after conv_head) and `logits`."""
-        check_images(x)
+        check_images(x, self.in_chans)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         width = lambda c: _round_channels(  # noqa: E731
             c, self.channel_multiplier, self.divisor, self.round_limit

@@ -11,13 +11,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def check_images(x: jax.Array) -> None:
-    """Refuse anything but non-empty floating images [B, H, W, 3]."""
+def check_images(x: jax.Array, channels: int = 3) -> None:
+    """Refuse anything but non-empty floating images [B, H, W, channels]."""
+    wanted = f"[batch, height, width, {channels}]"
     if x.ndim != 4:
-        raise ValueError(f"images must be [batch, height, width, 3], got shape {x.shape}")
-    if x.shape[-1] != 3:
-        turned = " (NCHW?); transpose with x.transpose(0, 2, 3, 1)" if x.shape[1] == 3 else ""
-        raise ValueError(f"images must be [batch, height, width, 3], got shape {x.shape}{turned}")
+        raise ValueError(f"images must be {wanted}, got shape {x.shape}")
+    if x.shape[-1] != channels:
+        nchw = x.shape[1] == channels
+        turned = " (NCHW?); transpose with x.transpose(0, 2, 3, 1)" if nchw else ""
+        raise ValueError(f"images must be {wanted}, got shape {x.shape}{turned}")
     if 0 in x.shape:
         raise ValueError(f"images must not be empty, got shape {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):

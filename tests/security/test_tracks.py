@@ -1,5 +1,7 @@
 """The competition's pieces: margins, patches, attribution, renderer, detector, simulator, rules."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,10 @@ from jaxmodels.security.vehicle_detector import (
 )
 from jaxmodels.vision.iresnet import IResNet
 from jaxmodels.vision.xception import Xception
+from train.building import build_task
+from train.command_line import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Margins
 
@@ -171,6 +177,17 @@ def test_log_loss_is_finite_at_certainty_and_videos_do_not_depend_on_order():
 def test_residual_filters_see_no_flat_image():
     flat = forgery.with_frequency_residuals(jnp.full((1, 8, 8, 3), 0.3))
     assert flat.shape == (1, 8, 8, 6) and float(jnp.abs(flat[:, 2:-2, 2:-2, 3:]).max()) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["detection", "detection_b0"])
+def test_a_detector_of_residuals_reads_six_channels(preset):
+    config = load_config(f"{ROOT}/configs/ai_security.py:{preset}")
+    config.task_args.frequency = True
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    task = build_task(config)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), {"image": images})
+    stem = params["conv1" if preset == "detection" else "conv_stem"]
+    assert stem["kernel"].shape[2] == 6
 
 
 def test_xceptions_unused_channels_travel_and_imagenets_pointwise_weights_fit():

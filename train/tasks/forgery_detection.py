@@ -82,4 +82,9 @@ class ForgeryDetection:
 
 def from_config(config) -> ForgeryDetection:
     """The task of a config: its model and `task_args`."""
-    return ForgeryDetection(model=build_model(config), **config.task_args)
+    task = ForgeryDetection(model=build_model(config), **config.task_args)
+    if task.frequency:
+        # Each network's own name for the channels that it reads.
+        name = next(n for n in ("inc", "in_chans") if hasattr(task.model, n))
+        task = dataclasses.replace(task, model=task.model.clone(**{name: 6}))
+    return task
