@@ -239,7 +239,7 @@ def detection(seed: int, steps: int) -> list[tuple]:
     arms = {
         "Xception": ("detection", ()),
         "EfficientNet-B0": ("detection_b0", ()),
-        "Xception, frequency": ("detection", ("task_args.frequency=True",)),
+        "Xception, pixels alone": ("detection", ("task_args.frequency=False",)),
     }
     rows = []
     for arm, (preset, changes) in arms.items():
