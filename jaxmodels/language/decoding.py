@@ -246,14 +246,14 @@ def beam_search(
     Raises:
       ValueError: fewer beams than returned rows, more beams than tokens, an unknown rule.
     """
-    vocabulary = jax.eval_shape(
-        step, jax.ShapeDtypeStruct((batch * beams,), jnp.int32), _scalar(), cache
-    )[0].shape[-1]
-    check_beams(beams, returned, vocabulary)
     if rule not in RULES:
         raise ValueError(f"rule {rule!r}; known: {', '.join(RULES)}")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping {early_stopping!r}; known: True, False, 'never'")
+    vocabulary = jax.eval_shape(
+        step, jax.ShapeDtypeStruct((batch * beams,), jnp.int32), _scalar(), cache
+    )[0].shape[-1]
+    check_beams(beams, returned, vocabulary)
     tokens = jnp.full((batch, beams, 1 + rules.max_new), rules.pad, jnp.int32)
     tokens = tokens.at[:, :, 0].set(rules.start)
     never = _NEVER if rule == "hf" else -jnp.inf
