@@ -369,7 +369,9 @@ def _fill_in_order(search: _Search, tokens, scores, ended, length):
 def check_beams(beams: int, returned: int, vocabulary: int) -> None:
     """Raises ValueError for fewer beams than returned rows and for more than tokens."""
     if not 1 <= returned <= beams:
-        raise ValueError(f"{returned} returned rows from {beams} beams: wanted 1 to {beams}")
+        raise ValueError(
+            f"{returned} returned rows from {beams} beams: wanted 1 or more, and as many beams"
+        )
     if beams > vocabulary:
         raise ValueError(f"{beams} beams are more than the {vocabulary} tokens there are")
 
