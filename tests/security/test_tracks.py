@@ -33,6 +33,7 @@ from jaxmodels.vision.iresnet import IResNet
 from jaxmodels.vision.xception import Xception
 from train.building import build_task
 from train.command_line import load_config
+from train.naming import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,6 +189,9 @@ def test_a_detector_of_residuals_reads_six_channels(preset):
     params, _ = jax.eval_shape(task.init, jax.random.key(0), {"image": images})
     stem = params["conv1" if preset == "detection" else "conv_stem"]
     assert stem["kernel"].shape[2] == 6
+    config.model, config.model_args = "vision.resnet", {}
+    with pytest.raises(ConfigError, match=r"frequency: vision\.resnet reads pixels only"):
+        build_task(config)
 
 
 def test_xceptions_unused_channels_travel_and_imagenets_pointwise_weights_fit():

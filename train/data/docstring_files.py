@@ -12,7 +12,7 @@ from __future__ import annotations
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -97,7 +97,8 @@ def corpus(
     def fill(folder: pathlib.Path) -> None:
         directory = str(preparation.data_directory(path) / f"raw-{key}")
         builder = preparation.prepare(PythonDocstrings, directory, packages=packages)
-        documents = {split: _documents(builder, split) for split in SPLIT_NAMES}
+        documents = {split: documents_of(builder, split, "docstring", sentences)
+                     for split in SPLIT_NAMES}  # fmt: skip
         train_tokenizer((s for d in documents["train"] for s in d), pieces, folder)
         tokenizer = Tokenizer.read(folder)
         for split, name in SPLIT_NAMES.items():
@@ -108,11 +109,14 @@ def corpus(
     return preparation.prepare_folder(key, path, fill)
 
 
-def _documents(builder, split: str) -> list[list[str]]:
+def documents_of(
+    builder, split: str, feature: str, cut: Callable[[str], list[str]]
+) -> list[list[str]]:
+    """What `cut` makes of a text feature of a split's examples, where that is something."""
     examples = sorted(builder.as_data_source(split), key=lambda e: int(e["index"]))
-    # Docstrings come by module; shuffled once, so that any first part is like the whole.
+    # They come by module; shuffled once, so that any first part is like the whole.
     order = np.random.default_rng(0).permutation(len(examples))
-    found = (sentences(preparation.text(examples[i]["docstring"])) for i in order)
+    found = (cut(preparation.text(examples[i][feature])) for i in order)
     return [document for document in found if document]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from train.data import preparation, python_sources
-from train.data.docstring_files import SPLIT_NAMES, is_test_module
+from train.data.docstring_files import SPLIT_NAMES, documents_of, is_test_module
 from train.data.fairseq_files import train_tokenizer, write_shards
 
 PACKAGES = ("stdlib",)
@@ -83,7 +83,7 @@ def corpus(
     def fill(folder: pathlib.Path) -> None:
         directory = str(preparation.data_directory(path) / f"raw-{key}")
         builder = preparation.prepare(PythonFunctions, directory, packages=packages)
-        documents = {split: _documents(builder, split) for split in SPLIT_NAMES}
+        documents = {split: documents_of(builder, split, "source", _lines) for split in SPLIT_NAMES}
         train_tokenizer((line for d in documents["train"] for line in d), pieces, folder)
         for split, name in SPLIT_NAMES.items():
             write_shards(folder, name, {"python": documents[split]}, "functions")
@@ -91,10 +91,5 @@ def corpus(
     return preparation.prepare_folder(key, path, fill)
 
 
-def _documents(builder, split: str) -> list[list[str]]:
-    examples = sorted(builder.as_data_source(split), key=lambda e: int(e["index"]))
-    order = np.random.default_rng(0).permutation(len(examples))
-    return [
-        [line.strip() for line in preparation.text(examples[i]["source"]).splitlines()]
-        for i in order
-    ]
+def _lines(code: str) -> list[str]:
+    return [line.strip() for line in code.splitlines()]

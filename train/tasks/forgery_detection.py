@@ -15,6 +15,7 @@ import numpy as np
 from jaxmodels.security.forgery import forgery_metrics, video_scores, with_frequency_residuals
 from jaxmodels.security.perturbations import cross_entropy
 from train.building import build_model
+from train.naming import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,11 @@ def from_config(config) -> ForgeryDetection:
     task = ForgeryDetection(model=build_model(config), **config.task_args)
     if task.frequency:
         # Each network's own name for the channels that it reads.
-        name = next(n for n in ("inc", "in_chans") if hasattr(task.model, n))
+        name = next((n for n in ("inc", "in_chans") if hasattr(task.model, n)), None)
+        if name is None:
+            raise ConfigError(
+                f"config.task_args.frequency: {config.model} reads pixels only; wanted is "
+                "vision.xception or vision.efficientnet"
+            )
         task = dataclasses.replace(task, model=task.model.clone(**{name: 6}))
     return task
