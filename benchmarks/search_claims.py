@@ -19,11 +19,29 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
-from train.command_line import load_config
+from train.command_line import load_config, read_flags
 
+# A kind is a preset and changes to it.
 KINDS = {
-    "vitas": {"cyclic": "small", "ordinal": "ordinal", "two_sided": "two_sided"},
+    "vitas": {
+        "cyclic": "small",
+        "ordinal": "ordinal",
+        "two_sided": "two_sided",
+        "cyclic, unshifted": "small task_args.shift=False",
+        "cyclic, rate 1e-3": "small schedule.peak=1e-3",
+        "ordinal, rate 1e-3": "ordinal schedule.peak=1e-3",
+    },
     "scalenet": {"hierarchical": "small", "uniform": "uniform"},
+}
+# What is compared, seed by seed.
+PAIRS = {
+    "vitas": (
+        ("cyclic", "ordinal"),
+        ("cyclic, unshifted", "ordinal"),
+        ("cyclic, rate 1e-3", "ordinal, rate 1e-3"),
+        ("cyclic", "two_sided"),
+    ),
+    "scalenet": (("hierarchical", "uniform"),),
 }
 
 # What the tasks' `evaluate` scores, the same networks at any time: their `probes()`.
@@ -39,7 +57,9 @@ def supernet(system: str, kind: str, seed: int, steps: int):
     from train.checkpoints import load_params
     from train.loop import fit
 
-    config = load_config(f"configs/{system}.py:{KINDS[system][kind]}")
+    preset, *changes = KINDS[system][kind].split()
+    flags = [f"--config=configs/{system}.py:{preset}", *(f"--config.{c}" for c in changes)]
+    config, _ = read_flags(["claims", *flags], need_workdir=False)
     with config.unlocked():
         config.update(seed=seed, steps=steps, log_every=steps)
         config.eval.every = config.checkpoint.every = 0
@@ -197,11 +217,12 @@ def write(system: str, command: str) -> None:
             [kind, str(len(mine)), *(runs.mean([r[m] for r in mine], ".2f") for m in measures),
              f"{wins} of {len(mine)}"]
         )  # fmt: skip
-        seeds = sorted(set(by_seed[kinds[0]]) & set(by_seed[kind]))
-        if kind != kinds[0] and seeds:
-            pairs = [(by_seed[kinds[0]][s], by_seed[kind][s]) for s in seeds]
+    for this, other in PAIRS[system]:
+        seeds = sorted(set(by_seed.get(this, {})) & set(by_seed.get(other, {})))
+        if seeds:
+            pairs = [(by_seed[this][s], by_seed[other][s]) for s in seeds]
             differences = (runs.mean([a[m] - b[m] for a, b in pairs], ".2f") for m in measures)
-            paired.append([f"{kinds[0]} - {kind}", str(len(seeds)), *differences])
+            paired.append([f"{this} - {other}", str(len(seeds)), *differences])
     named = ["Kendall tau", "search (%)", "random (%)", "search - random", "supernet (%)"]
     first = rows[0]
     repeats = 1 + max((int(r["seed"]) for r in runs.read(alone_of(system))), default=0)

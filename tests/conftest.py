@@ -44,6 +44,18 @@ def pytest_configure(config):
         )
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items):
+    """A file's tests on one worker, where they share runs and compiled programs.
+
+    Golden cases go anywhere. Files are handed out first, those with the most tests before the
+    others, then the cases, which fill what is left evenly.
+    """
+    for item in items:
+        if item.path.name != "test_golden.py":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 def pytest_collection_finish(session):
     """Fewer collections of garbage, none of which looks at the modules and the tests again.
 

@@ -114,7 +114,6 @@ def options(tmp_path_factory):
     )[1]
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_no_module_is_in_two_splits_and_no_document_holds_its_query(options):
     c = docstrings.collection(options)
     assert len(c.entries) > 900
@@ -127,14 +126,12 @@ def test_no_module_is_in_two_splits_and_no_document_holds_its_query(options):
     assert len(set(c.queries)) == len(c.queries)
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_queries_without_hard_negatives_are_refused(options, tmp_path):
     (tmp_path / "negatives.json").write_text("{}")
     with pytest.raises(ValueError, match="no query has hard negatives"):
         docstrings.source("train", {**options, "negatives_file": tmp_path / "negatives.json"})
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_bm25_finds_documents_by_their_synopses(options):
     found = docstrings.retrieval_set({**options, "expansion": ""}, "test")
     numbers = found.baseline()
@@ -144,7 +141,6 @@ def test_bm25_finds_documents_by_their_synopses(options):
     assert graded > 20
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_batches_are_the_curriculum_whatever_the_start(options, capsys):
     data = {"name": "docstrings", "options": options}
     whole = pipeline.train_batches(data, batch_size=4, seed=3)
@@ -173,7 +169,6 @@ def test_batches_are_the_curriculum_whatever_the_start(options, capsys):
     np.testing.assert_array_equal(np.concatenate(halves), batches[5]["doc_ids"])
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_examples_equal_the_strings_of_the_method_and_later_parts_are_closer(options):
     c, texts = docstrings.collection(options), docstrings.documents(options)
     spread = docstrings.relevance_spread(options)
@@ -195,7 +190,6 @@ def test_examples_equal_the_strings_of_the_method_and_later_parts_are_closer(opt
     assert first.row(texts.fields(row), texts.pseudo(row)[0]) != plain
 
 
-@pytest.mark.xdist_group("docstrings")
 def test_gold_and_joined_expansion(options):
     gold = docstrings.train_transform({**options, "expansion": "gold"})
     c = docstrings.collection(options)

@@ -17,8 +17,6 @@ from train.data import dynamic_graphs, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "graph_cpd.py")
-# Runs of one shape are compiled once, on one worker.
-pytestmark = pytest.mark.xdist_group("change_points")
 
 
 @pytest.fixture(scope="module")

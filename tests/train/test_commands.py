@@ -18,9 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "repghost.py")
 TINY = str(ROOT / "tests" / "train" / "tiny_run" / "config.py")
 
-# The run they share is compiled once, on one worker.
-on_one_worker = pytest.mark.xdist_group("paper")
-
 
 def test_a_network_that_scores_all_classes_alike_or_none_is_not_perfect():
     """Top-1 takes the first of equal scores, as `argmax` does, and NaN hits nothing."""
@@ -83,7 +80,6 @@ def paper_run(imagenet, tmp_path_factory):
     return workdir, flags, run
 
 
-@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     workdir, _, _ = paper_run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +93,6 @@ def test_paper_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
 
 
-@on_one_worker
 def test_evaluating_a_finished_run_gives_its_last_metrics_again(paper_run, capsys):
     workdir, flags, run = paper_run
     before = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +103,6 @@ def test_evaluating_a_finished_run_gives_its_last_metrics_again(paper_run, capsy
     assert after[-1] == wanted
 
 
-@on_one_worker
 def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path):
     workdir, flags, _ = paper_run
     output = tmp_path / "classes.csv"
@@ -121,7 +115,6 @@ def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path
         assert label in "01" and 0.5 <= float(probability) <= 1.0
 
 
-@on_one_worker
 def test_fine_tuning_takes_the_body_and_leaves_a_new_classifier(paper_run, tmp_path):
     import jax
 

@@ -21,7 +21,6 @@ from train.tasks.dense_retrieval import DenseRetrieval
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "capstone.py")
 TOPICS = ["banana", "graph", "matrix", "poet", "river", "violin", "engine", "cloud"]
-on_one_worker = pytest.mark.xdist_group("dense_retrieval")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,6 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@on_one_worker
 def test_paper_recipe_learns_on_published_files(paper_run):
     workdir, _, _ = paper_run
     rows = rows_of(workdir)
@@ -127,7 +125,6 @@ def test_paper_recipe_learns_on_published_files(paper_run):
     assert rows[-1]["mrr@10"] > 0.55
 
 
-@on_one_worker
 def test_resumed_in_the_middle_of_a_part_it_ends_as_it_did(paper_run, tmp_path):
     workdir, flags, run = paper_run
     shutil.copytree(workdir, tmp_path / "again")
@@ -141,7 +138,6 @@ def test_resumed_in_the_middle_of_a_part_it_ends_as_it_did(paper_run, tmp_path):
     assert got == wanted
 
 
-@on_one_worker
 def test_encoding_goes_on_where_it_was_killed_and_the_run_is_evaluated(paper_run, tmp_path, capsys):
     workdir, flags, _ = paper_run
     arguments = [*flags, f"--checkpoint={workdir}", f"--output={tmp_path}"]
@@ -169,7 +165,6 @@ def test_encoding_goes_on_where_it_was_killed_and_the_run_is_evaluated(paper_run
         retrieve.main(["retrieve", *arguments, "--config.data.options.views=1"])
 
 
-@on_one_worker
 def test_mined_negatives_train_the_second_stage(paper_run, marco, tmp_path):
     workdir, flags, run = paper_run
     mine = ["--config.retrieve.split=train", "--config.retrieve.negatives=5"]
@@ -204,7 +199,6 @@ def test_mined_negatives_train_the_second_stage(paper_run, marco, tmp_path):
     assert batch["doc_ids"].shape == (4, 4, 20) and (batch["doc_ids"][:, :, 0] == 2).all()
 
 
-@on_one_worker
 def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, capsys):
     workdir, flags, _ = paper_run
     arguments = [
@@ -227,7 +221,6 @@ def test_files_of_ones_own_are_encoded_and_searched(paper_run, marco, tmp_path, 
         retrieve.main(["retrieve", *[a for a in arguments if "pseudo" not in a]])
 
 
-@on_one_worker
 def test_a_folder_of_beir_is_searched_without_the_queries_themselves(paper_run, marco, tmp_path):
     workdir, flags, _ = paper_run
     lines = [line.split("\t") for line in (marco / "corpus.tsv").read_text().splitlines()]
@@ -278,7 +271,6 @@ def test_a_document_without_a_title_is_what_it_was_in_training(marco, tmp_path):
     assert fields == [words.pieces("the banana")]
 
 
-@on_one_worker
 def test_prediction_lists_the_best_documents(paper_run, tmp_path):
     workdir, flags, _ = paper_run
     (tmp_path / "questions.txt").write_text("what is the banana\n\nabout river\n")

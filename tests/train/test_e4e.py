@@ -21,7 +21,6 @@ from train.loop import Plan
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "e4e.py")
 
-on_one_worker = pytest.mark.xdist_group("e4e")
 
 MODEL = [
     *("image_size=16", "stylegan_size=16", "w_dim=8", "n_low=4", "ir_layers=18", "width_divisor=64")
@@ -84,7 +83,6 @@ def paper_run(faces, tmp_path_factory):
     return workdir, flags
 
 
-@on_one_worker
 def test_paper_recipe_frees_one_delta_after_the_other(paper_run):
     rows = rows_of(paper_run[0])
     assert [r["stage"] for r in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
@@ -98,7 +96,6 @@ def test_paper_recipe_frees_one_delta_after_the_other(paper_run):
     assert "lec_of_mean_latent" in report and "relative_mse" in report and "delta" in report
 
 
-@on_one_worker
 def test_every_network_moves_in_its_turn_and_the_generator_never(paper_run):
     workdir, flags = paper_run
     config, _ = read_flags(["train", *flags, f"--workdir={workdir}"], need_workdir=True)
@@ -124,7 +121,6 @@ def test_every_network_moves_in_its_turn_and_the_generator_never(paper_run):
     assert np.abs(last["batch_stats"]["encoder"]["input_layer.1"]["mean"]).max() > 0
 
 
-@on_one_worker
 def test_a_resumed_run_repeats_losses_pools_and_statistics_bit_for_bit(paper_run, tmp_path):
     workdir, flags = paper_run
     stopped = tmp_path / "stopped"

@@ -34,8 +34,6 @@ TINY = {
     "vocab_size": 512,
 }
 
-on_one_worker = pytest.mark.xdist_group("editing")
-
 
 def tiny(path, preset="small", **changes):
     config = load_config(f"{CONFIG}:{preset}")
@@ -67,7 +65,6 @@ def runs(path, tmp_path_factory):
     return found
 
 
-@on_one_worker
 def test_a_run_reports_text_metrics_beside_those_of_copying(runs):
     for preset, (_, workdir, numbers) in runs.items():
         assert numbers["copying_exact_match"] == 0 and numbers["copying_bleu4"] > 50
@@ -78,7 +75,6 @@ def test_a_run_reports_text_metrics_beside_those_of_copying(runs):
         assert "bleu4" in measured and 0 <= measured["output_bleu4"] <= 100
 
 
-@on_one_worker
 def test_predictions_have_a_row_for_every_line(runs, path, tmp_path):
     config, workdir, _ = runs["small"]
     lines = tmp_path / "lines.txt"
@@ -101,7 +97,6 @@ def loaded(config, workdir):
     return plan.task, {"params": params}
 
 
-@on_one_worker
 def test_reranking_goes_both_ways_and_a_constant_second_scorer_keeps_the_order(runs, monkeypatch):
     models = {name: loaded(config, workdir) for name, (config, workdir, _) in runs.items()}
     lines = [("x = f ( 1", ["y = 2"]), ("return return x", [])]
@@ -145,7 +140,6 @@ def test_another_models_hypothesis_is_scored_with_the_plan_of_its_difference():
     )
 
 
-@on_one_worker
 def test_the_rerank_command_writes_a_row_for_every_line(runs, path, tmp_path, capsys):
     lines, output = tmp_path / "lines.txt", tmp_path / "out.csv"
     lines.write_text("x = f ( 1 <s> y = 2\nreturn return x\n")
@@ -179,7 +173,6 @@ def test_the_rerank_command_writes_a_row_for_every_line(runs, path, tmp_path, ca
     assert rows[0] == ["line", "prediction", "rank", "first"] and len(rows) == 3
 
 
-@on_one_worker
 def test_a_stopped_run_goes_on_bit_for_bit(runs, path, tmp_path):
     config, workdir, _ = runs["generator"]
     halfway = config.copy_and_resolve_references()
@@ -194,7 +187,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, path, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@on_one_worker
 def test_a_sharded_step_equals_the_single_device_step(path):
     def step(devices, **parallel):
         changes = {f"parallel.{k}": v for k, v in parallel.items()}
@@ -219,7 +211,6 @@ def test_a_sharded_step_equals_the_single_device_step(path):
     assert max(jax.tree.leaves(gap)) < 0.02
 
 
-@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_published_files(tmp_path, runs):
     from train.data import edits
 
@@ -260,7 +251,6 @@ def test_paper_recipe_runs_twenty_steps_on_published_files(tmp_path, runs):
     assert len(output.read_text().splitlines()) == 2
 
 
-@on_one_worker
 @pytest.mark.parametrize("example_mean", [False, True])
 def test_micro_batches_add_up_to_the_batch_and_no_likelihood_counts_padding(path, example_mean):
     rng = np.random.default_rng(0)

@@ -16,7 +16,6 @@ from train.data.fairseq_files import mask_id
 from train.loop import Plan
 from train.naming import ConfigError
 
-on_one_worker = pytest.mark.xdist_group("ganlm")
 SMALLER = {
     "embed_dim": 32,
     "encoder_ffn_embed_dim": 32,
@@ -81,7 +80,6 @@ def paper_run(corpus, tmp_path_factory):  # noqa: F811
     return workdir
 
 
-@on_one_worker
 def test_the_paper_recipe_runs_twenty_steps_on_text_shards(paper_run):
     rows = rows_of(paper_run)
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
@@ -92,7 +90,6 @@ def test_the_paper_recipe_runs_twenty_steps_on_text_shards(paper_run):
         assert name in report
 
 
-@on_one_worker
 def test_a_killed_run_resumed_ends_where_the_whole_one_did(paper_run, corpus, tmp_path):  # noqa: F811
     words = pretraining(corpus)
     config, _ = read_flags([*words, f"--workdir={tmp_path}"], need_workdir=True)
@@ -183,7 +180,6 @@ def test_micro_batches_weigh_by_their_targets(corpus):  # noqa: F811
     )
 
 
-@on_one_worker
 def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     paper_run, corpus, pairs, tmp_path  # noqa: F811
 ):  # fmt: skip
@@ -217,7 +213,6 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
 
 
-@on_one_worker
 def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
     paper_run, corpus, pairs, tmp_path  # noqa: F811
 ):  # fmt: skip

@@ -28,7 +28,6 @@ from train.checkpoints import load_params
 from train.loop import NonFiniteLoss, Patience, fit
 from train.naming import ConfigError
 
-pytestmark = pytest.mark.xdist_group("kill_and_resume")
 STEPS = 60
 
 

@@ -29,8 +29,6 @@ CONFIG = str(ROOT / "configs" / "lidar_camera.py")
 RING = range_image.waymo_like(32, 360)
 CAMERA = camera_renderer.front_camera(0.15)
 
-on_one_worker = pytest.mark.xdist_group("lidar_camera")
-
 
 def simulated(seed):
     options = driving_scene.SceneOptions(reach=25.0, pedestrians=(4, 6))
@@ -266,7 +264,6 @@ def paper_run(waymo, tmp_path_factory):
     return workdir, words
 
 
-@on_one_worker
 def test_the_papers_recipe_runs_twenty_steps_on_waymo_files(paper_run):
     workdir, _ = paper_run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -276,7 +273,6 @@ def test_the_papers_recipe_runs_twenty_steps_on_waymo_files(paper_run):
     assert "majority_class" in report and "nearest_mean_color" in report and "box_iou" in report
 
 
-@on_one_worker
 def test_a_stopped_run_goes_on_bit_for_bit(paper_run, tmp_path):
     import shutil
 
@@ -293,7 +289,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(paper_run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@on_one_worker
 def test_prediction_orders_the_detections_of_frames(paper_run, tmp_path):
     workdir, words = paper_run
     (tmp_path / "frames").mkdir()
@@ -315,7 +310,6 @@ def test_prediction_orders_the_detections_of_frames(paper_run, tmp_path):
     assert reached == sorted(reached)
 
 
-@on_one_worker
 def test_frames_and_their_pictures_are_one_command_each(paper_run, tmp_path):
     workdir, words = paper_run
     files = frame_files.write_frames(tmp_path / "frames", 2, scale=0.1)
@@ -336,7 +330,6 @@ def test_frames_and_their_pictures_are_one_command_each(paper_run, tmp_path):
     assert not picture.exists()
 
 
-@on_one_worker
 def test_the_detectors_recipe_learns_two_waymo_frames_by_heart(tmp_path):
     """Every step sees the same two frames, so that the loss has to fall, and far: 50 to 16."""
     for split, seeds in (("training", (0, 3)), ("validation", (0, 3))):

@@ -22,8 +22,6 @@ from train.data import compressed_images, degradation, pipeline
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "compressed_sr.py")
 
-on_one_worker = pytest.mark.xdist_group("compressed_sr_paper")
-
 
 @pytest.fixture(scope="module")
 def div2k(tmp_path_factory):
@@ -118,7 +116,6 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_div2k_folders(paper_run):
     workdir, _, _ = paper_run
     rows = [row for row in rows_of(workdir) if row["kind"] == "train"]
@@ -132,7 +129,6 @@ def test_paper_recipe_runs_twenty_steps_on_div2k_folders(paper_run):
     assert "bicubic_psnr" in report and "ensemble_psnr" in report and "psnr_b" in report
 
 
-@on_one_worker
 def test_averaged_weights_differ_from_raw_ones_and_are_what_is_evaluated(paper_run):
     workdir, _, _ = paper_run
     averaged = load_params(workdir, ema=True)["params"]["conv_first"]["kernel"]
@@ -140,7 +136,6 @@ def test_averaged_weights_differ_from_raw_ones_and_are_what_is_evaluated(paper_r
     assert np.abs(averaged - raw).max() > 1e-5
 
 
-@on_one_worker
 def test_a_resumed_run_repeats_its_losses_exactly(paper_run, tmp_path):
     workdir, flags, run = paper_run
     copy = tmp_path / "copy"
@@ -154,7 +149,6 @@ def test_a_resumed_run_repeats_its_losses_exactly(paper_run, tmp_path):
     assert before == after and len(after) == 2
 
 
-@on_one_worker
 def test_prediction_writes_pictures_strips_and_psnr(paper_run, div2k, tmp_path, capsys):
     workdir, flags, _ = paper_run
     output = tmp_path / "restored"

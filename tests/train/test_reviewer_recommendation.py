@@ -22,9 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "coral.py")
 SMALL_HISTORY = {"n_people": 20, "n_changes": 150, "n_areas": 3}
 
-# The runs they share are compiled once, on one worker.
-on_one_worker = pytest.mark.xdist_group("coral")
-
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
@@ -52,7 +49,6 @@ def paper_run(history, tmp_path_factory):
     return workdir, flags, run
 
 
-@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_records_in_the_published_form(paper_run):
     workdir, _, _ = paper_run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -68,7 +64,6 @@ def test_paper_recipe_runs_twenty_steps_on_records_in_the_published_form(paper_r
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [10, 20]
 
 
-@on_one_worker
 def test_a_resumed_run_ends_where_the_whole_one_did(paper_run, tmp_path):
     workdir, flags, run = paper_run
     words = [w for w in run if "steps" not in w]
@@ -80,7 +75,6 @@ def test_a_resumed_run_ends_where_the_whole_one_did(paper_run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@on_one_worker
 def test_prediction_ranks_reviewers_of_new_changes_with_reasons(paper_run, history, tmp_path):
     workdir, flags, _ = paper_run
     with open(history, encoding="utf-8") as file:
@@ -106,7 +100,6 @@ def test_prediction_ranks_reviewers_of_new_changes_with_reasons(paper_run, histo
         predict.main(argv)
 
 
-@on_one_worker
 def test_a_checkpoint_of_another_history_is_refused(paper_run, tmp_path, capsys):
     workdir, flags, _ = paper_run
     other = tmp_path / "other.csv"
@@ -118,7 +111,6 @@ def test_a_checkpoint_of_another_history_is_refused(paper_run, tmp_path, capsys)
     assert "graph and checkpoint differ" in error and len(error.strip().splitlines()) == 1
 
 
-@on_one_worker
 def test_pytorch_weights_start_a_run_and_the_graph_is_the_runs_own(paper_run, history, tmp_path):
     workdir, flags, run = paper_run
     from train.checkpoints import load_params

@@ -72,7 +72,6 @@ def paper_run(request, imagenet, tmp_path_factory):
     return config, workdir, fit(config, workdir)
 
 
-@pytest.mark.xdist_group("search")
 def test_the_published_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     _, workdir, numbers = paper_run
     losses = [r["loss"] for r in rows(workdir)]
@@ -81,7 +80,6 @@ def test_the_published_recipe_runs_twenty_steps_on_imagenet_folders(paper_run):
     assert any(name.startswith("accuracy_") for name in numbers)
 
 
-@pytest.mark.xdist_group("search")
 def test_a_supernet_stopped_halfway_goes_on_to_the_same_weights(paper_run, tmp_path):
     config, workdir, _ = paper_run
     shutil.copytree(workdir, tmp_path / "run")
@@ -93,7 +91,6 @@ def test_a_supernet_stopped_halfway_goes_on_to_the_same_weights(paper_run, tmp_p
         assert np.any(theirs["counters"]["calls"])  # the sides' counters are part of the state
 
 
-@pytest.mark.xdist_group("search")
 def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path):
     config, workdir, _ = paper_run
     variables = load_params(workdir, ema=False)
@@ -101,7 +98,6 @@ def test_prediction_writes_a_class_for_every_image(paper_run, imagenet, tmp_path
     assert found[0] == ("file", "class", "probability") and len(found) == 1 + 6
 
 
-@pytest.mark.xdist_group("search")
 @pytest.mark.parametrize(
     ("file", "axes"),
     (
@@ -131,7 +127,6 @@ def test_supernets_train_alike_on_eight_devices(file, axes, imagenet):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.xdist_group("search")
 def test_the_search_command_finds_resumes_and_reports(paper_run, tmp_path):
     config, workdir, _ = paper_run
     task, variables = build_task(config), load_params(workdir, ema=True)

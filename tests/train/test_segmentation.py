@@ -18,7 +18,6 @@ from train.tasks.segmentation import Segmentation
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "biomedical.py")
-pytestmark = pytest.mark.xdist_group("segmentation")
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from tests.train.stoppable_runs import (
 )
 from train.loop import fit
 
-pytestmark = pytest.mark.xdist_group("two_processes")
-
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory) -> Path:

@@ -26,8 +26,6 @@ CONFIG = str(ROOT / "configs" / "video2stylegan.py")
 GAN = str(ROOT / "configs" / "stylegan2.py")
 POSE = str(ROOT / "configs" / "pose_control.py")
 
-# Runs that share a compiled step stay on one worker.
-on_one_worker = pytest.mark.xdist_group("video2stylegan")
 
 ENCODER = [
     "--config.model_args.image_size=16",
@@ -80,7 +78,6 @@ def small_run(tmp_path_factory):
     return workdir, flags
 
 
-@on_one_worker
 def test_a_run_reports_both_ways_of_encoding(small_run):
     workdir, _ = small_run
     assert np.isfinite([r["loss"] for r in rows_of(workdir)]).all()
@@ -90,7 +87,6 @@ def test_a_run_reports_both_ways_of_encoding(small_run):
     assert "flicker_static_reuse" in report and "static_clips_steadier" in report
 
 
-@on_one_worker
 def test_a_run_on_a_mesh_agrees_and_a_resumed_run_is_the_same_bit_for_bit(small_run, tmp_path):
     workdir, flags = small_run
     wanted = [r["loss"] for r in rows_of(workdir)]
@@ -157,7 +153,6 @@ PAPER = [
 ]
 
 
-@on_one_worker
 def test_paper_recipe_runs_twenty_steps_on_folders_of_frames(clips, tmp_path, capsys):
     flags = [f"--config={CONFIG}:paper", *PAPER, f"--config.data.options.path={clips}"]
     flags += ["--config.steps=20", "--config.batch_size=2", "--config.log_every=5"]
@@ -170,7 +165,6 @@ def test_paper_recipe_runs_twenty_steps_on_folders_of_frames(clips, tmp_path, ca
     assert "flicker_clips_reuse" in (tmp_path / "report.md").read_text()
 
 
-@on_one_worker
 def test_a_clip_is_predicted_and_edited_into_frames_and_into_a_video(small_run, tmp_path, capsys):
     workdir, flags = small_run
     clip = tmp_path / "clip"
@@ -200,7 +194,6 @@ def test_a_clip_is_predicted_and_edited_into_frames_and_into_a_video(small_run, 
     assert abs(still.mean() - frames[0].mean()) < 10
 
 
-@on_one_worker
 def test_edited_frames_are_as_large_and_as_fast_as_they_came(small_run, tmp_path, monkeypatch):
     from train import video_critics
     from train.tasks import video_inversion
@@ -298,7 +291,6 @@ def test_stills_of_a_folder_split_by_name_and_lfw_faces_are_in_range(tmp_path):
     assert -1 <= images[0]["image"].min() < -0.2
 
 
-@on_one_worker
 def test_a_run_begins_with_another_ones_networks_and_loads_what_that_one_lacks(small_run, tmp_path):
     workdir, flags = small_run
     sizes = {"width_divisor": 32, "stages": (1, 1, 1, 1), "hidden": 8}
@@ -359,7 +351,6 @@ def gan_run(tmp_path_factory):
     return workdir, flags
 
 
-@on_one_worker
 def test_generator_and_discriminator_train_in_turn_with_lazy_regularizers(gan_run):
     workdir, _ = gan_run
     rows = rows_of(workdir)
@@ -369,7 +360,6 @@ def test_generator_and_discriminator_train_in_turn_with_lazy_regularizers(gan_ru
     assert "sliced_wasserstein_untrained" in (workdir / "report.md").read_text()
 
 
-@on_one_worker
 def test_prediction_draws_the_averaged_generator_by_official_seeds(gan_run, tmp_path):
     workdir, flags = gan_run
     (tmp_path / "seeds.txt").write_text("3\n17 4\n")
@@ -393,7 +383,6 @@ def test_prediction_draws_the_averaged_generator_by_official_seeds(gan_run, tmp_
         predict.main(["predict", *given, f"--input={tmp_path / 'seeds.txt'}"])
 
 
-@on_one_worker
 def test_an_encoder_inverts_a_generator_of_a_finished_run(gan_run, tmp_path):
     workdir, _ = gan_run
     flags = [f"--config={CONFIG}", *ENCODER, *GENERATOR, *WALKS, *RUN, *ALONE]
@@ -412,7 +401,6 @@ def test_an_encoder_inverts_a_generator_of_a_finished_run(gan_run, tmp_path):
     assert np.abs(average).max() > 0
 
 
-@on_one_worker
 def test_control_begins_to_turn_what_its_mesh_codes_turn(tmp_path):
     flags = [f"--config={POSE}", *GENERATOR, *ALONE, "--config.data.options.expression=4"]
     flags += [f for f in WALKS if "eval_examples" not in f]
@@ -430,7 +418,6 @@ def test_control_begins_to_turn_what_its_mesh_codes_turn(tmp_path):
     assert float(numbers["yaw_correlation_codes"]) > 0.5
 
 
-@on_one_worker
 def test_a_mesh_regressor_learns_from_pictures_of_mesh_codes(tmp_path):
     flags = [f"--config={POSE}:regressor", *GENERATOR, *WALKS, *RUN, *ALONE]
     flags += ["--config.data.options.expression=4", "--config.model_args.width_divisor=16"]
@@ -442,7 +429,6 @@ def test_a_mesh_regressor_learns_from_pictures_of_mesh_codes(tmp_path):
     assert "yaw_error_of_zero" in (tmp_path / "report.md").read_text()
 
 
-@on_one_worker
 def test_the_third_stage_runs_on_folders_of_frames_and_its_network_edits_a_clip(
     clips, small_run, tmp_path, capsys
 ):
