@@ -13,6 +13,7 @@ tiles: rows of `results/compressed_sr_seams.csv`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections import defaultdict
@@ -113,8 +114,8 @@ def seams(seed: int) -> list[dict]:
     rows = []
     pictures = list(family.eval_images(options))
     wholes = [task.restore(params, lr / np.float32(255)) for _, lr, _ in pictures]
-    for tile, overlap in TILES:
-        pieces = dataclasses.replace(task, tile=tile, tile_overlap=overlap)
+    for (tile, overlap), blend in itertools.product(TILES, inference.BLENDS):
+        pieces = dataclasses.replace(task, tile=tile, tile_overlap=overlap, tile_blend=blend)
         for (name, lr, hr), whole in zip(pictures, wholes):
             tiled = pieces.restore(params, lr / np.float32(255))
             # As `restore` pads them: to the next multiple of the window.
@@ -130,6 +131,7 @@ def seams(seed: int) -> list[dict]:
                     "picture": name,
                     "tile": tile,
                     "overlap": overlap,
+                    "blend": blend,
                     "whole_psnr": round(metrics.psnr(bytes_of[0], hr), 3),
                     "tiled_psnr": round(metrics.psnr(bytes_of[1], hr), 3),
                     "between": round(metrics.psnr(bytes_of[1], bytes_of[0]), 2),
@@ -144,7 +146,7 @@ def seams(seed: int) -> list[dict]:
 def _seam_table() -> str:
     groups = defaultdict(list)
     for row in runs.read(SEAMS):
-        groups[(row["tile"], row["overlap"])].append(row)
+        groups[(row["tile"], row["overlap"], row["blend"])].append(row)
     names = (
         "whole_psnr",
         "tiled_psnr",
@@ -154,13 +156,13 @@ def _seam_table() -> str:
         "picture_step",
     )
     lines = [
-        [tile, overlap, len(own), *(f"{np.mean([float(r[n]) for r in own]):.3f}" for n in names)]
-        for (tile, overlap), own in groups.items()
+        [*setting, len(own), *(f"{np.mean([float(r[n]) for r in own]):.3f}" for n in names)]
+        for setting, own in groups.items()
     ]
     if not lines:
         return ""
-    header = ["tile", "overlap", "pictures", "whole dB", "tiled dB", "between dB", "step at edges",
-              "step elsewhere", "the picture's own"]  # fmt: skip
+    header = ["tile", "overlap", "blend", "pictures", "whole dB", "tiled dB", "between dB",
+              "step at edges", "step elsewhere", "the picture's own"]  # fmt: skip
     return (
         "\n## Seams\n\n`... seams`: the small network on whole pictures and in tiles (input "
         "pixels). Steps are mean absolute changes from column to column in 255ths: of what tiling "

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items):
     """
     for item in items:
         if item.path.name != "test_golden.py":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
 
 
 def pytest_collection_finish(session):

@@ -238,6 +238,7 @@ MISTAKES = {
     "--config.data.options.gray=True": "but the model has in_chans 3",
     "--config.task_args.tile=20": "20 must be a multiple of the window 8",
     "--config.task_args.tile=16": "tile_overlap: 32 must be at least 0 and less than tile 16",
+    "--config.task_args.tile_blend=none": "tile_blend: 'none'; known: taper, mean",
     "--config.task_args.border=-3": "config.task_args.border: -3 is no number of pixels",
     "--config.task_args.border=190": "leaves no 11x11 pixels of a test picture whose shorter side",
     "--config.task_args.pixel=l2": "config.task_args.pixel: 'l2'; known:",

@@ -39,6 +39,7 @@ class ImageRestoration:
       aux_weight: of |D(hr) - D(sr)|. aux_image_weight: of the aux head's picture against D(hr).
       hf_weight: of the high frequencies. D is antialiased bicubic downsampling by the scale.
       tile, tile_overlap: of inference, in input pixels; tile 0 is the whole picture.
+      tile_blend: how overlaps are averaged, "taper" or "mean" (officially).
       self_ensemble: whether evaluation and prediction average over the eight symmetries.
       border: pixels left out of the reported metrics at each side (the challenge: 0).
       first: a model of artifact removal that prediction runs before this one (the entry "CI2").
@@ -52,6 +53,7 @@ class ImageRestoration:
     hf_weight: float = 1.0
     tile: int = 0
     tile_overlap: int = 32
+    tile_blend: str = "taper"
     self_ensemble: bool = False
     border: int = 0
     reference: str = ""
@@ -153,6 +155,7 @@ class ImageRestoration:
                 scale=self.scale,
                 window=window,
                 overlap=self.tile_overlap,
+                blend=self.tile_blend,
             )
         else:
             whole = np.asarray(apply(jnp.asarray(padded)[None])[0], np.float32)
@@ -263,6 +266,9 @@ def from_config(config) -> ImageRestoration:
     task = ImageRestoration(model=model, **arguments)
     if task.pixel not in PIXEL_LOSSES:
         raise ConfigError(f"config.task_args.pixel: {task.pixel!r}; known: {PIXEL_LOSSES}")
+    if task.tile_blend not in inference.BLENDS:
+        known = ", ".join(inference.BLENDS)
+        raise ConfigError(f"config.task_args.tile_blend: {task.tile_blend!r}; known: {known}")
     if task.tile % task.window:
         raise ConfigError(
             f"config.task_args.tile: {task.tile} must be a multiple of the window {task.window}"
