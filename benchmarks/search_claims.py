@@ -162,13 +162,16 @@ def one(system: str, kind: str, seed: int, arguments) -> tuple[dict, list[float]
                 accuracy = train_alone(system, config, task, network, again, arguments.alone_steps)
                 runs.append(memory, {"network": i, "seed": again, "accuracy": round(accuracy, 4)})
     scores = [float(v) for v in score(networks)]
-    found, value, measured = searches(system, config, task, score, seed)
+    found = value = measured = ""
+    if not arguments.no_searches:
+        found, value, measured = searches(system, config, task, score, seed)
+        found, value = round(found, 3), round(value, 3)
     row = {
         "system": system, "kind": kind, "seed": seed, "steps": arguments.steps,
         "networks": len(networks), "alone_steps": arguments.alone_steps,
         "kendall_tau": round(rank_correlation(system, scores), 4),
-        "search": round(found, 3), "random": round(value, 3),
-        "measured": measured, "supernet_accuracy": round(100 * numbers["accuracy"], 3),
+        "search": found, "random": value, "measured": measured,
+        "supernet_accuracy": round(100 * numbers["accuracy"], 3),
     }  # fmt: skip
     return row, scores
 
@@ -204,24 +207,28 @@ def write(system: str, command: str) -> None:
     for r in runs.read(scores_of(system)):
         stored.setdefault((r["kind"], r["seed"]), {})[int(r["network"])] = float(r["score"])
     for r in rows:
-        r["gap"] = float(r["search"]) - float(r["random"])
+        searched = r["search"] != ""  # not with --no_searches
+        r["gap"] = float(r["search"]) - float(r["random"]) if searched else ""
         if scores := stored.get((r["kind"], r["seed"])):
             # The networks may have been trained again since.
             r["kendall_tau"] = rank_correlation(system, list(scores.values()))
-        by_seed[r["kind"]][int(r["seed"])] = {m: float(r[m]) for m in measures}
+        known = {m: float(r[m]) for m in measures if r[m] != ""}
+        by_seed[r["kind"]][int(r["seed"])] = known
     means, paired = [], []
     for kind in kinds:
         mine = by_seed[kind].values()
-        wins = sum(r["gap"] > 0 for r in mine)
-        means.append(
-            [kind, str(len(mine)), *(runs.mean([r[m] for r in mine], ".2f") for m in measures),
-             f"{wins} of {len(mine)}"]
-        )  # fmt: skip
+        gaps = [r["gap"] for r in mine if "gap" in r]
+        ahead = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}" if gaps else ""
+        columns = (runs.mean([r[m] for r in mine if m in r], ".2f") for m in measures)
+        means.append([kind, str(len(mine)), *columns, ahead])
     for this, other in PAIRS[system]:
         seeds = sorted(set(by_seed.get(this, {})) & set(by_seed.get(other, {})))
         if seeds:
             pairs = [(by_seed[this][s], by_seed[other][s]) for s in seeds]
-            differences = (runs.mean([a[m] - b[m] for a, b in pairs], ".2f") for m in measures)
+            differences = (
+                runs.mean([a[m] - b[m] for a, b in pairs if m in a and m in b], ".2f")
+                for m in measures
+            )
             paired.append([f"{this} - {other}", str(len(seeds)), *differences])
     named = ["Kendall tau", "search (%)", "random (%)", "search - random", "supernet (%)"]
     first = rows[0]
@@ -251,6 +258,7 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=12)
     parser.add_argument("--alone_steps", type=int, default=200)
     parser.add_argument("--alone_seeds", type=int, default=1)
+    parser.add_argument("--no_searches", action="store_true", help="supernets and ranks alone")
     arguments = parser.parse_args()
     kinds = arguments.kinds or list(KINDS[arguments.system])
     if unknown := set(kinds) - set(KINDS[arguments.system]):
