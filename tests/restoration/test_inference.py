@@ -48,8 +48,8 @@ def test_tiles_cover_the_picture_once_on_average_and_leave_no_seam():
 
     joined = inference.tiled(apply, x, tile=24, scale=2, window=8, overlap=8)
     assert set(shapes) == {(1, 24, 24, 3)}
-    # A convolution sees zeros beyond a tile's border; averaging halves what that changes.
-    assert 0 < np.abs(joined - whole).mean() < 0.2 * np.abs(whole).mean()
+    # A convolution sees zeros beyond a tile's border, where the tile counts little.
+    assert 0 < np.abs(joined - whole).mean() < 0.02 * np.abs(whole).mean()
     same = inference.tiled(
         lambda t: jnp.repeat(jnp.repeat(t, 2, 1), 2, 2), x, tile=24, scale=2, overlap=8
     )
