@@ -39,6 +39,7 @@ PAIRS = {
         ("cyclic", "ordinal"),
         ("cyclic, unshifted", "ordinal"),
         ("cyclic, rate 1e-3", "ordinal, rate 1e-3"),
+        ("cyclic", "cyclic, unshifted"),
         ("cyclic", "two_sided"),
     ),
     "scalenet": (("hierarchical", "uniform"),),
