@@ -208,12 +208,12 @@ def write(system: str, command: str) -> None:
     for r in runs.read(scores_of(system)):
         stored.setdefault((r["kind"], r["seed"]), {})[int(r["network"])] = float(r["score"])
     for r in rows:
-        searched = r["search"] != ""  # not with --no_searches
-        r["gap"] = float(r["search"]) - float(r["random"]) if searched else ""
         if scores := stored.get((r["kind"], r["seed"])):
             # The networks may have been trained again since.
             r["kendall_tau"] = rank_correlation(system, list(scores.values()))
-        known = {m: float(r[m]) for m in measures if r[m] != ""}
+        known = {m: float(r[m]) for m in measures if r.get(m, "") != ""}
+        if "search" in known:  # not with --no_searches
+            known["gap"] = known["search"] - known["random"]
         by_seed[r["kind"]][int(r["seed"])] = known
     means, paired = [], []
     for kind in kinds:
@@ -242,7 +242,8 @@ def write(system: str, command: str) -> None:
         "the best network of the "
         "search and of as many random ones by the supernet's accuracy on held-out digits; the "
         f"supernet's own test accuracy, the mean over {PROBES[system]}. Mean ± half of Student's "
-        f"95 % interval over seeds; every run in `{system}_runs.csv`.\n\n"
+        f"95 % interval over seeds; every run in `{system}_runs.csv`. Empty: nothing was searched "
+        "(`--no_searches`).\n\n"
         + markdown(["supernet", "seeds", *named, "search ahead"], means)
         + "\nPaired by seed:\n\n"
         + markdown(["difference", "seeds", *named], paired)

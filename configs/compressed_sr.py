@@ -5,7 +5,7 @@ small        python -m train --config configs/compressed_sr.py --workdir runs/co
              +0.14 dB over bicubic (three seeds), about two minutes of CPU time.
 long         the same for 5000 steps of batch 16 with flips and rotations; not trained here.
 jpeg         removal of JPEG artifacts (scale 1), quality drawn from 10, 20, 30, 40: +0.08 dB over
-             the decoded picture (one seed), under three minutes of CPU time.
+             the decoded picture (three seeds), under three minutes of CPU time.
 stills       BasicVSR++, small, on single frames of clips rendered from the photographs and coded
              by libx265 at QP 37 (the extra `video`): ten minutes of CPU time; then
 clips        --config.init_from=runs/stills: the same network on clips of three, +0.118 dB over

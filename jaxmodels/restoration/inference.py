@@ -117,7 +117,7 @@ def tile_weights(starts: list[int], tile: int, scale: int, blend: str) -> list[n
             for other, direction in ((k - 1, 1), (k + 1, -1)):
                 if 0 <= other < len(starts):
                     shared = (tile - abs(starts[other] - start)) * scale
-                    ramp = (np.arange(shared, dtype=np.float32) + 0.5) / max(shared, 1)
+                    ramp = (np.arange(shared, dtype=np.float32) + 0.5) / shared
                     side = own[::direction][:shared]
                     np.minimum(side, ramp, out=side)
         weights.append(own)
