@@ -1,13 +1,15 @@
 """CoditT5's claims on held-out files: plans against plain generation, and re-ranking both ways.
 
     python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
-        [--workdir DIR]
+        [--workdir DIR] [--examples 256] [--repository CLONE]
     python -m benchmarks.coditt5_claims rerank --plans RUN ... --generator RUN ... [--path DATA]
         [--beams 5] [--examples 256]
 
 `train` runs every recipe with both systems and every seed, appends a row a run to
 `results/coditt5_runs.csv` (a row that is there is not repeated) and writes
-`results/coditt5_claims.md`. With `--workdir` the runs stay, in `DIR/RECIPE/SYSTEM_SEED`. For
+`results/coditt5_claims.md`. With `--workdir` the runs stay, in `DIR/RECIPE/SYSTEM_SEED`. Recipes
+called `history` learn the edits of a clone, `--repository`; the others mend statements of Python's
+library. `--examples` are those tested on, 0 for all. For
 `rerank`, RUN are finished runs of `configs/coditt5.py` and, as many, of
 `configs/coditt5.py:generator`; it writes `results/coditt5_rerank.md`.
 """
@@ -23,7 +25,7 @@ from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.coditt5 import get_config
 from jaxmodels.language import edit_metrics
-from train.data import edits
+from train.data import edit_sources, edits
 from train.initialization import starting_variables
 from train.loop import Plan, fit
 from train.process import prepare_process
@@ -31,53 +33,67 @@ from train.rerank import rerank
 
 CSV = RESULTS / "coditt5_runs.csv"
 MEASURES = ("exact_match", "copy_rate", "bleu4", "sari", "gleu", "consistent")
-# Both systems take the same number of steps in all. Name -> (steps of CoditT5's own pre-training,
-# steps of fine-tuning or of the generator's training, changed keys of both).
-RECIPES: dict[str, tuple[int, int, dict]] = {
-    "from scratch": (0, 6000, {}),
-    "pre-trained": (2000, 4000, {}),
-    "short, large batches": (0, 1500, {"batch_size": 64, "schedule.peak": 3e-3}),
+# Both systems take the same number of steps in all. Name -> (preset, steps of CoditT5's own
+# pre-training, steps of fine-tuning or of the generator's training, changed keys of both).
+RECIPES: dict[str, tuple[str, int, int, dict]] = {
+    "from scratch": ("small", 0, 6000, {}),
+    "pre-trained": ("small", 2000, 4000, {}),
+    "short, large batches": ("small", 0, 1500, {"batch_size": 64, "schedule.peak": 3e-3}),
+    "history": ("git", 0, 6000, {}),
+    "history, pre-trained": ("git", 2000, 4000, {}),
 }
-PRESETS = {"CoditT5": "small", "generator": "generator"}
+TARGETS = {"CoditT5": "plan", "generator": "sequence"}
 # The generator has no pre-training: with as many steps in all and the same keys, it is another
 # recipe's run.
-SHARED = {("pre-trained", "generator"): ("from scratch", "generator")}
+SHARED = {
+    ("pre-trained", "generator"): ("from scratch", "generator"),
+    ("history, pre-trained", "generator"): ("history", "generator"),
+}
 METRICS = ("exact_match", "copy_rate", "bleu4", "sari", "gleu")
 
 
-def one(
-    recipe: str, system: str, seed: int, path: str | None, examples: int, workdir: str | None
-) -> dict:
-    """Train and test one system; its runs stay in `workdir`, if given."""
-    pretraining, steps, changes = RECIPES[recipe]
+def one(recipe: str, system: str, seed: int, arguments: argparse.Namespace) -> dict:
+    """Train and test one system; its runs stay in `arguments.workdir`, if given."""
+    preset, pretraining, steps, changes = RECIPES[recipe]
     if system == "generator":
         pretraining, steps = 0, pretraining + steps
+    changes = {"data.options.target": TARGETS[system], **changes}
+    data = ""
+    if preset == "git":
+        changes["data.options.repository"] = arguments.repository
+        clone = Path(arguments.repository).resolve()
+        # Bare ones are called after what they are inside of.
+        name = clone.parent.name if clone.name in (".git", "repo") else clone.name
+        data = f"{name}@{edit_sources.git_head(clone)[:12]}"
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(workdir or temporary) / recipe.replace(",", "").replace(" ", "_")
+        folder = Path(arguments.workdir or temporary)
+        folder /= recipe.replace(",", "").replace(" ", "_")
         start = ""
         if pretraining:
-            config = _config("pretrain", seed, pretraining, path, {}, examples)
+            config = _config("pretrain", seed, pretraining, {}, arguments)
             start = str(folder / f"pretraining_{seed}")
             fit(config, start)
-        config = _config(PRESETS[system], seed, steps, path, changes, examples)
+        config = _config(preset, seed, steps, changes, arguments)
         config.init_from = start
         numbers = fit(config, str(folder / f"{system}_{seed}"))
     # A generator has no plans to be consistent with.
     found = {name: numbers.get(f"test_{name}", "") for name in MEASURES}
     measured = {k: v if v == "" else round(float(v), 3) for k, v in found.items()}
     seconds = round(time.perf_counter() - begin)
-    return {"recipe": recipe, "system": system, "seed": seed, "pretrain_steps": pretraining,
-            "steps": steps, **measured, "seconds": seconds}  # fmt: skip
+    return {"recipe": recipe, "system": system, "seed": seed, "data": data,
+            "pretrain_steps": pretraining, "steps": steps, **measured,
+            "seconds": seconds}  # fmt: skip
 
 
-def _config(preset: str, seed: int, steps: int, path: str | None, changes: dict, examples: int):
+def _config(preset: str, seed: int, steps: int, changes: dict, arguments: argparse.Namespace):
     config = get_config(preset)
     config.seed, config.steps, config.log_every = seed, steps, max(steps // 5, 1)
     config.schedule.warmup_steps = max(steps // 60, 10)
-    config.data.options.update(path=path, evaluated=examples)
+    config.data.options.update(path=arguments.path, evaluated=arguments.examples)
     config.eval.every = config.checkpoint.every = 0
-    config.update_from_flattened_dict(changes)
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
     return config
 
 
@@ -88,12 +104,10 @@ def train(arguments: argparse.Namespace) -> None:
     known = {(r["recipe"], r["system"], int(r["seed"])) for r in rows}
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
-            for system in PRESETS:
+            for system in TARGETS:
                 if (recipe, system) in SHARED or (recipe, system, seed) in known:
                     continue
-                row = one(
-                    recipe, system, seed, arguments.path, arguments.examples, arguments.workdir
-                )
+                row = one(recipe, system, seed, arguments)
                 rows.append(row)
                 runs.append(CSV, row)
                 print(row, flush=True)
@@ -105,7 +119,7 @@ def write(rows: list[dict]) -> Path:
     table, paired = [], []
     for recipe in RECIPES:
         scores = {}
-        for system in PRESETS:
+        for system in TARGETS:
             own = SHARED.get((recipe, system), (recipe, system))
             cell = [r for r in rows if (r["recipe"], r["system"]) == own]
             if not cell:
@@ -113,7 +127,8 @@ def write(rows: list[dict]) -> Path:
             shown = [runs.mean([r[m] for r in cell if r[m] != ""], ".1f") for m in MEASURES]
             steps = f"{cell[0]['pretrain_steps']} + {cell[0]['steps']}"
             if own == (recipe, system):
-                table.append([recipe, system, steps, str(len(cell)), *shown])
+                data = ", ".join(sorted({r["data"] for r in cell}))
+                table.append([recipe, system, data, steps, str(len(cell)), *shown])
             scores[system] = {int(r["seed"]): float(r["exact_match"]) for r in cell}
         if len(scores) == 2 and any(r["recipe"] == recipe for r in rows):
             seeds = sorted(set(scores["CoditT5"]) & set(scores["generator"]))
@@ -127,7 +142,7 @@ def write(rows: list[dict]) -> Path:
         f"`python -m benchmarks.coditt5_claims train`, {machine()}; {versions()}. Steps: CoditT5's "
         "pre-training + training. Mean ± half of Student's 95 % interval over seeds; copying the "
         "input has exact match 0.\n\n"
-        + markdown(["recipe", "system", "steps", "seeds", *MEASURES], table)
+        + markdown(["recipe", "system", "history of", "steps", "seeds", *MEASURES], table)
         + "\nExact match, CoditT5 minus generator, paired by seed:\n\n"
         + markdown(["recipe", "seeds", "difference"], paired)
     )
@@ -142,7 +157,8 @@ def main() -> None:
         command.add_argument("--path", help="where data is prepared")
         command.add_argument("--examples", type=int, default=256)
         if name == "train":
-            command.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+            command.add_argument("--recipes", nargs="+", choices=RECIPES)
+            command.add_argument("--repository", help="clone whose edits the histories are")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
             command.add_argument("--workdir")
         else:
@@ -150,6 +166,12 @@ def main() -> None:
             command.add_argument("--generator", nargs="+", required=True)
             command.add_argument("--beams", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.command == "train":
+        histories = [r for r, (preset, *_) in RECIPES.items() if preset == "git"]
+        if not arguments.recipes:
+            arguments.recipes = [r for r in RECIPES if arguments.repository or r not in histories]
+        elif not arguments.repository and set(arguments.recipes) & set(histories):
+            parser.error("--repository: the clone whose edits a history is")
     (train if arguments.command == "train" else rerank_both)(arguments)
 
 

@@ -72,7 +72,9 @@ class Plan:
             # Or the first evaluation would say so, which may come after the last step.
             pipeline.check_split(config.data, config.eval.split, "config.eval.split")
         self.rules = tuple(config.parallel.rules)
-        self.abstract = jax.eval_shape(self.create)
+        # Held: JAX finds a traced function by its identity, and `make` lowers what is traced here.
+        self._create = self.create
+        self.abstract = jax.eval_shape(self._create)
         self.sharding = state_sharding(self.abstract, self.mesh, self.rules)
         self.like = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -128,7 +130,7 @@ class Plan:
     def make(self, sharding=None):
         """`create`, compiled for its one call: on a CPU most of the time would go to optimizing."""
         cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-        lowered = jax.jit(self.create, out_shardings=sharding).lower()
+        lowered = jax.jit(self._create, out_shardings=sharding).lower()
         return lowered.compile(compiler_options=cheap)()
 
     def evaluate(self):

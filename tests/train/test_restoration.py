@@ -57,6 +57,7 @@ IMAGE_MODEL = {
     "cpb_hidden": 16,
 }
 VIDEO_MODEL = {
+    "deform_groups": 2,
     "mid_channels": 8,
     "num_blocks": 1,
     "spatial_blocks": 1,
