@@ -54,16 +54,17 @@ def _attribution(config):
         "block": "basic",
         "stem": "cifar",
     }
-    config.task_args = {"known": 5, "supervised_steps": 200, "rounds": (400, 500)}
+    # A third of this is too short: known tools .853, novel NMI .031 above k-means instead of .200.
+    config.task_args = {"known": 5, "supervised_steps": 600, "rounds": (1200, 1500)}
     config.data.name = "forgeries:attribution"
     config.data.options = {"image_size": 32, "test_examples": 540}
-    config.steps, config.batch_size = 600, 32
+    config.steps, config.batch_size = 1800, 32
     config.optimizer.weight_decay = 1e-5
     config.optimizer.decay_mask = "all"
     config.optimizer.freeze = r"^(bottleneck|bnneck\d)\.bias$"
     config.schedule.update(name="cosine", peak=2e-3, end=1e-4, warmup_steps=40)
     config.eval.batch_size = 108
-    config.checkpoint.every = 200
+    config.checkpoint.every = 600
 
 
 def _detection(config):

@@ -27,9 +27,10 @@ NATURALNESS_WEIGHT = 0.2
 class TextureAttack:
     """Options: Adam's rate and steps, scenes a step (EOT batch), weights of smoothness and print.
 
-    `objective` is hide, appear or mislocalize; `surface` rear, billboard or road. `poses_vary`
-    False optimizes for one fixed pose (the baseline without EOT). `diversity`: share of steps whose
-    pictures are shrunk to a side of at least `diversity_rate` and moved about (DI).
+    `objective` is hide, vanish, appear or mislocalize (`attack_objective`); `surface` rear,
+    billboard or road. `poses_vary` False optimizes for one fixed pose (the baseline without EOT).
+    `diversity`: share of steps whose pictures are shrunk to a side of at least `diversity_rate` and
+    moved about (DI).
     """
 
     learning_rate: float = struct.field(pytree_node=False, default=0.02)

@@ -290,9 +290,29 @@ def test_boxes_decide_what_counts_as_detected():
     assert not bool(detected(found._replace(objectness=jnp.array([[-1.0, 8.0]])), box)[0])
     assert not bool(detected(found, box, kind=1)[0])
     hidden = found._replace(objectness=jnp.array([[-9.0, 8.0]]))
-    for objective in ("hide", "mislocalize"):
+    for objective in ("hide", "vanish", "mislocalize"):
         assert attack_objective(hidden, box, objective) < attack_objective(found, box, objective)
     assert attack_objective(found, box, "appear") < attack_objective(hidden, box, "appear")
+
+
+def test_what_a_detector_is_sure_of_pulls_at_a_vanishing_attack_alone():
+    box = jnp.array([[10.0, 10, 30, 30]])
+    boxes = jnp.array([[[10.0, 10, 30, 30], [60, 0, 80, 20]]])
+
+    def value(objectness, objective):
+        sure = jnp.stack([objectness, jnp.float32(5.0)])[None]
+        classes = jnp.full((1, 2, 2), 30.0)
+        return attack_objective(Predictions(sure, classes, boxes), box, objective)[0]
+
+    at = jnp.array([-60.0, -9.0, -1.0, 0.0, 1.0, 9.0, 30.0])
+    confidence = np.asarray(jax.nn.sigmoid(at))
+    values, slopes = jax.vmap(jax.value_and_grad(lambda o: value(o, "vanish")))(at)
+    # log(1 + exp(o)) of the one box that overlaps, were its class certain.
+    np.testing.assert_allclose(values[:-1], np.log1p(np.exp(at[:-1])), rtol=1e-4)
+    np.testing.assert_allclose(slopes[:-1], confidence[:-1], rtol=1e-4)
+    np.testing.assert_allclose(slopes[-1], 0.5, rtol=1e-4)  # the class is as sure: half each
+    slopes = jax.vmap(jax.grad(lambda o: value(o, "hide")))(at)
+    np.testing.assert_allclose(slopes[1:-1], 1 - confidence[1:-1], rtol=1e-3)
 
 
 def test_the_detector_gives_a_prediction_a_cell_of_both_strides():
