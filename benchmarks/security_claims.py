@@ -9,8 +9,8 @@ margins   verification of letters after training with ArcFace and with softmax f
 scenarios  share of ten scenes a seed in which a search finds a collision that counts, by method and
           number of rollouts, for an ego without and with forecasts (constant velocity).
 textures  share of drive-ups in which a vehicle is found with its paint, a random texture, and one
-          optimized on two detectors, on two and on four with diverse scenes; by the attacked
-          detectors and by a hidden one.
+          optimized on two detectors, on two by the objective `hide`, on two and on four with
+          diverse scenes; by the attacked detectors and by a hidden one.
 forecasts  VectorNet on the highway: displacement errors of tracks as driven and as attacked, and
           scenarios against an ego that plans by it.
 attribution  which tool forged it, `configs/ai_security.py` as it is: accuracy of known tools and
@@ -310,9 +310,11 @@ def textures(seed: int, steps: int) -> list[tuple]:
     for member in (*four, *rules["hidden_detector"]):
         settings = member.get("set") or {}
         member["set"] = settings | {"seed": settings.get("seed", 0) + 100 * seed}
+    confident = rules["texture_attack"] | {"objective": "hide"}
     diverse = rules["texture_attack"] | {"diversity": 0.5}
     arms = {
         "two detectors": {},
+        "two detectors, log-confidences": {"texture_attack": confident},
         "two detectors, diverse scenes": {"texture_attack": diverse},
         "four detectors, diverse scenes": {"texture_attack": diverse, "detectors": four},
     }
