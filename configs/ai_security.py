@@ -4,8 +4,8 @@ All as `python -m train --config configs/ai_security.py:PRESET --workdir DIR`. T
 seconds; numbers are of one run at seed 0 where no more are named.
 
 small       Which tool forged it: nine procedures on photographs, five of them known; NMI of novel
-            tools beside k-means on supervised features. Three seeds: known tools .92 to .94, novel
-            ones .11 to .30 (k-means .05 to .13); nine minutes of a slow core.
+            tools beside k-means on supervised features. Five seeds: known tools .92 to .96, novel
+            ones .11 to .35 (k-means .05 to .14); nine minutes of a slow core.
 detection   real or fake, Xception, fixed residual filters beside the pixels: AUC of frames .936, of
             videos .999, five minutes of a core; detection_b0 with an EfficientNet-B0. Pixels alone
             (--config.task_args.frequency=False) reach .64 in 600 steps.
@@ -54,7 +54,7 @@ def _attribution(config):
         "block": "basic",
         "stem": "cifar",
     }
-    # A third of this is too short: known tools .853, novel NMI .031 above k-means instead of .200.
+    # A third of this is too short: known tools .853, novel NMI .031 above k-means.
     config.task_args = {"known": 5, "supervised_steps": 600, "rounds": (1200, 1500)}
     config.data.name = "forgeries:attribution"
     config.data.options = {"image_size": 32, "test_examples": 540}
