@@ -8,8 +8,8 @@
 `train` runs every recipe with both systems and every seed, appends a row a run to
 `results/coditt5_runs.csv` (a row that is there is not repeated) and writes
 `results/coditt5_claims.md`. With `--workdir` the runs stay, in `DIR/RECIPE/SYSTEM_SEED`. Recipes
-called `history` learn the edits of a clone, `--repository`; the others mend statements of Python's
-library. `--examples` are those tested on, 0 for all. For
+called `history` learn the edits of a clone, `--repository`, and are left out without one; the
+others mend statements of Python's library. `--examples` are those tested on, 0 for all. For
 `rerank`, RUN are finished runs of `configs/coditt5.py` and, as many, of
 `configs/coditt5.py:generator`; it writes `results/coditt5_rerank.md`.
 """
@@ -62,8 +62,7 @@ def one(recipe: str, system: str, seed: int, arguments: argparse.Namespace) -> d
     if preset == "git":
         changes["data.options.repository"] = arguments.repository
         clone = Path(arguments.repository).resolve()
-        # Bare ones are called after what they are inside of.
-        name = clone.parent.name if clone.name in (".git", "repo") else clone.name
+        name = clone.parent.name if clone.name == ".git" else clone.name.removesuffix(".git")
         data = f"{name}@{edit_sources.git_head(clone)[:12]}"
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
