@@ -14,8 +14,8 @@ textures  share of drive-ups in which a vehicle is found with its paint, a rando
 forecasts  VectorNet on the highway: displacement errors of tracks as driven and as attacked, and
           scenarios against an ego that plans by it.
 attribution  which tool forged it, `configs/ai_security.py` as it is: accuracy of known tools and
-          NMI of novel ones beside k-means on supervised features, with the labels, and with labels
-          drawn by chance (known tools are then at .2).
+          NMI of novel ones beside k-means on supervised features, with the labels, and (seed 0
+          alone) with labels drawn by chance (known tools are then at .2).
 detection  real or forged: AUC and log-loss of frames and videos in the same domain, by Xception,
           EfficientNet-B0 and Xception with frequency residuals.
 

@@ -194,28 +194,20 @@ def attack_objective(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    sure = found.confidence()[..., kind]
     overlap = iou(found.boxes, boxes[:, None])
     log_sure = nn.log_sigmoid(found.objectness) + nn.log_sigmoid(found.classes[..., kind])
+    inside = jax.lax.stop_gradient(overlap) > 0.3
     if objective == "hide":
-        inside = jax.lax.stop_gradient(overlap) > 0.3
         return jax.nn.logsumexp(jnp.where(inside, log_sure, -20.0), axis=-1)
     if objective == "vanish":
         # Cross-entropy of "nothing here": its slope is the confidence, where that of `hide` is what
         # is missing to 1. What the detector is sure of pulls, what is hidden already does not.
-        inside = jax.lax.stop_gradient(overlap) > 0.3
-        return -jnp.where(inside, _log_one_minus_exp(log_sure), 0.0).sum(-1)
+        nothing = jax.nn.log1mexp(jnp.maximum(-log_sure, 1e-20))
+        return -jnp.where(inside, nothing, 0.0).sum(-1)
     if objective == "appear":
         middle = (found.boxes[..., :2] + found.boxes[..., 2:]) / 2
-        inside = ((middle > boxes[:, None, :2]) & (middle < boxes[:, None, 2:])).all(-1)
-        return -jnp.where(inside, log_sure, -20.0).max(-1)
+        within = ((middle > boxes[:, None, :2]) & (middle < boxes[:, None, 2:])).all(-1)
+        return -jnp.where(within, log_sure, -20.0).max(-1)
+    sure = found.confidence()[..., kind]
     weight = sure / jnp.maximum(sure.sum(-1, keepdims=True), 1e-6)
     return (weight * overlap).sum(-1)
-
-
-def _log_one_minus_exp(a: jax.Array) -> jax.Array:
-    """log(1 - exp(a)) for a < 0, exact on both sides of log(1/2), with finite slopes."""
-    near = a > -np.log(2)
-    # Each branch sees only what it is exact for: a slope of inf times 0 would be NaN.
-    small = jnp.log(-jnp.expm1(jnp.where(near, jnp.minimum(a, -1e-20), -1.0)))
-    return jnp.where(near, small, jnp.log1p(-jnp.exp(jnp.where(near, -1.0, a))))
