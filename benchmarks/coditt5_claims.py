@@ -1,7 +1,7 @@
 """CoditT5's claims on held-out files: plans against plain generation, and re-ranking both ways.
 
     python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
-        [--workdir DIR] [--examples 256] [--repository CLONE]
+        [--systems CoditT5 generator] [--workdir DIR] [--examples 256] [--repository CLONE]
     python -m benchmarks.coditt5_claims rerank --plans RUN ... --generator RUN ... [--path DATA]
         [--beams 5] [--examples 256]
 
@@ -25,7 +25,7 @@ from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.coditt5 import get_config
 from jaxmodels.language import edit_metrics
-from train.data import edit_sources, edits
+from train.data import edit_sources, edits, pipeline
 from train.initialization import starting_variables
 from train.loop import Plan, fit
 from train.process import prepare_process
@@ -33,14 +33,32 @@ from train.rerank import rerank
 
 CSV = RESULTS / "coditt5_runs.csv"
 MEASURES = ("exact_match", "copy_rate", "bleu4", "sari", "gleu", "consistent")
+# What the presets had at first. T5's initialization is meant for Adafactor, whose steps are
+# relative to a tensor's size.
+ADAMW = {
+    "optimizer.name": "adamw",
+    "optimizer.args": {"b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01},
+    "schedule.peak": 2e-3,
+}
+# Histories with the vocabulary of Python's library, which pre-training on it needs.
+LIBRARY = {
+    "model_args.vocab_size": 1024,
+    "data.options.vocabulary": 1024,
+    "data.options.vocabulary_of": "library",
+    "data.options.max_source": 72,
+    "data.options.max_target": 80,
+}
 # Both systems take the same number of steps in all. Name -> (preset, steps of CoditT5's own
 # pre-training, steps of fine-tuning or of the generator's training, changed keys of both).
 RECIPES: dict[str, tuple[str, int, int, dict]] = {
-    "from scratch": ("small", 0, 6000, {}),
-    "pre-trained": ("small", 2000, 4000, {}),
-    "short, large batches": ("small", 0, 1500, {"batch_size": 64, "schedule.peak": 3e-3}),
-    "history": ("git", 0, 6000, {}),
-    "history, pre-trained": ("git", 2000, 4000, {}),
+    "Adafactor": ("small", 0, 4000, {}),
+    "from scratch": ("small", 0, 6000, ADAMW),
+    "pre-trained": ("small", 2000, 4000, ADAMW),
+    "short, large batches": ("small", 0, 1500, ADAMW | {"batch_size": 64, "schedule.peak": 3e-3}),
+    "history, Adafactor": ("git", 0, 6000, {}),
+    "history, pre-trained, Adafactor": ("git", 2000, 4000, {}),
+    "history": ("git", 0, 6000, ADAMW | LIBRARY),
+    "history, pre-trained": ("git", 2000, 4000, ADAMW | LIBRARY),
 }
 TARGETS = {"CoditT5": "plan", "generator": "sequence"}
 # The generator has no pre-training: with as many steps in all and the same keys, it is another
@@ -48,6 +66,7 @@ TARGETS = {"CoditT5": "plan", "generator": "sequence"}
 SHARED = {
     ("pre-trained", "generator"): ("from scratch", "generator"),
     ("history, pre-trained", "generator"): ("history", "generator"),
+    ("history, pre-trained, Adafactor", "generator"): ("history, Adafactor", "generator"),
 }
 METRICS = ("exact_match", "copy_rate", "bleu4", "sari", "gleu")
 
@@ -70,7 +89,17 @@ def one(recipe: str, system: str, seed: int, arguments: argparse.Namespace) -> d
         folder /= recipe.replace(",", "").replace(" ", "_")
         start = ""
         if pretraining:
-            config = _config("pretrain", seed, pretraining, {}, arguments)
+            shared = {k: v for k, v in changes.items() if k in ADAMW}
+            options = pipeline.resolve(_config(preset, seed, 1, changes, arguments).data)[1]
+            if options["vocabulary_of"] == "data":
+                # The library is to be read in the pieces of what comes after it.
+                vocabulary = folder / "vocabulary"
+                vocabulary.mkdir(parents=True, exist_ok=True)
+                edits.tokenizer(options).save(vocabulary)
+                changes["data.options.tokenizer"] = str(vocabulary)
+                shared["data.options.tokenizer"] = str(vocabulary)
+                shared["model_args.vocab_size"] = options["vocabulary"]
+            config = _config("pretrain", seed, pretraining, shared, arguments)
             start = str(folder / f"pretraining_{seed}")
             fit(config, start)
         config = _config(preset, seed, steps, changes, arguments)
@@ -92,7 +121,10 @@ def _config(preset: str, seed: int, steps: int, changes: dict, arguments: argpar
     config.data.options.update(path=arguments.path, evaluated=arguments.examples)
     config.eval.every = config.checkpoint.every = 0
     with config.unlocked():
+        optimizer = changes.get("optimizer.args", config.optimizer.args)
+        changes = {k: v for k, v in changes.items() if k != "optimizer.args"}
         config.update_from_flattened_dict(changes)
+        config.optimizer.args = optimizer
     return config
 
 
@@ -103,7 +135,7 @@ def train(arguments: argparse.Namespace) -> None:
     known = {(r["recipe"], r["system"], int(r["seed"])) for r in rows}
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
-            for system in TARGETS:
+            for system in arguments.systems:
                 if (recipe, system) in SHARED or (recipe, system, seed) in known:
                     continue
                 row = one(recipe, system, seed, arguments)
@@ -157,6 +189,7 @@ def main() -> None:
         command.add_argument("--examples", type=int, default=256)
         if name == "train":
             command.add_argument("--recipes", nargs="+", choices=RECIPES)
+            command.add_argument("--systems", nargs="+", choices=TARGETS, default=list(TARGETS))
             command.add_argument("--repository", help="clone whose edits the histories are")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
             command.add_argument("--workdir")

@@ -25,6 +25,8 @@ from train.defaults import default_config
 
 PRESETS = ("small", "generator", "pretrain", "git", "paper", "paper_pretrain")
 VOCABULARY = 1024
+# A history's own, so that the names in it have few pieces.
+HISTORY_VOCABULARY = 4096
 
 
 def get_config(preset: str = "small"):
@@ -41,9 +43,11 @@ def get_config(preset: str = "small"):
 
 
 def _small(config, preset):
+    history = preset == "git"
+    vocabulary = HISTORY_VOCABULARY if history else VOCABULARY
     config.model = "language.t5"
     config.model_args = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "d_model": 128,
         "d_kv": 32,
         "d_ff": 512,
@@ -58,21 +62,24 @@ def _small(config, preset):
     sizes = {
         "edits:repairs": {"words": (4, 9), "max_source": 40, "max_target": 48, "context": False},
         "edits:pretraining": {"words": (5, 16), "max_source": 56, "max_target": 80},
-        "edits:git": {"words": (3, 12), "max_source": 72, "max_target": 80},
+        "edits:git": {"words": (3, 12), "max_source": 48, "max_target": 56},
     }
     config.data.options = {
         **sizes[config.data.name],
-        "vocabulary": VOCABULARY,
+        "vocabulary": vocabulary,
+        "vocabulary_of": "data" if history else "library",
         "truncate": True,
         "evaluated": 256,
         "target": "sequence" if preset == "generator" else "plan",
     }
     config.task_args = {"eval_beams": 1, "test_beams": 5}
-    config.optimizer.name = "adamw"
-    config.optimizer.args = {"b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01}
+    # T5's optimizer. Its initialization gives tensors sizes from .01 to 1, and a step of Adafactor
+    # is a share of them: with AdamW the same networks learn to copy many times more slowly.
+    config.optimizer.name = "adafactor"
+    config.optimizer.args = {}
     config.optimizer.clip_norm = 1.0
-    config.schedule.update(name="cosine", peak=2e-3, end=0.0, warmup_steps=100)
-    config.steps, config.batch_size = 6000, 16
+    config.schedule.update(name="cosine", peak=3e-2, end=0.0, warmup_steps=100)
+    config.steps, config.batch_size = 6000 if history else 4000, 16
     config.log_every = 200
     config.eval.update(every=2000, batch_size=64)
     config.checkpoint.every = 1000

@@ -178,6 +178,21 @@ def test_a_history_gives_its_small_edits_with_the_commits_subject(tmp_path, prep
         edits.source("train", options_of(prepared_path, "git"))
 
 
+def test_a_vocabulary_is_the_librarys_or_that_of_the_data(prepared_path, bpe):
+    def tokens(**options):
+        return edits.tokenizer(options_of(prepared_path, "pretraining", **options))
+
+    library, own = tokens(), tokens(vocabulary_of="data")
+    assert library.tokenizer.get_vocab() == bpe.tokenizer.get_vocab()
+    assert own.size == bpe.size and own.tokenizer.get_vocab() != bpe.tokenizer.get_vocab()
+    # Merges of the passages themselves need fewer pieces for them.
+    texts = edits.source("train", options_of(prepared_path, "pretraining")).arrays["text"]
+    pieces = [sum(len(b.pieces(t)) for t in texts) for b in (own, library)]
+    assert pieces[0] < pieces[1]
+    with pytest.raises(ValueError, match=r"data\.options\.vocabulary_of: no 'own'"):
+        edits.source("train", options_of(prepared_path, vocabulary_of="own"))
+
+
 def write_published(root, dataset="bf-small", count=6):
     """The published layout: buggy, fixed and seq lines of three splits."""
     folder = root / "CoditT5" / dataset

@@ -28,6 +28,7 @@ from train.naming import nearest
 FILES = tuple(edit_sources.FOLDERS)
 TASKS = ("repairs", "pretraining", "git", *FILES)
 TARGETS = ("plan", "sequence")
+VOCABULARIES = ("library", "data")
 OPTIONS: dict[str, Any] = {
     "task": "repairs",
     # What the model writes: the plan and the new text, or (the plain generator) the new text.
@@ -37,6 +38,9 @@ OPTIONS: dict[str, Any] = {
     "dataset": "bf-small",  # published, raw: its name
     "tokenizer": None,  # folder of vocab.json and merges.txt; None trains one on the texts
     "vocabulary": 2048,
+    # Whose texts train it: Python's `library`, the same whatever the task, so that weights go from
+    # pre-training to any fine-tuning; or the training split of the `data`. (Files: always theirs.)
+    "vocabulary_of": "library",
     "max_source": 64,
     "max_target": 72,
     "truncate": False,  # cut longer sequences instead of refusing them
@@ -137,7 +141,8 @@ def _config_of(options: Mapping[str, Any]) -> EditTextConfig:
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    for key, known in (("task", TASKS), ("target", TARGETS)):
+    choices = {"task": TASKS, "target": TARGETS, "vocabulary_of": VOCABULARIES}
+    for key, known in choices.items():
         if options[key] not in known:
             raise ValueError(
                 f"data.options.{key}: no {options[key]!r}; {nearest(options[key], known)}"
@@ -238,8 +243,7 @@ def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
     if options["tokenizer"]:
         return _loaded(str(options["tokenizer"]), options["target"] == "plan")
     key = _frozen(options)
-    if key[0] not in FILES:
-        # One vocabulary for all of them, so that weights go from pre-training to any fine-tuning.
+    if key[0] not in FILES and options["vocabulary_of"] == "library":
         fixed = {**options, "task": "repairs", "repository": None, "words": _VOCABULARY_WORDS}
         key = _frozen(fixed)
     return _trained(int(options["vocabulary"]), key)
