@@ -3,7 +3,7 @@
     python -m benchmarks.coditt5_claims train [--recipes NAME ...] [--seeds 0 1 ...] [--path DATA]
         [--systems CoditT5 generator] [--workdir DIR] [--examples 256] [--repository CLONE]
     python -m benchmarks.coditt5_claims rerank --plans RUN ... --generator RUN ... [--path DATA]
-        [--beams 5] [--examples 256]
+        [--beams 5] [--examples 256] [--repository CLONE]
 
 `train` runs every recipe with both systems and every seed, appends a row a run to
 `results/coditt5_runs.csv` (a row that is there is not repeated) and writes
@@ -11,7 +11,8 @@
 called `history` learn the edits of a clone, `--repository`, and are left out without one; the
 others mend statements of Python's library. `--examples` are those tested on, 0 for all. For
 `rerank`, RUN are finished runs of `configs/coditt5.py` and, as many, of
-`configs/coditt5.py:generator`; it writes `results/coditt5_rerank.md`.
+`configs/coditt5.py:generator` (with a clone: of recipe "history, Adafactor"); it writes
+`results/coditt5_rerank.md` (`coditt5_rerank_history.md`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from benchmarks import runs
 from benchmarks.measure import RESULTS, machine, markdown, versions
 from configs.coditt5 import get_config
-from jaxmodels.language import edit_metrics
+from jaxmodels.language import edit_metrics, edit_plans
 from train.data import edit_sources, edits, pipeline
 from train.initialization import starting_variables
 from train.loop import Plan, fit
@@ -92,13 +93,15 @@ def one(recipe: str, system: str, seed: int, arguments: argparse.Namespace) -> d
             shared = {k: v for k, v in changes.items() if k in ADAMW}
             options = pipeline.resolve(_config(preset, seed, 1, changes, arguments).data)[1]
             if options["vocabulary_of"] == "data":
-                # The library is to be read in the pieces of what comes after it.
+                # The library is to be read in the pieces of what comes after it, which then takes
+                # them from the run that it starts from.
                 vocabulary = folder / "vocabulary"
                 vocabulary.mkdir(parents=True, exist_ok=True)
                 edits.tokenizer(options).save(vocabulary)
-                changes["data.options.tokenizer"] = str(vocabulary)
                 shared["data.options.tokenizer"] = str(vocabulary)
                 shared["model_args.vocab_size"] = options["vocabulary"]
+            # Nobody reads how well it does, which takes minutes on all examples.
+            shared.update({"task_args.eval_beams": 0, "task_args.report_split": ""})
             config = _config("pretrain", seed, pretraining, shared, arguments)
             start = str(folder / f"pretraining_{seed}")
             fit(config, start)
@@ -187,10 +190,10 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--path", help="where data is prepared")
         command.add_argument("--examples", type=int, default=256)
+        command.add_argument("--repository", help="clone whose edits the histories are")
         if name == "train":
             command.add_argument("--recipes", nargs="+", choices=RECIPES)
             command.add_argument("--systems", nargs="+", choices=TARGETS, default=list(TARGETS))
-            command.add_argument("--repository", help="clone whose edits the histories are")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
             command.add_argument("--workdir")
         else:
@@ -219,24 +222,27 @@ def rerank_both(arguments: argparse.Namespace) -> None:
         [name, *(runs.mean([s[m] for s in scores], ".1f") for m in METRICS)]
         for name, scores in cells.items()
     ]
+    examples = arguments.examples or "all"
+    what, name = ("edits", "_history") if arguments.repository else ("statements", "")
     text = (
         "# CoditT5 and the plain generator, re-ranked by each other\n\n"
         f"`python -m benchmarks.coditt5_claims rerank`, {len(pairs)} pairs of runs, "
-        f"{arguments.examples} held-out statements, {arguments.beams} beams; written on "
+        f"{examples} held-out {what}, {arguments.beams} beams; written on "
         f"{machine()}; {versions()}. Mean ± half of Student's 95 % interval over pairs.\n\n"
         + markdown(["system", *METRICS], rows)
     )
-    (RESULTS / "coditt5_rerank.md").write_text(text)
+    (RESULTS / f"coditt5_rerank{name}.md").write_text(text)
     print(text)
 
 
 def reranked(plans: str, generator: str, arguments: argparse.Namespace) -> dict[str, dict]:
     """Scores x 100 of two runs, alone and re-ranked, by name."""
     models = {}
-    for name, preset, run in (("CoditT5", "small", plans), ("generator", "generator", generator)):
-        config = get_config(preset)
-        config.data.options.path = arguments.path
-        config.data.options.evaluated = arguments.examples
+    for (name, target), run in zip(TARGETS.items(), (plans, generator), strict=True):
+        config = get_config("git" if arguments.repository else "small")
+        options = {"path": arguments.path, "evaluated": arguments.examples, "target": target}
+        with config.unlocked():
+            config.data.options.update(options, repository=arguments.repository)
         config.init_from = run
         plan = Plan(config)
         params, _ = starting_variables(config, plan.abstract, plan.task, plan.make)
@@ -244,7 +250,8 @@ def reranked(plans: str, generator: str, arguments: argparse.Namespace) -> dict[
     examples = edits.eval_examples("test", models["CoditT5"][0].options)
     old, new = [e.old for e in examples], [e.new for e in examples]
     scores = {"copying the input": edit_metrics.scores(old, new, old)}
-    lines = [(text, []) for text in old]
+    contexts = [e.source.partition(edit_plans.CONTEXT)[2].split() for e in examples]
+    lines = [(text, [" ".join(words)] if words else []) for text, words in zip(old, contexts)]
     for name, other in (("CoditT5", "generator"), ("generator", "CoditT5")):
         found = rerank(*models[name], *models[other], lines, arguments.beams)
         scores[name] = edit_metrics.scores([r.targets[0] for r in found], new, old)

@@ -201,6 +201,8 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         state = plan.fresh() if restored is None else restored[1]
         if first:
             _write_config(workdir, config)
+            if hasattr(plan.task, "write_files"):
+                plan.task.write_files(workdir)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
         ended = start >= config.steps or patience.over or _finished(plan, state)

@@ -29,7 +29,17 @@ FLAGS = {
     "output": "the CSV file to write",
 }
 # What the second model shares with the first: where data and vocabulary are.
-SHARED = ("path", "tokenizer", "vocabulary", "packages", "repository", "dataset", "limit", "words")
+SHARED = (
+    "path",
+    "tokenizer",
+    "vocabulary",
+    "vocabulary_of",
+    "packages",
+    "repository",
+    "dataset",
+    "limit",
+    "words",
+)
 
 
 class Reranked(NamedTuple):

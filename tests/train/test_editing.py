@@ -173,6 +173,24 @@ def test_the_rerank_command_writes_a_row_for_every_line(runs, path, tmp_path, ca
     assert rows[0] == ["line", "prediction", "rank", "first"] and len(rows) == 3
 
 
+def test_a_run_keeps_its_vocabulary_for_what_starts_from_it(runs, path):
+    from train.data import edits
+
+    config, workdir, _ = runs["small"]
+
+    def vocabulary(task):
+        return edits.tokenizer(task.options).tokenizer.get_vocab()
+
+    changed = {"data.options.packages": ("email",), "parallel.data": 1}
+    other = build_task(tiny(path, **changed))
+    assert vocabulary(other) != vocabulary(build_task(config))
+    with pytest.raises(ConfigError, match="not the vocabulary of these data: they have changed"):
+        other.write_files(workdir)
+    started = build_task(tiny(path, init_from=str(workdir), **changed))
+    assert vocabulary(started) == vocabulary(build_task(config))
+    started.write_files(workdir)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(runs, path, tmp_path):
     config, workdir, _ = runs["generator"]
     halfway = config.copy_and_resolve_references()
@@ -206,7 +224,7 @@ def test_a_sharded_step_equals_the_single_device_step(path):
     loss, norm, params = step(jax.devices()[:1])
     other = step(jax.devices(), data=2, fsdp=4)
     np.testing.assert_allclose(other[:2], (loss, norm), rtol=1e-5)
-    # Adam's first step is a sign: compared where gradients are not rounding alone.
+    # A first step is little more than signs: compared where gradients are not rounding alone.
     gap = jax.tree.map(lambda a, b: np.mean(np.abs(a - b) > 1e-4), other[2], params)
     assert max(jax.tree.leaves(gap)) < 0.02
 
