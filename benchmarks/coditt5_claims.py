@@ -230,6 +230,11 @@ def rerank_both(arguments: argparse.Namespace) -> None:
         f"{examples} held-out {what}, {arguments.beams} beams; written on "
         f"{machine()}; {versions()}. Mean ± half of Student's 95 % interval over pairs.\n\n"
         + markdown(["system", *METRICS], rows)
+        + "\nExact match, pair by pair:\n\n"
+        + markdown(
+            ["system", *(Path(plans).name for plans, _ in pairs)],
+            [[n, *(f"{s['exact_match']:.1f}" for s in scores)] for n, scores in cells.items()],
+        )
     )
     (RESULTS / f"coditt5_rerank{name}.md").write_text(text)
     print(text)
