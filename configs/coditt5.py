@@ -2,7 +2,7 @@
 
 small        python -m train --config configs/coditt5.py --workdir runs/coditt5
              statements with a bug, plan and repair written by a T5 of 1.05 M parameters: exact
-             match 89 to 91 on files not trained on (three seeds; copying the input: 0), ten
+             match 88 to 91 on files not trained on (five seeds; copying the input: 0), ten
              minutes of a core.
 generator    the same with a plain T5 of that size that writes the repair alone: 89 to 92.
 pretrain     CoditT5's corruption of the library's code and docstrings, from scratch.
