@@ -226,7 +226,7 @@ def rerank_both(arguments: argparse.Namespace) -> None:
     what, name = ("edits", "_history") if arguments.repository else ("statements", "")
     text = (
         "# CoditT5 and the plain generator, re-ranked by each other\n\n"
-        f"`python -m benchmarks.coditt5_claims rerank`, {len(pairs)} pairs of runs, "
+        f"`python -m benchmarks.coditt5_claims rerank`, pairs of runs: {len(pairs)}, "
         f"{examples} held-out {what}, {arguments.beams} beams; written on "
         f"{machine()}; {versions()}. Mean ± half of Student's 95 % interval over pairs.\n\n"
         + markdown(["system", *METRICS], rows)
