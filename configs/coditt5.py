@@ -74,7 +74,7 @@ def _small(config, preset):
     }
     config.task_args = {"eval_beams": 1, "test_beams": 5}
     # T5's optimizer. Its initialization gives tensors sizes from .01 to 1, and a step of Adafactor
-    # is a share of them: with AdamW the same networks learn to copy many times more slowly.
+    # is a share of them: with AdamW the same networks learn to copy more slowly.
     config.optimizer.name = "adafactor"
     config.optimizer.args = {}
     config.optimizer.clip_norm = 1.0

@@ -222,7 +222,7 @@ class Editing:
             if known.tokenizer.get_vocab() != bpe.tokenizer.get_vocab():
                 raise ConfigError(
                     f"{folder} is not the vocabulary of these data: they have changed since the "
-                    f"run began; go on with --config.data.options.tokenizer={folder}"
+                    f"run began; choose another --workdir, with --config.init_from={workdir}"
                 )
             return
         part = folder.with_name(folder.name + ".part")
