@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 import train.tasks
+from train import vocabulary
 from train.naming import ConfigError, find_module
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -13,6 +14,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.f
 def build_task(config):
     """`config.task` is a module of `train.tasks`."""
     module = find_module(train.tasks, config.task, "config.task")
+    vocabulary.read_with(config)
     try:
         return module.from_config(config)
     except TypeError as error:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train import metrics as sums_
+from train import vocabulary
 from train.building import build_task
 from train.checkpoints import Checkpoints
 from train.data import pipeline
@@ -199,10 +200,9 @@ def fit(config, workdir, *, command: str = "") -> dict[str, float]:
         # Data that is not there is said before anything slow begins.
         batches = None if config.eval_only else _batches(config, start)
         state = plan.fresh() if restored is None else restored[1]
+        vocabulary.keep(workdir, config, write=first)
         if first:
             _write_config(workdir, config)
-            if hasattr(plan.task, "write_files"):
-                plan.task.write_files(workdir)
         if restored is not None:
             reporter.say(f"resumed from step {start} of {workdir}")
         ended = start >= config.steps or patience.over or _finished(plan, state)

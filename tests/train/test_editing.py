@@ -173,8 +173,9 @@ def test_the_rerank_command_writes_a_row_for_every_line(runs, path, tmp_path, ca
     assert rows[0] == ["line", "prediction", "rank", "first"] and len(rows) == 3
 
 
-def test_a_run_keeps_its_vocabulary_for_what_starts_from_it(runs, path):
+def test_a_run_keeps_its_vocabulary_for_what_starts_from_it(runs, path, tmp_path):
     from train.data import edits
+    from train.vocabulary import keep
 
     config, workdir, _ = runs["small"]
 
@@ -185,10 +186,17 @@ def test_a_run_keeps_its_vocabulary_for_what_starts_from_it(runs, path):
     other = build_task(tiny(path, **changed))
     assert vocabulary(other) != vocabulary(build_task(config))
     with pytest.raises(ConfigError, match="not the vocabulary of these data: they have changed"):
-        other.write_files(workdir)
-    started = build_task(tiny(path, init_from=str(workdir), **changed))
+        keep(workdir, tiny(path, **changed))
+    start = tiny(path, init_from=str(workdir), **changed)
+    started = build_task(start)
     assert vocabulary(started) == vocabulary(build_task(config))
-    started.write_files(workdir)
+    keep(workdir, start)
+    # A vocabulary that is named is read, and told where it is not the run's.
+    other_run = tmp_path / "other"
+    keep(other_run, tiny(path, **changed))
+    named = {**changed, "data.options.tokenizer": str(other_run / "vocabulary")}
+    with pytest.raises(ConfigError, match=r"has another vocabulary than these data: token \d+ is"):
+        keep(tmp_path / "new", tiny(path, init_from=str(workdir), **named))
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs, path, tmp_path):

@@ -1,17 +1,19 @@
 """GanLM trained: the paper's recipes on small files, the mesh, schedules, prediction."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from tests.data.test_ganlm_data import PIECES, SIZE, corpus, pairs  # noqa: F401
-from train import predict
+from train import predict, vocabulary
 from train.__main__ import main
 from train.building import build_task
 from train.checkpoints import load_params
 from train.command_line import read_flags, stop_with_one_line
+from train.data import documents, pipeline
 from train.data.fairseq_files import mask_id
 from train.loop import Plan
 from train.naming import ConfigError
@@ -80,6 +82,17 @@ def paper_run(corpus, tmp_path_factory):  # noqa: F811
     return workdir
 
 
+@pytest.fixture(scope="module")
+def tuning(corpus, pairs, tmp_path_factory):  # noqa: F811
+    """Pairs in the pieces of the corpus, and its model for reading text."""
+    root = tmp_path_factory.mktemp("tuning") / "pairs"
+    shutil.copytree(pairs, root)
+    for side in ("dict.de.txt", "dict.en.txt", "sw/input0/dict.txt", "sw/input1/dict.txt"):
+        shutil.copy(corpus / "dict.txt", root / side)
+    shutil.copy(corpus / "spm.model", root)
+    return root
+
+
 def test_the_paper_recipe_runs_twenty_steps_on_text_shards(paper_run):
     rows = rows_of(paper_run)
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
@@ -93,8 +106,6 @@ def test_the_paper_recipe_runs_twenty_steps_on_text_shards(paper_run):
 def test_a_killed_run_resumed_ends_where_the_whole_one_did(paper_run, corpus, tmp_path):  # noqa: F811
     words = pretraining(corpus)
     config, _ = read_flags([*words, f"--workdir={tmp_path}"], need_workdir=True)
-    import shutil
-
     shutil.copytree(paper_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
     assert main([*words, f"--workdir={tmp_path / 'run'}"]) == 0
@@ -181,12 +192,12 @@ def test_micro_batches_weigh_by_their_targets(corpus):  # noqa: F811
 
 
 def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
-    paper_run, corpus, pairs, tmp_path  # noqa: F811
-):  # fmt: skip
+    paper_run, tuning, tmp_path
+):
     words = flags(
         "xsum",
         **{
-            "data.options.path": pairs,
+            "data.options.path": tuning,
             "data.options.max_source": 12,
             "data.options.max_target": 8,
             "task_args.mask_id": mask_id(PIECES),
@@ -202,7 +213,6 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     report = (tmp_path / "report.md").read_text()
     for name in ("bleu", "rougeL", "greedy_bleu", "greedy_exact_match"):
         assert f"| {name} |" in report
-    (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
     (tmp_path / "lines.txt").write_text("ba di\nku mo\n", "utf-8")
     words = [w for w in words if "init_from" not in w]
     out = [f"--checkpoint={tmp_path}", f"--input={tmp_path / 'lines.txt'}",
@@ -213,13 +223,42 @@ def test_fine_tuning_to_generate_starts_from_pre_training_and_writes_text(
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
 
 
-def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
-    paper_run, corpus, pairs, tmp_path  # noqa: F811
+def test_a_run_keeps_its_pieces_and_other_data_are_read_with_them_or_refused(
+    paper_run, corpus, tuning, tmp_path  # noqa: F811
 ):  # fmt: skip
+    def config_of(words):
+        return read_flags([*words, "--workdir=x"], need_workdir=True)[0]
+
+    other = tmp_path / "other"
+    shutil.copytree(corpus, other, ignore=shutil.ignore_patterns("prepared"))
+    # Other text: a dictionary of as many pieces in another order.
+    lines = (other / "dict.txt").read_text("utf-8").splitlines()
+    (other / "dict.txt").write_text("\n".join(lines[::-1]) + "\n", "utf-8")
+    with pytest.raises(ConfigError, match="not the vocabulary of these data: they have changed"):
+        vocabulary.keep(paper_run, config_of(pretraining(other)))
+    started = config_of(pretraining(other, init_from=paper_run))
+    build_task(started)
+    vocabulary.keep(tmp_path / "run", started)
+    kept = [documents.symbols(pipeline.resolve(c.data)[1])
+            for c in (started, config_of(pretraining(corpus)))]  # fmt: skip
+    assert kept[0] == kept[1]
+    # Binarized pairs are tokens of their own dictionary.
+    moved = tmp_path / "pairs"
+    shutil.copytree(tuning, moved)
+    for file in moved.glob("dict.*.txt"):
+        file.write_text("\n".join(lines[::-1]) + "\n", "utf-8")
+    binarized = config_of(flags("xsum", **{"data.options.path": moved, "init_from": paper_run}))
+    with pytest.raises(ConfigError, match="another vocabulary than these data: token 4 is"):
+        vocabulary.keep(tmp_path / "tuned", binarized)
+
+
+def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
+    paper_run, tuning, tmp_path
+):
     words = flags(
         "xnli",
         **{
-            "data.options.path": pairs,
+            "data.options.path": tuning,
             "data.options.max_tokens": 20,
             "data.options.languages": "('sw',)",
             "data.options.eval_languages": "('sw',)",
@@ -229,7 +268,6 @@ def test_fine_tuning_to_understand_starts_from_pre_training_and_labels_pairs(
     )
     assert main([*words, f"--workdir={tmp_path}"]) == 0
     assert "majority_accuracy" in (tmp_path / "report.md").read_text()
-    (pairs / "spm.model").write_bytes((corpus / "spm.model").read_bytes())
     (tmp_path / "lines.txt").write_text("ba di\tku\n", "utf-8")
     # `init_skip` was for the pre-trained checkpoint: the run's own has the head that it learned.
     words = [w for w in words if "init_from" not in w]

@@ -174,6 +174,11 @@ def collection(options: Mapping[str, Any]) -> Collection:
     return _collection(*_key(options))
 
 
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Words and pieces by id."""
+    return collection(options).tokenizer.words
+
+
 @functools.lru_cache(maxsize=2)
 def _documents(key: tuple, count: int) -> PseudoDocuments:
     return PseudoDocuments(_collection(*key), count)

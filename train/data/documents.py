@@ -27,7 +27,13 @@ import jax
 import numpy as np
 
 from jaxmodels.language import span_corruption
-from train.data import docstring_files, function_files, gettext_files, preparation
+from train.data import (
+    docstring_files,
+    fairseq_files,
+    function_files,
+    gettext_files,
+    preparation,
+)
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
@@ -41,7 +47,8 @@ from train.data.fairseq_files import (
 # vocab_size: what the model expects of the dictionary, 0 for anything. corpus: "" for a folder at
 # `path`, else the stand-in of `pieces` pieces: "docstrings" or "functions" of `packages`, or
 # "messages" in English and in `language` from `catalogues` (folders; (): where they are installed).
-# prepared: where packed files are kept.
+# prepared: where packed files are kept. tokenizer: folder of another dict.txt and spm.model than
+# the corpus's own, as a run keeps them.
 OPTIONS: dict[str, Any] = {
     "max_tokens": 512,
     "mask_prob": 0.15,
@@ -56,6 +63,7 @@ OPTIONS: dict[str, Any] = {
     "catalogues": (),
     "pieces": docstring_files.PIECES,
     "prepared": None,
+    "tokenizer": None,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "docstrings": {
@@ -137,15 +145,32 @@ def tokenizer(options: Mapping[str, Any]) -> Tokenizer:
 
     Raises ValueError naming both sizes where they differ.
     """
-    root = folder(options)
-    dictionary = Dictionary.read(root / options["dict_file"])
+    listing, model = _tokenizer_files(options)
+    dictionary = Dictionary.read(listing)
     wanted = options["vocab_size"]
     if wanted and wanted != len(dictionary):
         raise ValueError(
-            f"{root / options['dict_file']}: {len(dictionary)} entries with sentinels and filler, "
+            f"{listing}: {len(dictionary)} entries with sentinels and filler, "
             f"data.options.vocab_size is {wanted}"
         )
-    return Tokenizer(root / options["spm_model"], dictionary)
+    return Tokenizer(model, dictionary)
+
+
+def _tokenizer_files(options: Mapping[str, Any]) -> tuple[pathlib.Path, pathlib.Path]:
+    if options["tokenizer"]:
+        return fairseq_files.tokenizer_files(options["tokenizer"])
+    root = folder(options)
+    return root / options["dict_file"], root / options["spm_model"]
+
+
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Pieces, sentinels and filler by id."""
+    return Dictionary.read(_tokenizer_files(options)[0]).symbols
+
+
+def save_vocabulary(options: Mapping[str, Any], where: pathlib.Path) -> None:
+    """`dict.txt` and `spm.model`, for the option `tokenizer`."""
+    fairseq_files.copy_vocabulary(*_tokenizer_files(options), where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +235,7 @@ def _packed(root: pathlib.Path, entry: Mapping[str, Any], options) -> TokenSeque
         if not shard.is_file():
             raise FileNotFoundError(f"no shard {shard}, which {root / 'json'} lists")
     words = tokenizer(options)
-    files = [*shards, root / options["dict_file"], root / options["spm_model"]]
+    files = [*shards, *_tokenizer_files(options)]
     facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     settings = (options["max_tokens"], options["break_mode"])
     key = hashlib.sha256(json.dumps([facts, settings]).encode()).hexdigest()[:16]

@@ -249,6 +249,17 @@ def tokenizer(options: Mapping[str, Any]) -> CodeTokenizer:
     return _trained(int(options["vocabulary"]), key)
 
 
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Token by id, those of edits included."""
+    ids = tokenizer(options).tokenizer.get_vocab()
+    return sorted(ids, key=ids.get)
+
+
+def save_vocabulary(options: Mapping[str, Any], folder: Path) -> None:
+    """`tokenizer.json`, for the option `tokenizer`."""
+    tokenizer(options).save(folder)
+
+
 @functools.lru_cache(maxsize=4)
 def _loaded(folder: str, edit_tokens: bool) -> CodeTokenizer:
     return CodeTokenizer.load(folder, edit_tokens=edit_tokens)

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -131,8 +132,8 @@ class Tokenizer:
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Tokenizer:
         """`spm.model` and `dict.txt` of a folder."""
-        folder = pathlib.Path(folder)
-        return cls(folder / "spm.model", Dictionary.read(folder / "dict.txt"))
+        listing, model = tokenizer_files(folder)
+        return cls(model, Dictionary.read(listing))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a line of text, without `</s>`."""
@@ -141,6 +142,23 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of tokens; special tokens give nothing."""
         return "".join(self.dictionary.decode(tokens)).replace("▁", " ").strip()
+
+
+def tokenizer_files(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
+    """(dict.txt, spm.model) of a folder."""
+    return pathlib.Path(folder) / "dict.txt", pathlib.Path(folder) / "spm.model"
+
+
+def copy_vocabulary(
+    dictionary: pathlib.Path, model: pathlib.Path, folder: str | os.PathLike
+) -> None:
+    """Copy a dict.txt and its SentencePiece model to where `Tokenizer.read` looks for them.
+
+    Nothing where there is no model: then no text can be read.
+    """
+    if model.is_file():
+        for file, copy in zip((dictionary, model), tokenizer_files(folder)):
+            shutil.copyfile(file, copy)
 
 
 def write_shards(

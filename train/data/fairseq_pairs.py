@@ -19,14 +19,21 @@ import numpy as np
 
 from jaxmodels.language.span_corruption import EOS_ID, PAD_ID, check_ids, padded
 from train.data import docstring_files, gettext_files
-from train.data.fairseq_files import Dictionary, Tokenizer, TokenSequences, dictionary_size
+from train.data.fairseq_files import (
+    Dictionary,
+    Tokenizer,
+    TokenSequences,
+    copy_vocabulary,
+    dictionary_size,
+)
 
 # source_lang, target_lang: "" infers them from the files. max_source, max_target: longer texts are
 # truncated, their end token kept. left_pad_source: fairseq's default. vocab_size: what the model
 # expects, 0 for anything. reverse_target: the target is the source backwards (a toy task on real
 # text, of max_target - 1 tokens). corpus: "" for a folder at `path`, else the stand-in of `pieces`
 # pieces: "docstrings" of `packages`, or "messages" of `catalogues` (folders; (): where they are
-# installed).
+# installed). tokenizer: folder of dict.txt and spm.model by which text that is not binarized is
+# read (a run's; None: the corpus's).
 OPTIONS: dict[str, Any] = {
     "source_lang": "",
     "target_lang": "",
@@ -39,6 +46,7 @@ OPTIONS: dict[str, Any] = {
     "catalogues": (),
     "pieces": docstring_files.PIECES,
     "reverse_target": False,
+    "tokenizer": None,
 }
 _DOCSTRINGS = {
     "corpus": "docstrings",
@@ -140,7 +148,20 @@ def dictionary(options: Mapping[str, Any]) -> Dictionary:
 
 def tokenizer(options: Mapping[str, Any]) -> Tokenizer:
     """For text that is not binarized; the folder then also needs `spm.model`."""
+    if options["tokenizer"]:
+        return Tokenizer.read(options["tokenizer"])
     return Tokenizer(folder(options)[0] / "spm.model", dictionary(options))
+
+
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Pieces, sentinels and filler by id."""
+    return dictionary(options).symbols
+
+
+def save_vocabulary(options: Mapping[str, Any], where: pathlib.Path) -> None:
+    """`dict.txt` and `spm.model`, where there is one."""
+    root, source, _ = folder(options)
+    copy_vocabulary(root / f"dict.{source}.txt", root / "spm.model", where)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -252,6 +252,11 @@ def collection(options: Mapping[str, Any]) -> Collection:
     return _open(json.dumps(kept, sort_keys=True, default=os.fspath))
 
 
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Words and pieces by id."""
+    return collection(options).tokenizer.words
+
+
 def source(split: str, options: Mapping[str, Any]) -> _Numbers:
     """Numbers of the queries of a split."""
     if split == SPLITS[0]:

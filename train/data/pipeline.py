@@ -12,6 +12,9 @@
 - `source(split, options)`: a picklable random-access sequence of raw examples;
 - `train_transform(options)`: picklable `(example, rng) -> example`;
 - `eval_transform(options)`: picklable `example -> example`;
+- optional `symbols(options)`: what each id of its texts stands for, which a run keeps and compares
+  with; optional `save_vocabulary(options, folder)`: writes the files of its tokenizer there, for
+  the option `tokenizer` of what starts from the run (`train.vocabulary`);
 - optional `IN_ORDER = True`: training examples come in their order, never shuffled;
 - optional `stages(options)`: [(first step, options)] where options change during a run: at each of
   these steps the data begin anew, in a new order, under the new options.

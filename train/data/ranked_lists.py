@@ -161,6 +161,11 @@ def candidate_rows(options: Mapping[str, Any]) -> CandidateRows:
     )
 
 
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Words and pieces by id."""
+    return candidate_rows(options).words.words
+
+
 @functools.lru_cache(maxsize=4)
 def _words(vocabulary: str, collection: str, path: str | None) -> WordPiece:
     if not vocabulary.isdigit():

@@ -19,10 +19,18 @@ import numpy as np
 
 from jaxmodels.language.span_corruption import BOS_ID, EOS_ID, check_ids, padded
 from train.data import docstring_files
-from train.data.fairseq_files import SPECIALS, Dictionary, Tokenizer, TokenSequences
+from train.data.fairseq_files import (
+    SPECIALS,
+    Dictionary,
+    Tokenizer,
+    TokenSequences,
+    copy_vocabulary,
+)
 from train.data.fairseq_files import dictionary_size as size_of
 
 # languages: whose training data is used together; eval_languages: whose evaluation data is.
+# tokenizer: folder of dict.txt and spm.model by which text that is not binarized is read (a run's;
+# None: the corpus's).
 OPTIONS: dict[str, Any] = {
     "languages": ("en",),
     "eval_languages": ("en",),
@@ -32,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "corpus": "",
     "packages": docstring_files.PACKAGES,
     "pieces": docstring_files.PIECES,
+    "tokenizer": None,
 }
 XNLI_LANGUAGES = tuple("en ar bg de el es fr hi ru sw th tr ur vi zh".split())
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,7 +87,7 @@ def folder(options: Mapping[str, Any]) -> pathlib.Path:
 
 def dictionary(options: Mapping[str, Any]) -> Dictionary:
     """The dictionary of the inputs. Raises ValueError where its size is not the model's."""
-    path = folder(options) / options["languages"][0] / "input0" / "dict.txt"
+    path = _dictionary_file(options)
     # A published GanLM dictionary with filler, so that checkpoints fit without resizing.
     found = Dictionary.read(path)
     if options["vocab_size"] and options["vocab_size"] != len(found):
@@ -89,9 +98,25 @@ def dictionary(options: Mapping[str, Any]) -> Dictionary:
     return found
 
 
+def _dictionary_file(options: Mapping[str, Any]) -> pathlib.Path:
+    return folder(options) / options["languages"][0] / "input0" / "dict.txt"
+
+
 def tokenizer(options: Mapping[str, Any]) -> Tokenizer:
     """For text that is not binarized; the folder then also needs `spm.model`."""
+    if options["tokenizer"]:
+        return Tokenizer.read(options["tokenizer"])
     return Tokenizer(folder(options) / "spm.model", dictionary(options))
+
+
+def symbols(options: Mapping[str, Any]) -> list[str]:
+    """Pieces, sentinels and filler by id."""
+    return dictionary(options).symbols
+
+
+def save_vocabulary(options: Mapping[str, Any], where: pathlib.Path) -> None:
+    """`dict.txt` and `spm.model`, where there is one."""
+    copy_vocabulary(_dictionary_file(options), folder(options) / "spm.model", where)
 
 
 def classes(options: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +17,6 @@ from train.building import build_model
 from train.data import code_tokenizer, edits, pipeline
 from train.naming import ConfigError
 
-VOCABULARY = "vocabulary"  # folder of a run
 METRICS = ("exact_match", "bleu4", "sari", "gleu", "copy_rate")
 
 
@@ -211,25 +209,6 @@ class Editing:
             scores += np.asarray(self._compiled[1](variables, batch)).tolist()
         return np.asarray(scores[: len(pairs)]).reshape(len(sources), -1)
 
-    def write_files(self, workdir: Path) -> None:
-        """Keep the vocabulary in a run's folder, for what starts from it: data may change.
-
-        Raises `ConfigError` where another one is there.
-        """
-        folder, bpe = Path(workdir) / VOCABULARY, edits.tokenizer(self.options)
-        if folder.is_dir():
-            known = code_tokenizer.CodeTokenizer.load(folder, edit_tokens=False)
-            if known.tokenizer.get_vocab() != bpe.tokenizer.get_vocab():
-                raise ConfigError(
-                    f"{folder} is not the vocabulary of these data: they have changed since the "
-                    f"run began; choose another --workdir, with --config.init_from={workdir}"
-                )
-            return
-        part = folder.with_name(folder.name + ".part")
-        part.mkdir(parents=True, exist_ok=True)
-        bpe.save(part)
-        part.replace(folder)
-
     def report(self, variables, sums, config) -> dict[str, float]:
         """Metrics of the report's split at `test_beams`, beside those of copying the input."""
         if not self.report_split:
@@ -259,11 +238,6 @@ class Editing:
 def from_config(config) -> Editing:
     """The task of a config: its T5, the data's options, and `task_args`."""
     model = build_model(config)
-    kept = Path(config.init_from or "") / VOCABULARY
-    if config.init_from and kept.is_dir() and not config.data.options.get("tokenizer"):
-        # Rows of an embedding mean the pieces that it was trained with.
-        with config.unlocked():
-            config.data.options.tokenizer = str(kept)
     options = pipeline.resolve(config.data)[1]
     if not isinstance(model, t5.T5):
         raise ConfigError(f"config.model: editing wants a language.t5, not {config.model}")
