@@ -1,1 +1,6 @@
 """Speed against PyTorch; never asserts a time. `python -m benchmarks [NAME ...]` runs them."""
+
+from jaxmodels.platform_choice import choose_platform
+
+# Before a benchmark imports jax or TensorFlow.
+choose_platform()
