@@ -2,5 +2,5 @@
 
 from jaxmodels.platform_choice import choose_platform
 
-# Before a benchmark imports jax or TensorFlow.
+# Before a benchmark imports jax or PyTorch: both then have the allocator that the commands have.
 choose_platform()

@@ -69,9 +69,6 @@ def environment_of(threads: int) -> dict[str, str]:
         f"intra_op_parallelism_threads={threads}"
     )
     return os.environ | {
-        # Both sides keep the memory that they free, as the commands do (`train.process`).
-        "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0"
-        ":glibc.malloc.trim_threshold=2147483647",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
         "OMP_NUM_THREADS": str(threads),
