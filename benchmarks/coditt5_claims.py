@@ -57,6 +57,7 @@ RECIPES: dict[str, tuple[str, int, int, dict]] = {
     "pre-trained": ("small", 2000, 4000, ADAMW),
     "short, large batches": ("small", 0, 1500, ADAMW | {"batch_size": 64, "schedule.peak": 3e-3}),
     "history, Adafactor": ("git", 0, 6000, {}),
+    "history, Adafactor, twice as long": ("git", 0, 12000, {}),
     "history, pre-trained, Adafactor": ("git", 2000, 4000, {}),
     "history": ("git", 0, 6000, ADAMW | LIBRARY),
     "history, pre-trained": ("git", 2000, 4000, ADAMW | LIBRARY),
