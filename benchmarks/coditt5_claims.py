@@ -264,6 +264,11 @@ def reranked(plans: str, generator: str, arguments: argparse.Namespace) -> dict[
     for name, other in (("CoditT5", "generator"), ("generator", "CoditT5")):
         found = rerank(*models[name], *models[other], lines, arguments.beams)
         scores[name] = edit_metrics.scores([r.targets[0] for r in found], new, old)
+        # Every example here is an edit, so that a beam's first change is a rule without a model.
+        changed = [next((t for t in r.targets if t != o), o) for r, o in zip(found, old)]
+        scores[f"{name}, the first of its {arguments.beams} that is not the input"] = (
+            edit_metrics.scores(changed, new, old)
+        )
         best = [r.targets[r.best] for r in found]
         scores[f"{name} re-ranked by {other}"] = edit_metrics.scores(best, new, old)
         within = [new[i] if new[i] in r.targets else "" for i, r in enumerate(found)]
