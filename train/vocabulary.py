@@ -39,7 +39,7 @@ def keep(workdir: str | os.PathLike, config, write: bool = True) -> None:
             f"{folder} is not the vocabulary of these data: they have changed since the run began"
             f"{other if 'tokenizer' in options else ''}"
         )
-    if known is not None or not write:
+    if folder.is_dir() or not write:
         return
     part = folder.with_name(f"{FOLDER}.part")
     part.mkdir(parents=True, exist_ok=True)
