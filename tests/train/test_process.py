@@ -39,7 +39,7 @@ print(True, min(faults))
 
 
 def _run(code=CODE, **settings) -> tuple[str, int]:
-    """What `code` prints: was the allocator told, how many of 64 freed MiB are held."""
+    """The word and the number that `code` prints."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_", "GLIBC_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean | settings, capture_output=True, text=True

@@ -27,19 +27,15 @@ import jax
 import numpy as np
 
 from jaxmodels.language import span_corruption
-from train.data import (
-    docstring_files,
-    fairseq_files,
-    function_files,
-    gettext_files,
-    preparation,
-)
+from train.data import docstring_files, function_files, gettext_files, preparation
 from train.data.fairseq_files import (
     Dictionary,
     Tokenizer,
     TokenSequences,
+    copy_vocabulary,
     dictionary_size,
     lines_of,
+    tokenizer_files,
     write_sequences,
 )
 
@@ -158,7 +154,7 @@ def tokenizer(options: Mapping[str, Any]) -> Tokenizer:
 
 def _tokenizer_files(options: Mapping[str, Any]) -> tuple[pathlib.Path, pathlib.Path]:
     if options["tokenizer"]:
-        return fairseq_files.tokenizer_files(options["tokenizer"])
+        return tokenizer_files(options["tokenizer"])
     root = folder(options)
     return root / options["dict_file"], root / options["spm_model"]
 
@@ -170,7 +166,7 @@ def symbols(options: Mapping[str, Any]) -> list[str]:
 
 def save_vocabulary(options: Mapping[str, Any], where: pathlib.Path) -> None:
     """`dict.txt` and `spm.model`, for the option `tokenizer`."""
-    fairseq_files.copy_vocabulary(*_tokenizer_files(options), where)
+    copy_vocabulary(*_tokenizer_files(options), where)
 
 
 @dataclasses.dataclass(frozen=True)
