@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train import vocabulary
 from train.checkpoints import load_params
+from train.data import pipeline
 from train.naming import ConfigError
 from train.optimizers import path_string
 
@@ -23,8 +25,11 @@ def starting_variables(config, shapes, task, fresh):
     initialization (a new classifier, say); `init_prefix` is what stands before the names of a
     PyTorch file, where it is no usual prefix (those are found and logged). Anything else that is
     missing or mis-shaped is an error, but for the collections that `task.frozen` names, networks
-    that never train: what the checkpoint lacks of them is what `task.start` loads.
+    that never train: what the checkpoint lacks of them is what `task.start` loads. So is another
+    vocabulary than the run's, but of data that are read with the run's own.
     """
+    if "tokenizer" not in pipeline.resolve(config.data)[1]:
+        vocabulary.check(config)
     wanted = {"params": shapes.params, **shapes.extra}
     frozen = getattr(task, "frozen", ())
 

@@ -35,7 +35,6 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from jaxmodels.retrieval import capstone, metrics  # noqa: E402
 from jaxmodels.retrieval.answers import first_hit  # noqa: E402
 from jaxmodels.retrieval.index import ExactIndex, FaissIndex  # noqa: E402
-from train import vocabulary  # noqa: E402
 from train.command_line import read_flags, stop_with_one_line  # noqa: E402
 from train.data import expansion, pipeline, retrieval_files  # noqa: E402
 from train.data.retrieval_set import RetrievalSet  # noqa: E402
@@ -65,7 +64,6 @@ def main(argv: list[str]) -> int:
     with config.unlocked():
         config.init_from = paths["checkpoint"]
     keys, (family, options) = config.retrieve, pipeline.resolve(config.data)
-    vocabulary.check(config)
     found = _set(config, family, options)
     output = Path(paths["output"])
     output.mkdir(parents=True, exist_ok=True)

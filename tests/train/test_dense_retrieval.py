@@ -165,6 +165,21 @@ def test_encoding_goes_on_where_it_was_killed_and_the_run_is_evaluated(paper_run
         retrieve.main(["retrieve", *arguments, "--config.data.options.views=1"])
 
 
+def test_a_run_with_another_vocabulary_is_refused(paper_run, tmp_path):
+    from train import predict
+
+    workdir, flags, _ = paper_run
+    shutil.copytree(workdir, tmp_path / "run")
+    listing = tmp_path / "run" / "vocabulary" / "symbols.json"
+    listing.write_text(json.dumps(["[PAD]", "other", *json.loads(listing.read_text())[2:]]))
+    arguments = [*flags, f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    wanted = r"another vocabulary than these data: token 1 is 'other' there and '\[UNK\]' here"
+    with pytest.raises(ConfigError, match=wanted):
+        retrieve.main(["retrieve", *arguments])
+    with pytest.raises(ConfigError, match=wanted):
+        predict.main(["predict", *arguments, f"--input={listing}"])
+
+
 def test_mined_negatives_train_the_second_stage(paper_run, marco, tmp_path):
     workdir, flags, run = paper_run
     mine = ["--config.retrieve.split=train", "--config.retrieve.negatives=5"]
